@@ -1,0 +1,1 @@
+"""Model families. Imported as ``treelora_backends`` and found through entry points."""

@@ -1,0 +1,208 @@
+"""One image task while it is learned.
+
+The frozen pass does three jobs at once: it fills the shared head's statistics, finds the class means that
+the probe's loss needs, and keeps the activations before the first adapted block, so that training starts
+there. Each image is seen plain and mirrored.
+
+Symbols: ``n`` images, ``V`` views, ``L`` tokens, ``C`` width, ``F`` layered features, ``k`` classes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from treelora_backends.vit_heads import SharedHead, columns_of
+from treelora_backends.vit_images import ImageTask
+from treelora_backends.vit_single import extended_statistics
+from treelora_backends.vit_trunk import Cut
+
+from treelora_cli import adapters
+from treelora_cli.backend import Learned, Memory
+from treelora_cli.config import Config
+
+if TYPE_CHECKING:
+    from treelora_backends.timm_vit import VitBase
+
+VIEWS = 2
+"""Plain and mirrored."""
+_CHUNK = 128
+_TEMPERATURE = 0.1
+_KEPT_BYTES = 1024**3
+"""Activations up to this size stay in memory; larger ones go to an unnamed temporary file."""
+
+
+@dataclass
+class _Kept:
+    """Activations before the cut of every view of this process's images.
+
+    Attributes:
+        tokens: (n, V, L, C) bfloat16.
+        early: (n, V, F_early) float32.
+    """
+
+    tokens: Tensor
+    early: Tensor
+
+    def take(self, rows: Tensor, views: Tensor, device: torch.device) -> Cut:
+        """Return the activations of chosen views, (B, L, C)."""
+        return Cut(self.tokens[rows, views].to(device).float(), self.early[rows, views].to(device))
+
+
+class VitSession:
+    """Meets ``Session``; see the module docstring."""
+
+    def __init__(self, base: VitBase, task: ImageTask, memory: Memory, config: Config) -> None:
+        self.base = base
+        self.task = task
+        self.memory = memory
+        self.runtime = base.runtime
+        self.device = base.runtime.device
+        assert config.train.batch_size is not None and config.seed is not None
+        self.batch_size: int = config.train.batch_size
+        self.seed: int = config.seed * 10_007 + len(memory.tasks)
+        self.config = config
+        own = self.runtime.share(list(range(task.train_size)))
+        self.own = torch.tensor(own, dtype=torch.int64)
+        self.labels = task.train.labels[self.own].to(self.device)
+        self.head = nn.Linear(base.trunk.width, len(task.labels)).to(self.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.shared_head = SharedHead.restore(memory, config, self.device)
+        self.kept: _Kept
+        self.prototypes: Tensor
+        self.centre: Tensor
+
+    # -- before training ------------------------------------------------------------------------------
+
+    def trial_loss(self) -> Tensor:
+        """Return a loss through the adapter on one full-sized batch."""
+        count = min(self.batch_size, len(self.own))
+        pixels = self.task.train.pixels[self.own[:count]].to(self.device)
+        with torch.no_grad():
+            cut = self.base.trunk.before(self.base.preprocessing.normalise(pixels))
+        return self.base.trunk.after(cut).pooled.square().mean()
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Run the frozen pass."""
+        layered: list[Tensor] = []
+        pooled_sum = torch.zeros(len(self.task.labels), self.base.trunk.width, device=self.device)
+        starts = range(0, len(self.own), _CHUNK)
+        with adapters.base_only(self.base.network):
+            for start in self.runtime.reporter.track(starts, "Frozen pass", len(starts)):
+                rows = slice(start, min(start + _CHUNK, len(self.own)))
+                layered.append(self._frozen_chunk(rows, pooled_sum))
+        features = torch.cat(layered)  # (n V, F)
+        repeated = self.labels.repeat_interleave(VIEWS)
+        self.shared_head.add_task(features, repeated, len(self.task.labels), self.runtime)
+        self._set_prototypes(pooled_sum)
+
+    def _frozen_chunk(self, rows: slice, pooled_sum: Tensor) -> Tensor:
+        pixels = self.task.train.pixels[self.own[rows]].to(self.device)
+        plain = self.base.preprocessing.normalise(pixels)
+        per_view = []
+        for view, images in enumerate((plain, plain.flip(-1))):
+            with self.runtime.autocast():
+                cut = self.base.trunk.before(images)
+                features = self.base.trunk.after(cut)
+            self._keep(rows, view, cut)
+            pooled_sum.index_add_(0, self.labels[rows], features.pooled)
+            per_view.append(features.layered)
+        return torch.stack(per_view, dim=1).flatten(0, 1)
+
+    def _keep(self, rows: slice, view: int, cut: Cut) -> None:
+        if not hasattr(self, "kept"):
+            count, (length, width) = len(self.own), cut.tokens.shape[1:]
+            self.kept = _Kept(_room((count, VIEWS, length, width)), torch.zeros(count, VIEWS, cut.early.shape[1]))
+        self.kept.tokens[rows, view] = cut.tokens.to(torch.bfloat16).cpu()
+        self.kept.early[rows, view] = cut.early.cpu()
+
+    def _set_prototypes(self, pooled_sum: Tensor) -> None:
+        """Class means of the frozen features, centred: the head of the probe's loss."""
+        counts = torch.bincount(self.labels, minlength=len(self.task.labels)).float() * VIEWS
+        pooled_sum, counts = self.runtime.sum(pooled_sum), self.runtime.sum(counts)
+        means = pooled_sum / counts.clamp(min=1)[:, None]
+        self.centre = means.mean(dim=0)
+        self.prototypes = nn.functional.normalize(means - self.centre, dim=1)
+
+    def probe_losses(self, count: int) -> Iterator[Tensor]:
+        """Yield losses against the class means: cosine, temperature 0.1."""
+        generator = torch.Generator().manual_seed(self.seed * 7919 + self.runtime.accelerator.process_index)
+        size = min(self.batch_size, len(self.own))
+        order = torch.cat(
+            [torch.randperm(len(self.own), generator=generator) for _ in range(1 + count * size // len(self.own))]
+        )
+        for index in range(count):
+            rows = order[index * size : (index + 1) * size]
+            cut = self.kept.take(rows, torch.zeros_like(rows), self.device)
+            with self.runtime.autocast():
+                pooled = self.base.trunk.after(cut).pooled
+            cosine = nn.functional.normalize(pooled - self.centre, dim=1) @ self.prototypes.T
+            yield nn.functional.cross_entropy(cosine / _TEMPERATURE, self.labels[rows])
+
+    # -- training -------------------------------------------------------------------------------------
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass."""
+        return -(-self.task.train_size // self.batch_size)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows, views) of each step, both (B,)."""
+        generator = torch.Generator().manual_seed(self.seed * 104_729 + epoch)
+        order = torch.randperm(len(self.own), generator=generator)
+        views = torch.randint(VIEWS, (len(self.own),), generator=generator)
+        for rows in order.tensor_split(self.steps_per_epoch):
+            yield rows, views[rows]
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy over the task's own classes."""
+        rows, views = batch
+        cut = self.kept.take(rows, views, self.device)
+        with self.runtime.autocast():
+            pooled = self.base.trunk.after(cut).pooled
+        return nn.functional.cross_entropy(self.head(pooled), self.labels[rows.to(self.device)])
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the task's own linear head."""
+        return [self.head.weight, self.head.bias]
+
+    # -- after training -------------------------------------------------------------------------------
+
+    def finish(self) -> Learned:
+        """Collect the task's columns of every head."""
+        tensors = {
+            "head.weight": self.head.weight.detach().cpu().clone(),
+            "head.bias": self.head.bias.detach().cpu().clone(),
+        }
+        trained = adapters.read_slot(self.base.network, self.base.layers, self.base.scale)
+        shared = self.shared_head.to_tensors() | extended_statistics(self, trained)
+        facts: dict[str, Any] = {
+            "classes": len(self.task.labels),
+            "columns": len(columns_of(self.memory)) + len(self.task.labels),
+        }
+        return Learned(tensors | self.shared_head.task_tensors(), shared, facts)
+
+    @torch.no_grad()
+    def pooled(self, rows: Tensor) -> Tensor:
+        """Return the pooled features of some of this process's images by the network as it is, (n, C)."""
+        parts = []
+        for chunk in rows.split(_CHUNK):
+            cut = self.kept.take(chunk, torch.zeros_like(chunk), self.device)
+            with self.runtime.autocast():
+                parts.append(self.base.trunk.after(cut).pooled)
+        return torch.cat(parts)
+
+
+def _room(shape: tuple[int, ...]) -> Tensor:
+    if 2 * int(np.prod(shape)) <= _KEPT_BYTES:
+        return torch.empty(shape, dtype=torch.bfloat16)
+    # an unnamed file vanishes with the process, however it ends
+    backing = np.memmap(tempfile.TemporaryFile(), dtype=np.int16, mode="w+", shape=shape)  # noqa: SIM115
+    return torch.from_numpy(backing).view(torch.bfloat16)

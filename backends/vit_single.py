@@ -1,0 +1,94 @@
+"""One set of weights with one linear head over all classes: the inferences ``latest`` and ``merged``.
+
+``latest`` carries the newest adapter, ``merged`` the mean of all tasks' updates. Either network changes
+with every task, while older classes were measured on an older one. The change of the features is measured
+on the new task's images, fitted by a linear map and applied to the older classes' statistics; the head is
+then solved anew from the statistics of all classes.
+
+Symbols: ``C`` width, ``K`` columns, ``n`` images.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from treelora_backends.vit_heads import class_names, columns_of
+
+from treelora_cli import adapters
+from treelora_cli.adapters import AdapterWeights, mean_update
+from treelora_cli.backend import Memory
+from treelora_cli.heads import ClassStatistics, fit_drift
+
+if TYPE_CHECKING:
+    from treelora_backends.timm_vit import VitBase
+    from treelora_backends.vit_session import VitSession
+
+KINDS = ("latest", "merged")
+_DRIFT_IMAGES = 1024
+"""Images on which the change of features is measured; a linear map needs no more."""
+
+
+def updates_of(memory: Memory, kind: str) -> AdapterWeights:
+    """Return the newest adapter, or one of higher rank that holds the mean of all tasks' updates."""
+    if kind == "latest":
+        return memory.tasks[-1].adapter()
+    return mean_update([task.adapter() for task in memory.tasks])
+
+
+def extended_statistics(session: VitSession, trained: AdapterWeights) -> dict[str, Tensor]:
+    """Measure the new task on both networks and carry older classes over; returns the shared tensors."""
+    memory = session.memory
+    shared = memory.shared() if memory.tasks else {}
+    everything = torch.arange(len(session.own))
+    generator = torch.Generator().manual_seed(session.seed)
+    share = _DRIFT_IMAGES // session.runtime.accelerator.num_processes
+    some = torch.randperm(len(everything), generator=generator)[:share]
+    tensors: dict[str, Tensor] = {}
+    for kind in KINDS:
+        now = trained
+        if kind == "merged":
+            now = mean_update([*(task.adapter() for task in memory.tasks), trained])
+        features = _pooled_with(session, now, everything)
+        fresh = ClassStatistics.measure(features, session.labels, len(session.task.labels), session.runtime)
+        if memory.tasks:
+            old = _pooled_with(session, updates_of(memory, kind), some)
+            drift = fit_drift(session.runtime.concatenate(old), session.runtime.concatenate(features[some]))
+            known = ClassStatistics.from_tensors(shared, kind, session.device)
+            fresh = known.moved(drift).joined(fresh)
+        tensors |= fresh.to_tensors(kind)
+    return tensors
+
+
+def _pooled_with(session: VitSession, weights: AdapterWeights, rows: Tensor) -> Tensor:
+    """Pooled features of some of the session's images with ``weights`` added to the base, (n, C)."""
+    with adapters.added(session.base.network, weights):
+        return session.pooled(rows)
+
+
+class SingleNetwork(nn.Module):
+    """A stock timm network over all classes; what ``export --format merged`` saves."""
+
+    def __init__(self, base: VitBase, memory: Memory, kind: str) -> None:
+        super().__init__()
+        columns = columns_of(memory)
+        self.names = class_names(columns)
+        self.vit = base.fresh_vit(len(self.names))
+        updates = updates_of(memory, kind)
+        with torch.no_grad():
+            for index, layer in enumerate(updates.layers):
+                weight = cast("nn.Linear", self.vit.get_submodule(layer)).weight
+                weight += updates.update(index).to(weight.device)
+            position = {name: index for index, name in enumerate(self.names)}
+            members = torch.tensor([position[column.label] for column in columns], device=base.runtime.device)
+            statistics = ClassStatistics.from_tensors(memory.shared(), kind, base.runtime.device)
+            solved = statistics.by_class(members, len(self.names)).discriminant(base.config.head.ridge or 0.0)
+            head = cast("nn.Linear", cast("Any", self.vit).get_classifier())
+            head.weight.copy_(solved.weight)
+            head.bias.copy_(solved.bias)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits over ``names``, (B, classes)."""
+        return cast("Tensor", self.vit(images))

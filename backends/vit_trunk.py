@@ -1,0 +1,139 @@
+"""A timm vision transformer cut before its first adapted block.
+
+What lies before the cut is the same for every task, so its result can be kept and shared; what lies after
+it is run with or without an adapter. Features are read from the last blocks on the way.
+
+Symbols: ``B`` images, ``L`` tokens, ``C`` width, ``F`` feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Activations before the first adapted block.
+
+    Attributes:
+        tokens: (B, L, C).
+        early: Features of feature blocks before the cut, (B, F_early); F_early may be 0.
+    """
+
+    tokens: Tensor
+    early: Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the network says of an image.
+
+    Attributes:
+        pooled: Input of a linear head, as the model itself pools, (B, C).
+        layered: Tokens of the last blocks side by side, (B, F).
+    """
+
+    pooled: Tensor
+    layered: Tensor
+
+
+class _Reached(Exception):
+    """The forward pass arrived at the cut."""
+
+
+class Trunk:
+    """Runs a timm transformer in two parts.
+
+    Args:
+        vit: The timm model, without classifier; its blocks may hold LoRA layers.
+        cut: Index of the first adapted block.
+        feature_blocks: How many of the last blocks are read as features.
+    """
+
+    def __init__(self, vit: nn.Module, cut: int, feature_blocks: int) -> None:
+        self.vit = vit
+        self.blocks = cast("Sequence[nn.Module]", vit.blocks)
+        self.cut = cut
+        self.first_feature = max(0, len(self.blocks) - feature_blocks)
+        self.prefix_tokens = int(getattr(vit, "num_prefix_tokens", 0))
+        self.has_class_token = getattr(vit, "cls_token", None) is not None
+        self._block_arguments: list[dict[str, Any]] | None = None
+
+    @property
+    def width(self) -> int:
+        """Width C of the network."""
+        return int(cast("int", self.vit.num_features))
+
+    @property
+    def feature_width(self) -> int:
+        """Width F of the layered features."""
+        per_block = self.width * (3 if self.has_class_token else 2)
+        return per_block * (len(self.blocks) - self.first_feature)
+
+    def before(self, images: Tensor) -> Cut:
+        """Run everything before the cut: (B, 3, H, W) -> tokens (B, L, C)."""
+        if self._block_arguments is None:
+            self._block_arguments = self._record_block_arguments(images[:1])
+        early: list[Tensor] = []
+        reached: list[Tensor] = []
+        hooks = [
+            self.blocks[index].register_forward_hook(lambda _m, _i, out: early.append(self._read(out)))
+            for index in range(self.first_feature, self.cut)
+        ]
+
+        def stop(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            reached.append(inputs[0])
+            raise _Reached
+
+        hooks.append(self.blocks[self.cut].register_forward_pre_hook(stop))
+        try:
+            cast("Any", self.vit).forward_features(images)
+        except _Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        features = torch.cat(early, dim=1) if early else images.new_zeros(len(images), 0)
+        return Cut(reached[0], features.float())
+
+    def after(self, cut: Cut) -> Features:
+        """Run the adapted blocks and pool."""
+        assert self._block_arguments is not None, "before() runs first"
+        tokens, late = cut.tokens, []
+        for index in range(self.cut, len(self.blocks)):
+            tokens = self.blocks[index](tokens, **self._block_arguments[index])
+            if index >= self.first_feature:
+                late.append(self._read(tokens))
+        vit = cast("Any", self.vit)
+        pooled = vit.forward_head(vit.norm(tokens), pre_logits=True)
+        return Features(pooled.float(), torch.cat([cut.early, *(part.float() for part in late)], dim=1))
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """Read a block's output (B, L, C): normalised class token, mean and deviation of the patches, (B, 3C)."""
+        normal = nn.functional.layer_norm(tokens.float(), tokens.shape[-1:])
+        patches = normal[:, self.prefix_tokens :]
+        parts = [patches.mean(dim=1), patches.std(dim=1)]
+        if self.has_class_token:
+            parts.insert(0, normal[:, 0])
+        return torch.cat(parts, dim=1)
+
+    def _record_block_arguments(self, image: Tensor) -> list[dict[str, Any]]:
+        """Find what the model passes to each block besides the tokens, such as rotary embeddings."""
+        found: list[dict[str, Any]] = []
+
+        def record(_module: nn.Module, _inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            found.append(keywords)
+
+        hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
+        try:
+            with torch.no_grad():
+                cast("Any", self.vit).forward_features(image)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found

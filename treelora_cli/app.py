@@ -1,0 +1,149 @@
+"""The command line; the only place where an error becomes an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treelora_cli import __version__
+from treelora_cli.commands.context import Session
+from treelora_cli.commands.demo import demo
+from treelora_cli.commands.evaluate import evaluate
+from treelora_cli.commands.export import export
+from treelora_cli.commands.init import init
+from treelora_cli.commands.inspect_tree import inspect_tree
+from treelora_cli.commands.predict import predict
+from treelora_cli.commands.run import run
+from treelora_cli.commands.status import status
+from treelora_cli.commands.train_task import train_task
+from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError
+from treelora_cli.views.console import Output
+
+_EPILOG = "Global options (-C, --json, -q, -v, --offline, --debug) stand before or after the command."
+_FLAGS = {"--json", "-q", "--quiet", "-v", "--verbose", "--offline", "--debug"}
+_WITH_VALUE = {"-C", "--project"}
+
+app = typer.Typer(
+    name="treelora",
+    help="Continual learning of large pre-trained models: one adapter per task, a tree of how tasks relate.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for _name, _command in (
+    ("init", init),
+    ("train-task", train_task),
+    ("eval", evaluate),
+    ("inspect-tree", inspect_tree),
+    ("export", export),
+    ("predict", predict),
+    ("status", status),
+    ("run", run),
+    ("demo", demo),
+):
+    app.command(_name, epilog=_EPILOG, no_args_is_help=False)(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"treelora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def globals_(
+    context: typer.Context,
+    project: Annotated[
+        Path | None, typer.Option("--project", "-C", help="Project directory; default: here or the nearest above.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show library warnings.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Global options."""
+    context.obj = Session(project, Output(as_json=as_json, quiet=quiet), verbose, offline)
+
+
+def hoist_globals(arguments: list[str]) -> list[str]:
+    """Move global options that stand after the command to the front, where the parser expects them."""
+    front: list[str] = []
+    rest: list[str] = []
+    index = 0
+    while index < len(arguments):
+        argument = arguments[index]
+        if argument == "--":
+            rest += arguments[index:]
+            break
+        if argument in _WITH_VALUE and index + 1 < len(arguments):
+            front += [argument, arguments[index + 1]]
+            index += 1
+        elif argument in _FLAGS or argument.startswith("--project="):
+            front.append(argument)
+        else:
+            rest.append(argument)
+        index += 1
+    return front + rest
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the documented code."""
+    given = hoist_globals(sys.argv[1:] if arguments is None else arguments)
+    if not {"-v", "--verbose", "--debug"} & set(given):
+        _quiet_libraries()
+    sys.exit(run_command(given))
+
+
+def run_command(given: list[str]) -> int:
+    """Run one command and return its exit code; errors become one line on standard error."""
+    output = Output(as_json="--json" in given, quiet=False)
+    try:
+        result = app(args=given, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in given:
+            import traceback
+
+            traceback.print_exc()
+        message, code = describe_error(error)
+        output.error(message, code)
+        return code
+
+
+def describe_error(error: BaseException) -> tuple[str, int]:
+    """Return the line to show and the exit code."""
+    if isinstance(error, TreeLoraError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return "Interrupted; nothing was committed.", Interrupted.exit_code
+    format_message = getattr(error, "format_message", None)
+    if format_message is not None:  # the parser's own usage errors
+        context = getattr(error, "ctx", None)
+        hint = f" See: {context.command_path} --help" if context is not None else ""
+        return f"{format_message()}{hint}", 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "Out of memory; nothing was committed. Retry with a smaller --batch-size.", ResourceError.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Disk full; nothing was committed. Free space and retry.", ResourceError.exit_code
+    first = (str(error).splitlines() or [""])[0]
+    return f"Unexpected {type(error).__name__}: {first}. Run again with --debug and report it.", 1
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries' warnings off the terminal unless asked for."""
+    import os
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,69 @@
+"""``treelora demo``: the main job on data and a model that come with the installation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treelora_cli.commands import options
+from treelora_cli.commands.context import session_of
+from treelora_cli.commands.run import run_and_report, show_stream
+from treelora_cli.errors import CheckError, UsageError
+
+
+def demo(
+    context: typer.Context,
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where data, project and export are written.")
+    ] = Path("treelora-demo"),
+    device: options.Device = None,
+) -> None:
+    """Learn handwritten digits as five tasks of two classes, show the tree, export and verify. Offline."""
+    from treelora_cli.backend import ExportOptions
+    from treelora_cli.config import Config
+    from treelora_cli.data.digits import write_digits
+    from treelora_cli.export import ExportRequest, write_export
+    from treelora_cli.recipes import shipped_recipes
+    from treelora_cli.stream import StreamRequest
+    from treelora_cli.views.scores import percent
+    from treelora_cli.views.task_tree import tree_document, tree_view
+    from treelora_cli.workspace import open_base, project_config
+
+    session = session_of(context)
+    if directory.exists() and (directory.is_file() or any(directory.iterdir())):
+        raise UsageError(f"{directory} is not empty. Name another directory: treelora demo DIR")
+    write_digits(directory / "digits")
+    session.output.note(f"Wrote scikit-learn's handwritten digits to {directory / 'digits'}.")
+    recipe = shipped_recipes()["demo"]
+    request = StreamRequest(recipe, directory / "project", directory / "digits", Config(), None, resume=False)
+    project, reports = run_and_report(session, request, device)
+    runtime = session.runtime(device)
+    base = open_base(project, project_config(project, Config()), runtime)
+    out = directory / "export"
+    export = write_export(project, base, ExportRequest(out, "merged", None, ExportOptions(), True, False, None))
+    tree = project.tree()
+    assert tree is not None and export.check is not None
+    names = [task.name for task in project.state.tasks]
+    layers = project.state.base["layers"]
+    merged = sum(there for _, there in export.check.scores.values()) / max(1, len(export.check.scores))
+    show_stream(
+        session,
+        project,
+        reports,
+        tree_view(tree, names, layers, None),
+        f"Merged export {out}: reloaded with timm, largest logit difference"
+        f" {export.check.largest_difference:.1e}, mean score {percent(merged)}.",
+        f"Load with: {export.load_with}",
+        f"Look around: treelora -C {project.root} status | eval | inspect-tree --bandit",
+        tree=tree_document(tree, names, layers),
+        export={
+            "out": str(out),
+            "largest_logit_difference": export.check.largest_difference,
+            "score": merged,
+            "passed": export.check.passed,
+        },
+    )
+    if not export.check.passed:
+        raise CheckError("The reloaded export differs from the model in memory.")

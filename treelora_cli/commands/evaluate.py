@@ -1,0 +1,73 @@
+"""``treelora eval``: score every seen task, no task identity given."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from treelora_cli.commands import options
+from treelora_cli.commands.context import session_of
+from treelora_cli.errors import CheckError, DataError, UsageError
+
+
+def evaluate(
+    context: typer.Context,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks, comma-separated.")] = None,
+    inference: options.Inference = None,
+    limit: options.Limit = None,
+    fail_under: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Exit with 7 when OP, in percent, is below this.")
+    ] = None,
+    max_forgetting: Annotated[
+        float | None, typer.Option(help="Exit with 7 when forgetting, in points, is above this.")
+    ] = None,
+    device: options.Device = None,
+) -> None:
+    """Score the held-out data of every task over everything learned so far."""
+    from treelora_cli.config import from_flags
+    from treelora_cli.evaluation import read_held_out, score_tasks
+    from treelora_cli.views.scores import FORMULAS, standing_table
+    from treelora_cli.workspace import open_base, project_config
+
+    session = session_of(context)
+    project = session.project()
+    if not project.state.tasks:
+        raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
+    wanted = [task.name for task in project.state.tasks]
+    if tasks is not None:
+        wanted = [project.entry(name.strip()).name for name in tasks.split(",")]
+    config = project_config(project, from_flags(inference=inference))
+    runtime = session.runtime(device)
+    base = open_base(project, config, runtime)
+    runtime.precision = str(project.task_record(project.state.tasks[-1].name)["precision"])
+    held_out = read_held_out(base, {name: project.task_record(name) for name in wanted}, limit)
+    for one in held_out:
+        if one.data is None:
+            session.output.note(f"Task '{one.name}' is not scored: {one.problem}")
+    if not any(one.data for one in held_out):
+        raise DataError(f"No task can be scored. {held_out[0].name}: {held_out[0].problem}")
+    scores = score_tasks(base, project.memory(), str(config.inference), held_out)
+    standing = project.matrix().standing({name: score.value for name, score in scores.items()}, wanted)
+    document = {
+        "inference": config.inference,
+        "op": standing.overall(),
+        "forgetting": standing.forgetting(),
+        "bwt": standing.backward_transfer(),
+        "tasks": {
+            name: {"score": score.value, "examples": score.count, "routed": score.routed}
+            for name, score in scores.items()
+        },
+        "not_scored": {one.name: one.problem for one in held_out if one.data is None},
+    }
+    routed = {name: score.routed for name, score in scores.items()}
+    session.output.result(document, f"Inference: {config.inference}", standing_table(standing, routed), FORMULAS)
+    _check(standing.overall(), fail_under, standing.forgetting(), max_forgetting)
+
+
+def _check(op: float | None, floor: float | None, forgetting: float | None, ceiling: float | None) -> None:
+    if floor is not None and (op is None or 100 * op < floor):
+        raise CheckError(f"OP {'-' if op is None else f'{100 * op:.2f}'} is below --fail-under {floor:g}.")
+    if ceiling is not None and (forgetting is None or 100 * forgetting > ceiling):
+        shown = "-" if forgetting is None else f"{100 * forgetting:.2f}"
+        raise CheckError(f"Forgetting {shown} is above --max-forgetting {ceiling:g}.")

@@ -1,0 +1,63 @@
+"""``treelora export``: a merged model or an adapter that stock code loads, reloaded and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treelora_cli.commands import options
+from treelora_cli.commands.context import session_of
+from treelora_cli.errors import CheckError
+
+
+def export(
+    context: typer.Context,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; absent or empty.")],
+    export_format: Annotated[str, typer.Option("--format", help="merged or adapter.")] = "merged",
+    task: Annotated[str | None, typer.Option(help="Task of an adapter export; the latest by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the saved weights: float32, float16 or bfloat16.")] = "float32",
+    max_shard: Annotated[str, typer.Option(help="Largest file of a merged language model.")] = "5GB",
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Reload with stock code and compare.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier export in OUT.")] = False,
+    limit: options.Limit = None,
+    device: options.Device = None,
+) -> None:
+    """Write a model or adapter that timm, transformers or peft loads without treelora."""
+    from treelora_cli.backend import ExportOptions
+    from treelora_cli.config import Config
+    from treelora_cli.export import ExportRequest, write_export
+    from treelora_cli.views.scores import percent
+    from treelora_cli.workspace import open_base, project_config
+
+    session = session_of(context)
+    project = session.project()
+    request = ExportRequest(out, export_format, task, ExportOptions(dtype, max_shard), verify, force, limit)
+    request.check(project)
+    runtime = session.runtime(device)
+    base = open_base(project, project_config(project, Config()), runtime)
+    report = write_export(project, base, request)
+    check = report.check
+    document = {
+        "out": str(out),
+        "format": export_format,
+        "task": report.task,
+        "files": report.files,
+        "largest_logit_difference": None if check is None else check.largest_difference,
+        "tolerance": None if check is None else check.tolerance,
+        "scores": {} if check is None else {n: {"here": a, "reloaded": b} for n, (a, b) in check.scores.items()},
+        "load_with": report.load_with,
+    }
+    lines = [f"Wrote {out}: {', '.join(report.files)}"]
+    if check is not None:
+        lines.append(
+            f"Reloaded: largest logit difference {check.largest_difference:.2e} (allowed {check.tolerance:.0e})"
+        )
+        lines += [
+            f"  {name}: score here {percent(here)}, reloaded {percent(there)}"
+            for name, (here, there) in check.scores.items()
+        ]
+    session.output.result(document, *lines, f"Load with: {report.load_with}")
+    if check is not None and not check.passed:
+        raise CheckError(f"The reloaded export differs from the model in memory. It stays in {out} for inspection.")

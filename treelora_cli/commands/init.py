@@ -1,0 +1,105 @@
+"""``treelora init``: make a project around a frozen base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from treelora_cli.commands import options
+from treelora_cli.commands.context import parse_pairs, session_of
+
+
+def init(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to make; absent or empty.")],
+    backend: Annotated[str | None, typer.Option(help="Model family: vit or causal-lm.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="timm name, hub id, local directory or GGUF file; none: the embedded ViT.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Local .safetensors for a model given by name.")] = None,
+    model_arg: Annotated[
+        list[str] | None, typer.Option(metavar="K=V", help="Argument of the architecture, such as img_size=32.")
+    ] = None,
+    preprocess: Annotated[
+        list[str] | None, typer.Option(metavar="K=V", help="Override mean, std, interpolation, crop_pct or crop_mode.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type the base is held in.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
+    targets: Annotated[str | None, typer.Option(help="auto, all-linear or module names, comma-separated.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="Adapt only the last so many blocks; 0 for all.")] = None,
+    tree_depth: Annotated[int | None, typer.Option(help="Greatest depth of the tree.")] = None,
+    head_width: Annotated[int | None, typer.Option(help="Random features of the shared image head.")] = None,
+    reg: options.Reg = None,
+    warm_start: options.WarmStart = None,
+    search: options.Search = None,
+    update: options.Update = None,
+    epochs: options.Epochs = None,
+    lr: options.LearningRate = None,
+    batch_size: options.BatchSize = None,
+    inference: options.Inference = None,
+    budget: options.Budget = None,
+    seed: options.Seed = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to take settings from: a file or a shipped name.")] = None,
+    device: options.Device = None,
+) -> None:
+    """Make a project in DIR around a frozen base model."""
+    from treelora_cli.config import from_flags
+    from treelora_cli.recipes import find_recipe
+    from treelora_cli.workspace import make_project
+
+    session = session_of(context)
+    flags = from_flags(
+        backend=backend,
+        seed=seed,
+        inference=inference,
+        budget=budget,
+        base__model=model,
+        base__weights=weights,
+        base__model_args=_typed(parse_pairs(model_arg, "--model-arg")),
+        base__preprocess=_typed(parse_pairs(preprocess, "--preprocess")),
+        base__dtype=dtype,
+        adapter__rank=rank,
+        adapter__alpha=alpha,
+        adapter__dropout=dropout,
+        adapter__targets=targets,
+        adapter__blocks=blocks,
+        tree__depth=tree_depth,
+        tree__search=search,
+        train__reg=reg,
+        train__warm_start=warm_start,
+        train__update=update,
+        train__epochs=epochs,
+        train__lr=lr,
+        train__batch_size=batch_size,
+        head__width=head_width,
+    )
+    path = None if recipe is None else find_recipe(recipe)
+    text = None if path is None else path.read_text(encoding="utf-8")
+    project = make_project(directory, flags, text, path.name if path else "", session.runtime(device))
+    base = project.state.base
+    document = {"project": str(project.root), "backend": project.state.backend, "base": base}
+    model_name = base["resolved"]["model"]
+    session.output.result(
+        document,
+        f"Made {project.root}: {project.state.backend} on {model_name}, {len(base['layers'])} adapted layers.",
+        f"Next: treelora -C {directory} train-task DATA",
+    )
+
+
+def _typed(pairs: dict[str, str]) -> dict[str, Any]:
+    """Read numbers, booleans and lists as YAML does."""
+    import yaml
+
+    from treelora_cli.errors import UsageError
+
+    typed = {}
+    for key, value in pairs.items():
+        try:
+            typed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{key}={value}: not a number, word or list.") from error
+    return typed

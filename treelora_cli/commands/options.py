@@ -1,0 +1,24 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto (the best there is).")]
+Inference = Annotated[str | None, typer.Option(help="routed, latest or merged.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the task's data.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples per step, over all processes.")]
+Reg = Annotated[float | None, typer.Option(help="Lambda of eq. 3: pull towards the similar task; 0 for none.")]
+WarmStart = Annotated[str | None, typer.Option(help="Where a new adapter starts: nearest, latest or none.")]
+Search = Annotated[str | None, typer.Option(help="How similar tasks are found: lcb, flat, exhaustive or random.")]
+Update = Annotated[str | None, typer.Option(help="Eq. 3 as a subgradient term or a proximal step: penalty or prox.")]
+Precision = Annotated[str | None, typer.Option(help="auto (measured), fp32 or bf16.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
+Budget = Annotated[int | None, typer.Option(help="Most adapters kept; beyond, the nearest are merged. 0: no limit.")]
+Val = Annotated[Path | None, typer.Option(help="Held-out data, when it lies elsewhere.")]
+Mapping = Annotated[list[str] | None, typer.Option("--map", metavar="SRC=DST", help="Read column SRC as DST.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Most held-out examples per class or task.")]

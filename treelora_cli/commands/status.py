@@ -1,0 +1,61 @@
+"""``treelora status``: what is here and what to do next."""
+
+from __future__ import annotations
+
+import typer
+from rich.table import Table
+
+from treelora_cli.commands.context import session_of
+from treelora_cli.views.scores import percent, summary
+
+
+def status(context: typer.Context) -> None:
+    """Show the project: base, tasks, scores, what was interrupted, what to do next."""
+    session = session_of(context)
+    project = session.project()
+    state, matrix = project.state, project.matrix()
+    standing = matrix.standing()
+    interrupted = project.checkpoint_facts()
+    records = [project.task_record(task.name) for task in state.tasks]
+    tasks = [
+        {
+            "name": record["name"],
+            "labels": len(project.labels(record["name"])),
+            "train_examples": record["train_examples"],
+            "nearest": record["nearest"],
+            "adapter": entry.adapter,
+            "learned": learned,
+            "now": now,
+        }
+        for record, entry, learned, now in zip(records, state.tasks, standing.learned, standing.now, strict=True)
+    ]
+    document = {
+        "project": str(project.root),
+        "backend": state.backend,
+        "base": {key: state.base[key] for key in ("resolved", "fingerprint", "facts")},
+        "tasks": tasks,
+        "op": matrix.overall(),
+        "forgetting": matrix.forgetting(),
+        "adapter_bytes": project.adapter_bytes(),
+        "project_bytes": project.total_bytes(),
+        "interrupted": None if interrupted is None else {"task": interrupted["task"], "step": interrupted["step"]},
+    }
+    table = Table(title=f"{project.root}: {state.backend} on {state.base['resolved']['model']}")
+    for heading in ("task", "labels", "examples", "nearest", "learned", "now"):
+        table.add_column(heading, justify="left" if heading in ("task", "nearest") else "right")
+    for task in tasks:
+        table.add_row(
+            str(task["name"]),
+            str(task["labels"]),
+            str(task["train_examples"]),
+            str(task["nearest"] or "-"),
+            percent(task["learned"]),
+            percent(task["now"]),
+        )
+    if tasks:
+        table.caption = summary(standing)
+    step = "treelora train-task DATA"
+    if interrupted is not None:
+        step = f"treelora train-task --resume   ('{interrupted['task']}' stopped after step {interrupted['step']})"
+    size = f"{project.total_bytes() / 2**20:.1f} MiB, adapters {project.adapter_bytes() / 2**20:.2f} MiB"
+    session.output.result(document, table, f"On disk: {size}. Next: {step}")

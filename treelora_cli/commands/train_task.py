@@ -1,0 +1,183 @@
+"""``treelora train-task``: learn one more task and commit it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from treelora_cli.commands import options
+from treelora_cli.commands.context import Session, parse_pairs, session_of
+from treelora_cli.errors import ProjectError, UsageError
+
+if TYPE_CHECKING:
+    from treelora_cli.backend import Base, DataRequest
+    from treelora_cli.config import Config
+    from treelora_cli.learn import TaskReport
+    from treelora_cli.project import Project
+
+
+def train_task(
+    context: typer.Context,
+    data: Annotated[Path | None, typer.Argument(metavar="DATA", help="Image folder, manifest or table.")] = None,
+    name: Annotated[str | None, typer.Option(help="Task name; by default the data's name.")] = None,
+    val: options.Val = None,
+    data_format: Annotated[str | None, typer.Option("--format", help="csv, jsonl, json or parquet.")] = None,
+    columns: options.Mapping = None,
+    classes: Annotated[str | None, typer.Option(help="Only these classes, comma-separated.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Score of the task; chosen from the data by default.")] = None,
+    train_limit: Annotated[int | None, typer.Option(min=1, help="Most training examples per class or task.")] = None,
+    test_limit: Annotated[int | None, typer.Option(min=1, help="Most held-out examples per class or task.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count and skip unreadable examples.")] = False,
+    epochs: options.Epochs = None,
+    lr: options.LearningRate = None,
+    batch_size: options.BatchSize = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest input, in tokens.")] = None,
+    reg: options.Reg = None,
+    warm_start: options.WarmStart = None,
+    search: options.Search = None,
+    update: options.Update = None,
+    budget: options.Budget = None,
+    precision: options.Precision = None,
+    grad_checkpointing: Annotated[
+        bool | None, typer.Option("--grad-checkpointing", help="Recompute activations to save memory.")
+    ] = None,
+    device: options.Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted task.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, sample and memory; learn nothing.")] = False,
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Score every task afterwards.")] = True,
+) -> None:
+    """Learn one more task from DATA and commit it. The earlier tasks' data is not needed."""
+    from treelora_cli.backend import DataRequest
+    from treelora_cli.config import from_flags
+    from treelora_cli.learn import learn_task
+    from treelora_cli.workspace import open_base, project_config
+
+    session = session_of(context)
+    flags = from_flags(
+        budget=budget,
+        train__epochs=epochs,
+        train__lr=lr,
+        train__batch_size=batch_size,
+        train__max_length=max_length,
+        train__reg=reg,
+        train__warm_start=warm_start,
+        train__update=update,
+        train__precision=precision,
+        train__grad_checkpointing=grad_checkpointing,
+        tree__search=search,
+    )
+    project = session.project()
+    if resume:
+        chosen, request = _interrupted(project, data, name)
+    else:
+        if data is None:
+            raise UsageError("train-task needs DATA: an image folder, a manifest or a table.")
+        chosen = _task_name(name, data)
+        request = DataRequest(
+            path=data.absolute(),
+            val=None if val is None else val.absolute(),
+            classes=None if classes is None else tuple(part.strip() for part in classes.split(",")),
+            data_format=data_format,
+            columns=parse_pairs(columns, "--map"),
+            metric=metric,
+            train_limit=train_limit,
+            test_limit=test_limit,
+            skip_bad=skip_bad,
+            seed=project.state.fixed["seed"],
+        )
+    _check_free(project, chosen)
+    config = project_config(project, flags)
+    runtime = session.runtime(device)
+    if dry_run:
+        _show_plan(session, open_base(project, config, runtime), request, chosen, config)
+        return
+    with session.writer(runtime, f"train-task {chosen}") as project:
+        base = open_base(project, config, runtime)
+        report = learn_task(project, base, request, chosen, config, runtime, evaluate=evaluate, resume=resume)
+    show_report(session, report)
+
+
+def _task_name(name: str | None, data: Path) -> str:
+    from treelora_cli.project import check_task_name
+
+    if name is not None:
+        return check_task_name(name)
+    stem = data.absolute().stem if data.suffix else data.absolute().name
+    derived = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")[:64]
+    return check_task_name(derived or "task")
+
+
+def _check_free(project: Project, name: str) -> None:
+    for number, task in enumerate(project.state.tasks, start=1):
+        if task.name == name:
+            raise UsageError(
+                f"Task '{name}' exists ({number:03d}). Choose another --name, or treelora rollback {name}."
+            )
+
+
+def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple[str, DataRequest]:
+    from dataclasses import replace
+
+    from treelora_cli.backend import DataRequest
+
+    facts = project.checkpoint_facts()
+    if facts is None:
+        raise ProjectError("No interrupted task to resume. Run: treelora train-task DATA")
+    if name not in (None, facts["task"]):
+        raise UsageError(f"The interrupted task is '{facts['task']}', not '{name}'.")
+    request = replace(DataRequest.from_json(facts["request"]), test_only=False)
+    if data is not None and data.absolute() != request.path:
+        raise UsageError(f"The interrupted task's data is {request.path}, not {data}.")
+    return str(facts["task"]), request
+
+
+def _show_plan(session: Session, base: Base, request: DataRequest, name: str, config: Config) -> None:
+    task = base.read_task(request)
+    train = config.train
+    assert train.batch_size is not None and train.epochs is not None
+    trained = sum(parameter.numel() for parameter in base.network.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() * parameter.element_size() for parameter in base.network.parameters())
+    document: dict[str, Any] = {
+        "task": name,
+        "train_examples": task.train_size,
+        "held_out_examples": task.test_size,
+        "labels": list(task.labels),
+        "metric": task.metric,
+        "steps": -(-task.train_size // train.batch_size) * train.epochs,
+        "adapter_parameters": trained,
+        "memory_estimate_mib": round((frozen + 16 * trained) / 2**20 + 350),
+        "sample": task.sample,
+        "notes": list(task.notes),
+    }
+    lines = [f"{key.replace('_', ' ')}: {value}" for key, value in document.items() if value not in ([], "")]
+    session.output.result(document, *lines, "Nothing was learned (--dry-run).")
+
+
+def show_report(session: Session, report: TaskReport) -> None:
+    """Render what a learned task reports."""
+    from treelora_cli.views.scores import seconds_line, standing_table
+
+    document = {
+        "task": report.name,
+        "nearest": report.nearest,
+        "warm_start_from": report.parent,
+        "steps": report.steps,
+        "seconds": report.seconds,
+        "peak_mib": round(report.peak_bytes / 2**20),
+        "scores": {
+            name: {"score": s.value, "examples": s.count, "routed": s.routed} for name, s in report.scores.items()
+        },
+        **{key: value for key, value in report.matrix.to_json().items() if key in ("op", "forgetting", "bwt")},
+        "notes": list(report.notes),
+    }
+    origin = f"started from '{report.parent}'" if report.parent else "started anew"
+    nearest = f", nearest task '{report.nearest}'" if report.nearest else ""
+    session.output.result(
+        document,
+        f"Task '{report.name}' is committed: {report.steps} steps, {origin}{nearest}.",
+        seconds_line(report.seconds),
+        standing_table(report.matrix.standing(), {name: score.routed for name, score in report.scores.items()}),
+    )

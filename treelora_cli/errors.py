@@ -1,0 +1,77 @@
+"""Errors meant for the person at the terminal, each with its documented exit code.
+
+Every message is one line: what is wrong, where, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TreeLoraError(Exception):
+    """Base of every error a user can cause or mend; ``exit_code`` is the process's."""
+
+    exit_code = 1
+
+
+class UsageError(TreeLoraError):
+    """An option, argument or configuration value that cannot be used."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration or recipe file with an unknown key or a value out of range."""
+
+
+class ProjectError(TreeLoraError):
+    """No project here, or its state is missing, damaged or from another base."""
+
+    exit_code = 3
+
+
+class DamagedError(ProjectError):
+    """A project file that does not match its recorded hash, size or shape."""
+
+
+class DataError(TreeLoraError):
+    """Training or test data that is missing, malformed or of the wrong kind."""
+
+    exit_code = 4
+
+
+class ModelError(TreeLoraError):
+    """A base model that is unknown, not available offline or does not fit."""
+
+    exit_code = 5
+
+
+class ResourceError(TreeLoraError):
+    """Memory or disk ran out."""
+
+    exit_code = 6
+
+
+class CheckError(TreeLoraError):
+    """A verification or a threshold that was asked for failed."""
+
+    exit_code = 7
+
+
+class LockedError(TreeLoraError):
+    """Another process is writing this project."""
+
+    exit_code = 8
+
+
+class Interrupted(TreeLoraError):
+    """Stopped by the user; what was trained so far can be resumed."""
+
+    exit_code = 130
+
+
+def suggest(value: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the known name nearest to ``value``, or nothing."""
+    near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,0 +1,249 @@
+"""Classifiers solved from statistics instead of trained: no image is kept, nothing drifts.
+
+Pure tensor code. Symbols: ``F`` feature width, ``W`` width of the expanded features, ``K`` columns (one per
+task and class), ``n`` examples.
+
+Source: random features with a ridge head follow RanPAC (McDonnell et al., NeurIPS 2023); the features here
+come from several blocks and are standardised by the first task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from treelora_cli.runtime import Runtime
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Standardise features and expand them: (n, F) -> (n, W).
+
+    Attributes:
+        mean, scale: Of the first task's features, (F,).
+        projection: Seeded normal, (F, W).
+    """
+
+    mean: Tensor
+    scale: Tensor
+    projection: Tensor
+
+    @classmethod
+    def of_moments(cls, mean: Tensor, deviation: Tensor, expanded: int, seed: int) -> FeatureMap:
+        """Make the map that standardises features of this mean and standard deviation, both (F,)."""
+        scale = deviation + 1e-3 * deviation.mean() + 1e-12
+        return cls(mean, scale, cls.draw(mean.shape[0], expanded, seed).to(mean.device))
+
+    @staticmethod
+    def draw(width: int, expanded: int, seed: int) -> Tensor:
+        """Draw the projection, (F, W); each column's expected squared norm is 1."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(width, expanded, generator=generator)
+        return drawn / math.sqrt(width)
+
+    @property
+    def width(self) -> int:
+        """Expanded width W."""
+        return self.projection.shape[1]
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Expand (n, F) to (n, W): GELU of the projected standardised features."""
+        return nn.functional.gelu((features - self.mean) / self.scale @ self.projection)
+
+    def to_tensors(self) -> Tensors:
+        """Return what cannot be drawn again from the seed."""
+        return {"feature.mean": self.mean.cpu(), "feature.scale": self.scale.cpu()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], expanded: int, seed: int, device: torch.device) -> FeatureMap:
+        """Rebuild a map from ``to_tensors`` and the seed."""
+        mean = tensors["feature.mean"].to(device)
+        return cls(mean, tensors["feature.scale"].to(device), cls.draw(mean.shape[0], expanded, seed).to(device))
+
+
+@dataclass
+class RidgeStatistics:
+    """Sums from which ridge regression onto class indicators is solved exactly, in any order of arrival.
+
+    Attributes:
+        gram: Sum of ``phi phi^T``, (W, W).
+        sums: Sum of ``phi`` per column, (K, W).
+        counts: Examples per column, (K,).
+    """
+
+    gram: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    @classmethod
+    def empty(cls, width: int, columns: int, device: torch.device) -> RidgeStatistics:
+        """Return statistics of nothing."""
+        return cls(
+            torch.zeros(width, width, device=device),
+            torch.zeros(columns, width, device=device),
+            torch.zeros(columns, device=device),
+        )
+
+    def add(self, phi: Tensor, columns: Tensor) -> None:
+        """Count examples in: phi (n, W), column index of each (n,)."""
+        self.gram.addmm_(phi.T, phi)
+        self.sums.index_add_(0, columns, phi)
+        self.counts.index_add_(0, columns, torch.ones_like(columns, dtype=self.counts.dtype))
+
+    def solve(self, ridge: float) -> LinearHead:
+        """Solve centred ridge regression with all classes weighted alike in prior but not in error.
+
+        Args:
+            ridge: Penalty as a share of the mean eigenvalue of the centred Gram matrix.
+
+        Returns:
+            A head with scores near 1 for the right column and near 0 for others.
+        """
+        total = self.counts.sum()
+        mean = self.sums.sum(dim=0) / total
+        centred = self.gram.double() - total.double() * torch.outer(mean, mean).double()
+        targets = (self.sums - self.counts[:, None] * mean).double()
+        level = centred.diagonal().mean().clamp(min=1e-12)
+        centred.diagonal().add_(max(ridge, 1e-8) * level)
+        weight = torch.cholesky_solve(targets.T, torch.linalg.cholesky(centred)).T
+        bias = (self.counts / total).double() - weight @ mean.double()
+        return LinearHead(weight.float(), bias.float())
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Scores ``phi @ weight.T + bias``: weight (K, W), bias (K,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, phi: Tensor) -> Tensor:
+        """Return scores, (n, K)."""
+        return phi @ self.weight.T + self.bias
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """Return the upper triangle of a symmetric (W, W) matrix row by row, (W (W + 1) / 2,)."""
+    return torch.cat([matrix[row, row:] for row in range(matrix.shape[0])]).cpu()
+
+
+def unpack_symmetric(packed: Tensor, width: int, device: torch.device) -> Tensor:
+    """Inverse of ``pack_symmetric``.
+
+    Raises:
+        ValueError: The length does not fit the width.
+    """
+    if packed.numel() != width * (width + 1) // 2:
+        raise ValueError(f"{packed.numel()} values do not make a symmetric matrix of width {width}")
+    matrix = torch.zeros(width, width)
+    start = 0
+    for row in range(width):
+        matrix[row, row:] = packed[start : start + width - row]
+        start += width - row
+    matrix = matrix + matrix.triu(1).T
+    return matrix.to(device)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How a change of the network moves its features: ``x -> (x - before) @ map + after``.
+
+    Attributes:
+        before, after: Mean features under the old and the new network, (C,).
+        map: (C, C).
+    """
+
+    before: Tensor
+    after: Tensor
+    map: Tensor
+
+
+def fit_drift(old: Tensor, new: Tensor, ridge: float = 0.1) -> Drift:
+    """Fit features of the same images under two networks, both (n, C); towards identity where data is thin.
+
+    Args:
+        old: Features under the old network.
+        new: Features under the new network.
+        ridge: Pull of the map towards identity, as a share of the mean feature variance.
+    """
+    before, after = old.mean(dim=0), new.mean(dim=0)
+    x, change = (old - before).double(), (new - after - (old - before)).double()
+    gram = x.T @ x
+    gram.diagonal().add_(max(ridge, 1e-6) * float(gram.diagonal().mean().clamp(min=1e-12)))
+    moved = torch.linalg.solve(gram, x.T @ change).float()
+    return Drift(before, after, torch.eye(old.shape[1], device=old.device) + moved)
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """Gaussian summary of classes with one common covariance.
+
+    Attributes:
+        means: (K, C).
+        counts: (K,).
+        scatter: Sum over examples of the outer product of deviations from their class mean, (C, C).
+    """
+
+    means: Tensor
+    counts: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def measure(cls, features: Tensor, labels: Tensor, classes: int, runtime: Runtime) -> ClassStatistics:
+        """Summarise features (n, C) with labels (n,), over all processes."""
+        sums = torch.zeros(classes, features.shape[1], device=features.device).index_add_(0, labels, features)
+        counts = torch.bincount(labels, minlength=classes).float()
+        sums, counts = runtime.sum(sums), runtime.sum(counts)
+        means = sums / counts.clamp(min=1)[:, None]
+        deviations = features - means[labels]
+        return cls(means, counts, runtime.sum(deviations.T @ deviations))
+
+    def moved(self, drift: Drift) -> ClassStatistics:
+        """Return the statistics as the changed network would have given them."""
+        means = (self.means - drift.before) @ drift.map + drift.after
+        return ClassStatistics(means, self.counts, drift.map.T @ self.scatter @ drift.map)
+
+    def joined(self, other: ClassStatistics) -> ClassStatistics:
+        """Append another task's columns."""
+        return ClassStatistics(
+            torch.cat([self.means, other.means]),
+            torch.cat([self.counts, other.counts]),
+            self.scatter + other.scatter,
+        )
+
+    def by_class(self, class_of: Tensor, classes: int) -> ClassStatistics:
+        """Pool columns of the same class: class index of each column (K,)."""
+        counts = torch.zeros(classes, device=self.counts.device).index_add_(0, class_of, self.counts)
+        sums = torch.zeros(classes, self.means.shape[1], device=self.means.device)
+        means = sums.index_add_(0, class_of, self.means * self.counts[:, None]) / counts.clamp(min=1)[:, None]
+        between = self.means - means[class_of]
+        return ClassStatistics(means, counts, self.scatter + (between * self.counts[:, None]).T @ between)
+
+    def discriminant(self, ridge: float) -> LinearHead:
+        """Return Fisher's linear discriminant with equal class priors; logits are log-densities up to a constant."""
+        covariance = (self.scatter / self.counts.sum()).double()
+        covariance.diagonal().add_(max(ridge, 1e-6) * float(covariance.diagonal().mean().clamp(min=1e-12)))
+        weight = torch.linalg.solve(covariance, self.means.double().T).T
+        bias = -0.5 * (weight * self.means.double()).sum(dim=1)
+        return LinearHead(weight.float(), bias.float())
+
+    def to_tensors(self, prefix: str) -> Tensors:
+        """Return the tensors under ``prefix``."""
+        return {
+            f"{prefix}.means": self.means.cpu().contiguous(),
+            f"{prefix}.counts": self.counts.cpu().contiguous(),
+            f"{prefix}.scatter": self.scatter.cpu().contiguous(),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> ClassStatistics:
+        """Read what ``to_tensors`` returned."""
+        return cls(*(tensors[f"{prefix}.{name}"].to(device) for name in ("means", "counts", "scatter")))

@@ -1,0 +1,425 @@
+"""Learn one task and commit it: the main job, in order.
+
+::
+
+    read data -> frozen pass -> probe: signature -> search -> warm start -> train -> statistics
+              -> tree, budget -> score every task -> commit
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from treelora_cli import __version__, adapters
+from treelora_cli.backend import Base, DataRequest, Learned, Memory, Score, Session, TaskData, TaskMemory
+from treelora_cli.budget import merge_to_budget
+from treelora_cli.config import Config, to_dict
+from treelora_cli.errors import DataError, ProjectError, UsageError
+from treelora_cli.evaluation import HeldOut, read_held_out, score_tasks
+from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
+from treelora_cli.metrics import ScoreMatrix
+from treelora_cli.project import Commit, Project
+from treelora_cli.runtime import Runtime, measure_precision
+from treelora_cli.signature import SignatureAccumulator, SketchSpec
+from treelora_cli.trainer import Trainer, TrainReport, TrainSettings
+from treelora_cli.tree import Tree, build_tree
+
+if TYPE_CHECKING:
+    from treelora_cli.adapters import AdapterWeights
+    from treelora_cli.bandit import Search, Width
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What ``train-task`` shows in the end.
+
+    Attributes:
+        name: The new task.
+        matrix: Scores after the commit.
+        scores: Score of each task now, by name.
+        parent: Task whose adapter the new one started from; ``None`` for a cold start.
+        nearest: Task the search found nearest; ``None`` for the first.
+        seconds: Time by phase.
+        steps: Optimizer steps.
+        peak_bytes: Largest resident memory of the process.
+        notes: Lines for the user.
+    """
+
+    name: str
+    matrix: ScoreMatrix
+    scores: dict[str, Score]
+    parent: str | None
+    nearest: str | None
+    seconds: dict[str, float]
+    steps: int
+    peak_bytes: int
+    notes: tuple[str, ...]
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + now - self._last, 3)
+        self._last = now
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that every stored adapter and statistic depends on."""
+    return {
+        "seed": config.seed,
+        "adapter.rank": config.adapter.rank,
+        "adapter.alpha": config.adapter.alpha,
+        "adapter.targets": config.adapter.targets,
+        "adapter.blocks": config.adapter.blocks,
+        "tree.signature_width": config.tree.signature_width,
+        "head.width": config.head.width,
+        "head.blocks": config.head.blocks,
+    }
+
+
+def check_base(project: Project, base: Base) -> None:
+    """Raise ``ProjectError`` when ``base`` is not the model the project was made with."""
+    if base.fingerprint != project.state.base["fingerprint"]:
+        raise ProjectError(
+            f"The base model is not the one this project was made with: weights hash {base.fingerprint[:12]},"
+            f" expected {project.state.base['fingerprint'][:12]}. Restore the original model."
+        )
+    if list(base.layers) != project.state.base["layers"]:
+        raise ProjectError(
+            "The base model's adapted layers differ from this project's. Restore 'targets' and 'blocks'."
+        )
+
+
+def learn_task(
+    project: Project,
+    base: Base,
+    request: DataRequest,
+    name: str,
+    config: Config,
+    runtime: Runtime,
+    *,
+    evaluate: bool,
+    resume: bool,
+) -> TaskReport:
+    """Learn a task and commit it; the caller holds the lock.
+
+    Raises:
+        TreeLoraError: Bad data, no memory, an interruption, ...; the project is as before.
+    """
+    if project.state.task(name) is not None:
+        number = [task.name for task in project.state.tasks].index(name) + 1
+        raise UsageError(f"Task '{name}' exists ({number:03d}). Choose another --name, or treelora rollback {name}.")
+    check_base(project, base)
+    clock = _Clock()
+    task = base.read_task(request)
+    for note in task.notes:
+        runtime.reporter.note(note)
+    clock.lap("read")
+    learner = _Learner(project, base, task, name, config, runtime, clock)
+    learned, report = learner.train(request, resume)
+    memory, tree, matrix, scores = learner.conclude(learned, evaluate)
+    if runtime.is_main:
+        project.commit(learner.commit_of(learned, report, request, tree, matrix))
+        project.clear_checkpoint()
+    clock.lap("commit")
+    names = [one.name for one in memory.tasks]
+    nearest, parent = learner.method.nearest(), learner.method.parent()
+    return TaskReport(
+        name=name,
+        matrix=matrix,
+        scores=scores,
+        parent=None if parent is None else names[parent],
+        nearest=None if nearest is None else names[nearest],
+        seconds=clock.seconds,
+        steps=report.steps,
+        peak_bytes=peak_bytes(),
+        notes=task.notes,
+    )
+
+
+class _Learner:
+    """The steps of ``learn_task`` that share the loaded base and the task's session."""
+
+    def __init__(
+        self, project: Project, base: Base, task: TaskData, name: str, config: Config, runtime: Runtime, clock: _Clock
+    ) -> None:
+        self.project = project
+        self.base = base
+        self.task = task
+        self.name = name
+        self.config = config
+        self.runtime = runtime
+        self.clock = clock
+        assert config.seed is not None and config.adapter.rank is not None and config.adapter.alpha is not None
+        self.scale = config.adapter.alpha / config.adapter.rank
+        self.seed: int = config.seed
+        self.memory: Memory = project.memory()
+        self.tree = project.tree()
+        self.method: TreeLora
+        self.signature: np.ndarray[Any, Any]
+        self.trained: AdapterWeights
+
+    # -- train ----------------------------------------------------------------------------------------
+
+    def train(self, request: DataRequest, resume: bool) -> tuple[Learned, TrainReport]:
+        """Probe, search and train; leaves the trained adapter in the slot."""
+        session = self.base.session(self.task, self.memory, self.config)
+        slot = adapters.slot_parameters(self.base.network, self.base.layers)
+        reference = adapters.reference_point(self.base.network, self.base.layers, self.scale, self.seed)
+        adapters.write_slot(self.base.network, reference)
+        self._choose_precision(session, slot)
+        session.prepare()
+        self.clock.lap("frozen pass")
+        queries = self._probe(session, slot)
+        self.clock.lap("probe")
+        self.method = TreeLora(
+            self._method_settings(), self.tree, queries, reference, lambda index: self.memory.tasks[index].adapter()
+        )
+        adapters.write_slot(self.base.network, self.method.initial_adapter())
+        self.clock.lap("search")
+        trainer = Trainer(session, self.method, slot, self._train_settings(), self.runtime)
+        if resume:
+            self._resume(trainer)
+        report = trainer.run(lambda step, tensors: self._save_checkpoint(step, tensors, request))
+        self.clock.lap("train")
+        self.trained = adapters.read_slot(self.base.network, self.base.layers, self.scale)
+        learned = session.finish()
+        self.clock.lap("statistics")
+        return learned, report
+
+    def _choose_precision(self, session: Session, slot: list[Any]) -> None:
+        wanted = self.config.train.precision
+        if wanted != "auto":
+            self.runtime.precision = str(wanted)
+            return
+        ups = [up for _, up in slot]
+
+        def step() -> None:
+            with self.runtime.autocast():
+                loss = session.trial_loss()
+            torch.autograd.grad(loss, ups)
+
+        self.runtime.precision = self._precision_of_last_task() or measure_precision(self.runtime, step)
+
+    def _precision_of_last_task(self) -> str | None:
+        """Return what was measured before on this kind of device: one project, one arithmetic."""
+        if not self.project.state.tasks:
+            return None
+        record = self.project.task_record(self.project.state.tasks[-1].name)
+        same = record["device"] == self.runtime.device.type
+        return str(record["precision"]) if same else None
+
+    def _probe(self, session: Session, slot: list[Any]) -> np.ndarray[Any, Any]:
+        """Average the new task's gradients at the reference point; return the mini-batches' sketches."""
+        tree = self.config.tree
+        assert tree.probe_batches is not None and tree.signature_width is not None
+        accumulator = SignatureAccumulator(SketchSpec(width=tree.signature_width, seed=self.seed))
+        ups = [up for _, up in slot]
+        own = -(-tree.probe_batches // self.runtime.accelerator.num_processes)
+        for loss in self.runtime.reporter.track(session.probe_losses(own), "Probing", own):
+            accumulator.add(list(torch.autograd.grad(loss, ups)))
+        batches = self.runtime.concatenate(accumulator.batches.to(self.runtime.device)).cpu()
+        mean = self.runtime.sum(accumulator.signature().to(self.runtime.device)).cpu()
+        self.signature = torch.nn.functional.normalize(mean, dim=-1).numpy()
+        return batches.numpy()
+
+    def _method_settings(self) -> TreeLoraSettings:
+        train, tree = self.config.train, self.config.tree
+        assert train.reg is not None
+        return TreeLoraSettings(
+            reg=train.reg,
+            update=str(train.update),
+            warm_start=str(train.warm_start),
+            search=cast("Search", tree.search),
+            width=cast("Width", tree.width),
+            seed=self.seed * 10_007 + len(self.memory.tasks),
+        )
+
+    def _train_settings(self) -> TrainSettings:
+        train = self.config.train
+        assert train.epochs is not None and train.lr is not None
+        assert train.weight_decay is not None and train.batch_size is not None
+        return TrainSettings(
+            epochs=train.epochs,
+            lr=train.lr,
+            weight_decay=train.weight_decay,
+            batch_size=train.batch_size,
+            seed=self.seed * 10_007 + len(self.memory.tasks),
+        )
+
+    # -- checkpoint -----------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be continued."""
+        train = {key: value for key, value in to_dict(self.config)["train"].items() if key != "precision"}
+        return {
+            "task": self.name,
+            "generation": self.project.state.generation,
+            "data": self.task.digest,
+            "train": train,
+            "precision": self.runtime.precision,
+        }
+
+    def _save_checkpoint(self, step: int, tensors: dict[str, torch.Tensor], request: DataRequest) -> None:
+        if not self.runtime.is_main:
+            return
+        arrays, facts = self.method.state()
+        tensors = {**tensors, **{f"bandit.{key}": torch.from_numpy(np.asarray(a)) for key, a in arrays.items()}}
+        self.project.save_checkpoint(
+            {**self._identity(), "request": request.to_json(), "step": step, "bandit": facts}, tensors
+        )
+
+    def _resume(self, trainer: Trainer) -> None:
+        facts = self.project.checkpoint_facts()
+        if facts is None:
+            raise ProjectError("No interrupted task to resume. Run: treelora train-task DATA")
+        for key, value in json.loads(json.dumps(self._identity())).items():
+            if facts.get(key) != value:
+                raise ProjectError(
+                    f"The interrupted task cannot be resumed: its {key} has changed. Train it anew, without --resume."
+                )
+        saved = self.project.checkpoint_tensors(facts)
+        prefix = "bandit."
+        arrays = {key[len(prefix) :]: value.numpy() for key, value in saved.items() if key.startswith(prefix)}
+        self.method.load_state(arrays, facts["bandit"])
+        trainer.load(int(facts["step"]), saved)
+
+    # -- conclude -------------------------------------------------------------------------------------
+
+    def conclude(self, learned: Learned, evaluate: bool) -> tuple[Memory, Tree, ScoreMatrix, dict[str, Score]]:
+        """Extend the tree, keep the budget and score every task."""
+        tree = self._extended_tree()
+        self.clock.lap("tree")
+        new = TaskMemory(self.name, self.task.labels, self.task.metric, lambda: self.trained, lambda: learned.tensors)
+        memory = self.memory.with_task(new, learned.shared)
+        memory, self.merged = self._kept_within_budget(memory, tree)
+        scores = self._scores(memory) if evaluate else {}
+        self.clock.lap("evaluate")
+        values = [scores[one.name].value if one.name in scores else None for one in memory.tasks]
+        return memory, tree, self.project.matrix().with_row(self.name, values), scores
+
+    def _extended_tree(self) -> Tree:
+        assert self.config.tree.depth is not None
+        if self.tree is None:
+            return build_tree(self.signature[None], self.config.tree.depth)
+        if self.tree.tree_depth != self.config.tree.depth:
+            rows = np.concatenate([self.tree.signatures, self.signature[None]])
+            return build_tree(rows, self.config.tree.depth)
+        tree = self.tree.insert(self.signature)
+        return build_tree(tree.signatures, tree.tree_depth) if tree.rebuild_due else tree
+
+    def _kept_within_budget(
+        self, memory: Memory, tree: Tree
+    ) -> tuple[Memory, dict[str, tuple[tuple[str, ...], AdapterWeights]]]:
+        homes = [task.adapter for task in self.project.state.tasks] + [f"new/{self.name}"]
+        groups = merge_to_budget(tree, homes, lambda index: memory.tasks[index].adapter(), self.config.budget or 0)
+        tasks, merged = list(memory.tasks), {}
+        for group in groups:
+            names = tuple(tasks[index].name for index in group.members)
+            merged[names[-1]] = (names, group.adapter)
+            for index in group.members:
+                tasks[index] = replace(tasks[index], adapter=_constant(group.adapter))
+            self.runtime.reporter.note(f"Storage budget: {', '.join(names)} now share one adapter.")
+        return replace(memory, tasks=tuple(tasks)), merged
+
+    def _scores(self, memory: Memory) -> dict[str, Score]:
+        records = {task.name: self.project.task_record(task.name) for task in self.project.state.tasks}
+        held_out = read_held_out(self.base, records, None)
+        for one in held_out:
+            if one.data is None:
+                self.runtime.reporter.note(f"Task '{one.name}' is not scored: {one.problem}")
+        if self.task.test_size:
+            held_out.append(HeldOut(self.name, self.task))
+        return score_tasks(self.base, memory, str(self.config.inference), held_out)
+
+    def commit_of(
+        self, learned: Learned, report: TrainReport, request: DataRequest, tree: Tree, matrix: ScoreMatrix
+    ) -> Commit:
+        """Gather what is written."""
+        arrays, meta = self.method.state()
+        searched = {"tasks": [task.name for task in self.project.state.tasks], "task": self.name, "state": meta}
+        return Commit(
+            name=self.name,
+            record=self._record(learned, report, request),
+            labels=self.task.labels,
+            adapter_files=self._adapter_files(self.trained),
+            tensors=learned.tensors,
+            shared=learned.shared,
+            tree=tree,
+            bandit_arrays={key: np.ascontiguousarray(value) for key, value in arrays.items()},
+            bandit_meta=searched if meta else {},
+            matrix=matrix,
+            merged={newest: (names, self._adapter_files(weights)) for newest, (names, weights) in self.merged.items()},
+        )
+
+    def _adapter_files(self, weights: AdapterWeights) -> dict[str, bytes]:
+        from safetensors.torch import save
+
+        config = adapters.peft_config(self.base.network, self.config.base.model)
+        return {
+            "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+            "adapter_model.safetensors": save(weights.to_tensors(), metadata={"format": "pt"}),
+        }
+
+    def _record(self, learned: Learned, report: TrainReport, request: DataRequest) -> dict[str, Any]:
+        nearest, parent = self.method.nearest(), self.method.parent()
+        names = [task.name for task in self.memory.tasks]
+        return {
+            "name": self.name,
+            "metric": self.task.metric,
+            "data": request.to_json(),
+            "data_sha256": self.task.digest,
+            "train_examples": self.task.train_size,
+            "test_examples": self.task.test_size,
+            "nearest": None if nearest is None else names[nearest],
+            "warm_start_from": None if parent is None else names[parent],
+            "settings": {k: v for k, v in to_dict(self.config).items() if k != "stream"},
+            "precision": self.runtime.precision,
+            "processes": self.runtime.accelerator.num_processes,
+            "device": self.runtime.device.type,
+            "steps": report.steps,
+            "last_loss": report.last_loss,
+            "seconds": dict(self.clock.seconds),
+            "facts": learned.facts,
+            "versions": _versions(),
+        }
+
+
+def _constant(weights: AdapterWeights) -> Callable[[], AdapterWeights]:
+    return lambda: weights
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    names = ("torch", "peft", "timm", "transformers", "accelerate", "safetensors")
+    return {"treelora": __version__, "python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def require_examples(task: TaskData) -> None:
+    """Raise ``DataError`` when there is nothing to learn from."""
+    if task.train_size == 0:
+        raise DataError("No training examples.")

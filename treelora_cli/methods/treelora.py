@@ -1,0 +1,128 @@
+"""TreeLoRA: warm start and eq. 3's pull, both towards tasks found by bandit search on the tree.
+
+Source: TreeLoRA section 3, eq. 2 and 3; the deviations are those of ``bandit``, ``tree`` and ``regularizer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treelora_cli import regularizer
+from treelora_cli.bandit import Search, TreeBandit, Width
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from treelora_cli.adapters import AdapterWeights
+    from treelora_cli.methods.base import StepView
+    from treelora_cli.tree import Tree
+
+_SEARCH_ROUNDS = 4
+"""Times the probe's sketches are walked down the tree before training; a comparison costs no gradient."""
+
+
+@dataclass(frozen=True)
+class TreeLoraSettings:
+    """The method's own settings; see ``config.TrainConfig`` and ``config.TreeConfig``."""
+
+    reg: float
+    update: str
+    warm_start: str
+    search: Search
+    width: Width
+    seed: int
+
+
+class TreeLora:
+    """The strategy of one task.
+
+    Args:
+        settings: The method's settings.
+        tree: Tree over the earlier tasks, ``None`` for the first task.
+        queries: Sketched mini-batch gradients of the new task at the reference point, (n, D, m).
+        reference: The shared seeded adapter, where a cold start begins.
+        earlier: Returns earlier task ``i``'s adapter.
+    """
+
+    def __init__(
+        self,
+        settings: TreeLoraSettings,
+        tree: Tree | None,
+        queries: np.ndarray[Any, Any],
+        reference: AdapterWeights,
+        earlier: Callable[[int], AdapterWeights],
+    ) -> None:
+        self.settings = settings
+        self.tree = tree
+        self.queries = queries
+        self.reference = reference
+        self._earlier = earlier
+        self._on_device: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._targets: list[tuple[Tensor, Tensor]] | None = None
+        self.bandit = None
+        if tree is not None:
+            self.bandit = TreeBandit(tree, width=settings.width, search=settings.search, seed=settings.seed)
+            for index in range(_SEARCH_ROUNDS * len(queries)):
+                self.bandit.step(queries[index % len(queries)])
+
+    def nearest(self) -> int | None:
+        """Return the earlier task that the search finds nearest over all layers."""
+        return None if self.bandit is None else int(self.bandit.nearest())
+
+    def parent(self) -> int | None:
+        """Return the earlier task whose adapter the new one starts from."""
+        if self.tree is None or self.settings.warm_start == "none":
+            return None
+        return self.tree.task_count - 1 if self.settings.warm_start == "latest" else self.nearest()
+
+    def initial_adapter(self) -> AdapterWeights:
+        """Return the parent's adapter (a copy: adapters never stack), or the reference."""
+        parent = self.parent()
+        return self.reference if parent is None else self._earlier(parent)
+
+    def penalty(self, view: StepView, loss: Tensor) -> Tensor | None:
+        """Search one step and return eq. 3's term towards the selected tasks, layer by layer."""
+        if self.bandit is None:
+            return None
+        chosen = self.bandit.step(self.queries[view.step % len(self.queries)])
+        if self.settings.reg == 0:
+            return None
+        device = view.slot[0][0].device
+        self._targets = [self._target(int(task), layer, device) for layer, task in enumerate(chosen)]
+        if self.settings.update != "penalty":
+            return None
+        ramp = regularizer.ramp(view.step % view.steps_per_epoch, view.steps_per_epoch)
+        return regularizer.penalty(view.slot, self._targets, loss, self.settings.reg, ramp)
+
+    def after_step(self, view: StepView) -> None:
+        """With ``update = prox``: draw entries that hardly moved back onto the selected task's, exactly."""
+        if self.settings.update != "prox" or self._targets is None:
+            return
+        ramp = regularizer.ramp(view.step % view.steps_per_epoch, view.steps_per_epoch)
+        threshold = self.settings.reg * ramp * view.lr
+        with torch.no_grad():
+            for pair, target in zip(view.slot, self._targets, strict=True):
+                regularizer.soft_threshold_(pair, target, threshold)
+
+    def _target(self, task: int, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = (task, layer)
+        if key not in self._on_device:
+            weights = self._earlier(task)
+            self._on_device[key] = (weights.down[layer].to(device), weights.up[layer].to(device))
+        return self._on_device[key]
+
+    def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+        """Return the bandit's statistics."""
+        if self.bandit is None:
+            return {}, {}
+        return self.bandit.state_arrays(), self.bandit.state_meta()
+
+    def load_state(self, arrays: dict[str, np.ndarray[Any, Any]], facts: dict[str, Any]) -> None:
+        """Continue the search where it stopped."""
+        if self.tree is not None:
+            self.bandit = TreeBandit.from_state(self.tree, arrays, facts)

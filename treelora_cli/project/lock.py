@@ -1,0 +1,52 @@
+"""One writer at a time: an exclusive lock that dies with its process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from treelora_cli.errors import LockedError, ProjectError
+
+
+@contextmanager
+def exclusive_lock(directory: Path, purpose: str) -> Iterator[None]:
+    """Hold the writer's lock in ``directory`` (a project's ``.treelora``).
+
+    The operating system releases the lock when the holder dies, so a lock left behind needs no mending.
+
+    Raises:
+        LockedError: Another process holds it; the message names it.
+        ProjectError: The directory cannot be written.
+    """
+    holder = directory / "lock.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / "lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise LockedError(f"This project is being written by {_describe(holder)}. Wait for it to end.") from error
+    except OSError as error:
+        raise ProjectError(f"{directory} cannot be written: {error.strerror}.") from error
+    try:
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "command": purpose, "since": int(time.time())}
+        holder.write_text(json.dumps(facts), encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _describe(holder: Path) -> str:
+    try:
+        facts = json.loads(holder.read_text(encoding="utf-8"))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(facts["since"])))
+        return f"'treelora {facts['command']}' (process {int(facts['pid'])} on {facts['host']}, since {since})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,134 @@
+"""``state.json``: the commit point. What a project is made of, strictly checked when read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from treelora_cli.errors import DamagedError, ProjectError
+from treelora_cli.project.store import FileRecord, check_inner_name
+
+SCHEMA = 1
+"""Version of the project layout this program writes."""
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One learned task.
+
+    Attributes:
+        name: As the user gave it.
+        directory: Where its records lie, such as ``tasks/001-birds``.
+        adapter: Directory that holds its adapter: its own, or that of the group it was merged into.
+    """
+
+    name: str
+    directory: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything ``state.json`` says.
+
+    Attributes:
+        backend: Registered model family.
+        base: Identity of the frozen model: fingerprint, adapted layers, facts.
+        fixed: Settings that every stored adapter depends on and that cannot change any more.
+        tasks: In order of arrival.
+        files: Record of every file by its name in the project.
+        generation: Commits so far.
+        written_by: Version of treelora that wrote it.
+    """
+
+    backend: str
+    base: dict[str, Any]
+    fixed: dict[str, Any]
+    tasks: tuple[TaskEntry, ...] = ()
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    generation: int = 0
+    written_by: str = ""
+
+    def to_json(self) -> bytes:
+        """Render with sorted keys: the same state is the same bytes."""
+        record = {"schema": SCHEMA, **asdict(self)}
+        return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+
+    def task(self, name: str) -> TaskEntry | None:
+        """Return the task called ``name``."""
+        return next((task for task in self.tasks if task.name == name), None)
+
+
+def parse_state(data: bytes) -> State:
+    """Read ``state.json``.
+
+    Raises:
+        ProjectError: It was written by a newer version.
+        DamagedError: It is not what this program writes.
+    """
+    try:
+        record = json.loads(data)
+        schema = record.pop("schema")
+        if type(schema) is int and schema > SCHEMA:
+            raise ProjectError(f"state.json has schema {schema}; this treelora reads up to {SCHEMA}. Upgrade treelora.")
+        if schema != SCHEMA:
+            raise ValueError("schema")
+        return _build(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"state.json is damaged ({type(error).__name__}). Run treelora doctor.") from error
+
+
+def _build(record: dict[str, Any]) -> State:
+    texts = [record["backend"], record["written_by"]]
+    if not all(type(text) is str for text in texts):
+        raise TypeError("text expected")
+    if type(record["generation"]) is not int or record["generation"] < 0:
+        raise ValueError("generation")
+    files = {
+        check_inner_name(name): FileRecord(_hex(entry["sha256"]), _size(entry["size"]))
+        for name, entry in record["files"].items()
+    }
+    tasks = tuple(TaskEntry(**{key: _text(value) for key, value in task.items()}) for task in record["tasks"])
+    for task in tasks:
+        check_inner_name(task.directory)
+        check_inner_name(task.adapter)
+        if f"{task.adapter}/adapter_model.safetensors" not in files:
+            raise ValueError("adapter without a file")
+    if len({task.name for task in tasks}) != len(tasks):
+        raise ValueError("task names")
+    base, fixed = record["base"], record["fixed"]
+    if type(base) is not dict or type(fixed) is not dict or not _is_text_list(base["layers"]):
+        raise TypeError("mapping expected")
+    _text(base["fingerprint"])
+    return State(
+        backend=record["backend"],
+        base=base,
+        fixed=fixed,
+        tasks=tasks,
+        files=files,
+        generation=record["generation"],
+        written_by=record["written_by"],
+    )
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError("text expected")
+    return value
+
+
+def _is_text_list(value: Any) -> bool:
+    return type(value) is list and all(type(item) is str for item in value)
+
+
+def _hex(value: Any) -> str:
+    if len(_text(value)) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError("hash")
+    return str(value)
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("size")
+    return value

@@ -1,0 +1,134 @@
+"""Where and in which arithmetic a command computes: device, processes, precision, progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+from treelora_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+class Reporter(Protocol):
+    """What the core may tell the user while it works."""
+
+    def note(self, message: str) -> None:
+        """Show one line."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+        """Yield ``items`` while showing a progress bar with rate and time left."""
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    def note(self, message: str) -> None:
+        """Ignore the line."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+        """Yield ``items``."""
+        yield from items
+
+
+@dataclass
+class Runtime:
+    """Processes and device (through accelerate), precision and reporter of one command."""
+
+    accelerator: Accelerator
+    precision: str = "fp32"
+    offline: bool = False
+    reporter: Reporter = field(default_factory=Silent)
+
+    @property
+    def device(self) -> torch.device:
+        """The device this process computes on."""
+        return cast("torch.device", self.accelerator.device)
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes and prints."""
+        return bool(self.accelerator.is_main_process)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of the forward pass in the chosen precision."""
+        import torch
+
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def share(self, items: list[T]) -> list[T]:
+        """Return this process's part of ``items``: every ``world``-th, from its rank on."""
+        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of ``tensor`` over processes."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        total = self.accelerator.reduce(tensor, reduction="sum")
+        return total  # type: ignore[no-any-return]
+
+    def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all processes; every process gives equally many."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        gathered = self.accelerator.gather(tensor.contiguous())
+        return gathered  # type: ignore[no-any-return]
+
+
+def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Runtime:
+    """Start accelerate on ``device`` (``cpu``, ``cuda``, ``mps``, ``None`` or ``auto`` for the best there is).
+
+    Raises:
+        UsageError: The device is unknown or not present.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    wanted = (device or "auto").split(":")[0]
+    present = {
+        "auto": True,
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if wanted not in present:
+        raise UsageError(f"--device is one of {', '.join(present)}; got {device!r}.")
+    if not present[wanted]:
+        raise UsageError(f"--device {device}: not present on this machine. Leave it out to use the best.")
+    accelerator = Accelerator(cpu=wanted == "cpu")
+    return Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
+
+
+def measure_precision(runtime: Runtime, step: Callable[[], None]) -> str:
+    """Run ``step`` in fp32 and under bf16 autocast and return the faster: ``fp32`` or ``bf16``.
+
+    With several processes the main one's measurement decides for all.
+    """
+    import torch
+
+    seconds: dict[str, float] = {}
+    before = runtime.precision
+    for precision in ("fp32", "bf16"):
+        runtime.precision = precision
+        step()
+        times = []
+        for _ in range(2):
+            start = time.perf_counter()
+            step()
+            if runtime.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        seconds[precision] = min(times)
+    runtime.precision = before
+    prefer = torch.tensor([float(seconds["bf16"] < seconds["fp32"])], device=runtime.device)
+    votes = runtime.concatenate(prefer)
+    return "bf16" if float(votes[0]) > 0.5 else "fp32"

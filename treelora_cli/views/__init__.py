@@ -1,0 +1,1 @@
+"""What the terminal shows: results, tables, trees, progress."""

@@ -1,0 +1,73 @@
+"""Standard output carries the result, standard error everything else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+
+class Output:
+    """Where results, notes and progress go.
+
+    Args:
+        as_json: One JSON document on standard output, nothing else there.
+        quiet: No notes and no progress.
+        silent: Nothing at all, as in all processes but the main one.
+    """
+
+    def __init__(self, *, as_json: bool, quiet: bool, silent: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.silent = silent
+        self.out = Console(soft_wrap=True, highlight=False)
+        self.err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def result(self, document: dict[str, Any], *views: RenderableType) -> None:
+        """Print the JSON document, or its views for people."""
+        if self.silent:
+            return
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+            return
+        for view in views:
+            self.out.print(view, markup=False)
+
+    def note(self, message: str) -> None:
+        """Print one line beside the result."""
+        if not (self.quiet or self.silent):
+            self.err.print(message, markup=False)
+
+    def error(self, message: str, exit_code: int) -> None:
+        """Print an error line, and with ``--json`` its document."""
+        if self.silent:
+            return
+        self.err.print(f"Error: {message}", markup=False, style="red")
+        if self.as_json:
+            sys.stdout.write(json.dumps({"error": message, "exit_code": exit_code}) + "\n")
+
+    def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+        """Yield ``items`` under a progress bar with rate and time left; quiet when not a terminal."""
+        if self.quiet or self.silent or not self.err.is_terminal:
+            yield from items
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err, transient=True) as progress:
+            bar = progress.add_task(description, total=total, rate="")
+            for item in items:
+                yield item
+                speed = progress.tasks[bar].speed
+                progress.update(bar, advance=1, rate=f"{speed:.1f}/s" if speed else "")

@@ -1,0 +1,60 @@
+"""Tables of scores, with the formulas where definitions differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from treelora_cli.metrics import ScoreMatrix, Standing
+
+FORMULAS = (
+    "OP = mean of a[N][j];  forgetting = mean of a[j][j] - a[N][j] (lower is better);"
+    "  BWT = mean over j < N of a[N][j] - a[j][j]"
+)
+
+
+def percent(value: float | None) -> str:
+    """Return a score in percent, ``-`` when there is none."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def standing_table(standing: Standing, routed: Mapping[str, float | None]) -> Table:
+    """Each task when it was learned, before the last task, and now."""
+    table = Table(title="Scores in percent, no task identity given")
+    for heading in ("task", "when learned", "before", "now", "change", "own adapter"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    rows = zip(standing.tasks, standing.learned, standing.before, standing.now, strict=True)
+    for task, learned, before, now in rows:
+        change = "-" if now is None or learned is None else f"{100 * (now - learned):+.1f}"
+        table.add_row(task, percent(learned), percent(before), percent(now), change, percent(routed.get(task)))
+    table.caption = summary(standing)
+    return table
+
+
+def summary(standing: Standing) -> str:
+    """One line of the figures read off the scores."""
+    return (
+        f"OP {percent(standing.overall())}   forgetting {percent(standing.forgetting())}"
+        f"   BWT {percent(standing.backward_transfer())}"
+    )
+
+
+def matrix_table(matrix: ScoreMatrix) -> Table:
+    """The accuracy matrix: after row's task, on column's task."""
+    table = Table(title="Accuracy matrix: after task (row), on task (column), percent")
+    table.add_column("after")
+    for task in matrix.tasks:
+        table.add_column(task, justify="right")
+    for task, row in zip(matrix.tasks, matrix.rows, strict=True):
+        table.add_row(task, *(percent(value) for value in row))
+    table.caption = Text(f"{summary(matrix.standing())}\n{FORMULAS}")
+    return table
+
+
+def seconds_line(seconds: Mapping[str, float], phases: Sequence[str] = ()) -> str:
+    """Time by phase on one line."""
+    shown = phases or list(seconds)
+    total = sum(seconds.values())
+    return f"{total:.1f} s: " + ", ".join(f"{name} {seconds[name]:.1f}" for name in shown if name in seconds)

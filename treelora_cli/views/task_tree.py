@@ -1,0 +1,95 @@
+"""The learned tree in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree as RichTree
+
+from treelora_cli.tree import Tree
+
+
+def tree_view(tree: Tree, names: Sequence[str], layers: Sequence[str], max_depth: int | None) -> RichTree:
+    """Draw members, split layer, threshold and spread of every node."""
+    root = RichTree(Text(_node_line(tree, 0, names, layers)))
+    stack = [(0, root)]
+    while stack:
+        index, branch = stack.pop()
+        node = tree.nodes[index]
+        if max_depth is not None and node.depth >= max_depth:
+            continue
+        children = [(child, branch.add(Text(_node_line(tree, child, names, layers)))) for child in node.children]
+        stack.extend(reversed(children))
+    return root
+
+
+def _node_line(tree: Tree, index: int, names: Sequence[str], layers: Sequence[str]) -> str:
+    node = tree.nodes[index]
+    members = ", ".join(names[task] for task in node.members)
+    if not node.children:
+        inside = "" if len(node.members) == 1 else f"  (spread {tree.spreads[index].mean():.3f})"
+        return f"● {members}{inside}"
+    return (
+        f"{len(node.members)} tasks: {members}\n"
+        f"split on {layers[node.layer]} at {node.threshold:.3f}, spread {tree.spreads[index, node.layer]:.3f}"
+    )
+
+
+def tree_document(tree: Tree, names: Sequence[str], layers: Sequence[str]) -> dict[str, Any]:
+    """The tree for ``--json``: nodes with named members and layers, and mean distances."""
+    nodes = [
+        {
+            "index": node.index,
+            "depth": node.depth,
+            "layer": layers[node.layer] if node.children else None,
+            "threshold": node.threshold if node.children else None,
+            "spread": float(tree.spreads[node.index].mean()),
+            "members": [names[task] for task in node.members],
+            "children": list(node.children),
+        }
+        for node in tree.nodes
+    ]
+    return {"tasks": list(names), "height": tree.height, "nodes": nodes, "distances": distances(tree, None).tolist()}
+
+
+def distances(tree: Tree, layer: int | None) -> np.ndarray[Any, Any]:
+    """Scaled L1 distances between all tasks, (T, T): of one layer, or the mean over layers."""
+    count = tree.task_count
+    found = np.zeros((count, count))
+    from treelora_cli.tree import l1_distance
+
+    for task in range(count):
+        per_layer = l1_distance(tree.signatures, tree.signatures[task])  # (T, D)
+        found[task] = per_layer.mean(axis=1) if layer is None else per_layer[:, layer]
+    return found
+
+
+def distance_table(tree: Tree, names: Sequence[str], layer: int | None, layers: Sequence[str]) -> Table:
+    """Table of ``distances``."""
+    where = "mean over layers" if layer is None else layers[layer]
+    table = Table(title=f"L1 distance of gradient signatures, {where}")
+    table.add_column("task")
+    for name in names:
+        table.add_column(name, justify="right")
+    for name, row in zip(names, distances(tree, layer), strict=True):
+        table.add_row(name, *(f"{value:.3f}" for value in row))
+    return table
+
+
+def bandit_table(names: Sequence[str], pulls: np.ndarray[Any, Any], means: np.ndarray[Any, Any], title: str) -> Table:
+    """Pulls and mean distances of the earlier tasks, summed and averaged over layers."""
+    table = Table(title=title)
+    for heading in ("task", "pulls", "share", "mean distance"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    total = max(1, int(pulls.sum()))
+    with np.errstate(invalid="ignore"):
+        mean = np.nansum(means * pulls, axis=0) / np.maximum(pulls.sum(axis=0), 1)
+    for index, name in enumerate(names):
+        count = int(pulls[:, index].sum())
+        distance = f"{mean[index]:.3f}" if count else "-"
+        table.add_row(name, str(count), f"{100 * count / total:.1f} %", distance)
+    return table

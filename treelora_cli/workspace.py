@@ -1,0 +1,87 @@
+"""Make a project, and load the base that a project stands on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from treelora_cli.backend import Base
+from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
+from treelora_cli.learn import check_base, fixed_settings
+from treelora_cli.project import Project
+from treelora_cli.project.project import check_new_directory
+from treelora_cli.registry import load_backend
+from treelora_cli.runtime import Runtime
+
+_HEADING = "Settings of this treelora project. Flags override them; 'treelora status' shows the project."
+
+
+def make_project(root: Path, flags: Config, recipe_text: str | None, source: str, runtime: Runtime) -> Project:
+    """Make a project around a frozen base; nothing is written unless the base loads.
+
+    Args:
+        root: Absent or empty directory.
+        flags: What the command line gave.
+        recipe_text: A recipe to start from; kept verbatim when no flag changes it.
+        source: Name of the recipe file, for messages.
+        runtime: Device and reporter.
+
+    Raises:
+        TreeLoraError: Bad settings, a model that cannot be loaded, or a directory in use.
+    """
+    check_new_directory(root)
+    recipe = parse_config(recipe_text, source) if recipe_text is not None else Config()
+    given = overlay(flags, recipe)
+    backend = load_backend(given.backend or "vit")
+    config = resolve(flags, recipe, backend.defaults())
+    resolved = backend.resolve_base(config.base, offline=runtime.offline)
+    config = dataclasses.replace(config, backend=backend.name, base=resolved)
+    base = backend.load(config, runtime)
+    record = {
+        "fingerprint": base.fingerprint,
+        "layers": list(base.layers),
+        "facts": base.facts,
+        "resolved": dataclasses.asdict(resolved),
+        "given": dataclasses.asdict(recipe.base if flags == Config() else resolved),
+    }
+    text = recipe_text if recipe_text is not None and flags == Config() else to_yaml(config, _HEADING)
+    return Project.create(root, text, backend=backend.name, base=record, fixed=fixed_settings(config))
+
+
+def project_config(project: Project, flags: Config) -> Config:
+    """Return the settings in force: flags over ``treelora.yaml`` over what the project was made with."""
+    written = project.config()
+    backend = load_backend(project.state.backend)
+    config = resolve(flags, overlay(written, _fixed_config(project.state.fixed)), backend.defaults())
+    recorded = project.state.base
+    unchanged = dataclasses.asdict(written.base) == recorded["given"]
+    base = BaseConfig(**recorded["resolved"]) if unchanged else config.base
+    return dataclasses.replace(config, backend=project.state.backend, base=base)
+
+
+def open_base(project: Project, config: Config, runtime: Runtime) -> Base:
+    """Load the project's base.
+
+    Raises:
+        ModelError: It cannot be loaded.
+        ProjectError: It is not the one the project was made with.
+    """
+    backend = load_backend(project.state.backend)
+    resolved = backend.resolve_base(config.base, offline=runtime.offline)
+    base = backend.load(dataclasses.replace(config, base=resolved), runtime)
+    check_base(project, base)
+    return base
+
+
+def _fixed_config(fixed: dict[str, Any]) -> Config:
+    """Turn ``state.fixed`` back into a configuration."""
+    config = Config()
+    for key, value in fixed.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            part = dataclasses.replace(getattr(config, section), **{name: value})
+            config = dataclasses.replace(config, **{section: part})
+        else:
+            config = dataclasses.replace(config, **{name: value})
+    return config
