@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +19,7 @@ from treelora_backends.vit_session import VitSession
 from treelora_backends.vit_trunk import Trunk
 
 from treelora_cli import adapters
-from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig
+from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig
 from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.fingerprint import hash_parameters
 
@@ -40,7 +41,6 @@ class VitBackend:
         return Config(
             adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0),
             train=TrainConfig(epochs=3, lr=5e-3, batch_size=64),
-            head=HeadConfig(width=4000, blocks=4),
         )
 
     def resolve_base(self, base: BaseConfig, *, offline: bool) -> BaseConfig:
@@ -72,7 +72,6 @@ class VitBackend:
             runtime.device
         )
         network.eval()
-        assert config.head.blocks is not None
         trunk = Trunk(vit, int(layers[0].split(".")[1]), config.head.blocks)
         _check_adapters_act(network, trunk, layers, preprocessing, runtime)
         return VitBase(network, layers, fingerprint, trunk, preprocessing, config, runtime)
@@ -242,6 +241,10 @@ def _load_weights(vit: nn.Module, path: Path) -> None:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error}).") from error
+    # timm's own conversion for this architecture, which also resamples position embeddings to another image size
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        stored = convert(stored, vit)
     own = vit.state_dict()
     stored = {key: value for key, value in stored.items() if not key.startswith(("head.", "head_dist."))}
     for key, value in stored.items():
@@ -268,7 +271,7 @@ def _misfit(model: str, error: Exception) -> str:
 def _choose_layers(vit: Any, config: Config) -> tuple[str, ...]:
     """Return the modules to adapt, in network order, in the chosen blocks."""
     count = len(vit.blocks)
-    wanted = config.adapter.blocks or count
+    wanted = (count + 1) // 2 if config.adapter.blocks is None else config.adapter.blocks or count
     if wanted > count:
         raise UsageError(f"--blocks {wanted}: {config.base.model} has {count} blocks.")
     chosen = []
@@ -286,14 +289,10 @@ def _block_targets(block: nn.Module, targets: str) -> list[str]:
     if targets != "auto":
         wanted = [target.strip() for target in targets.split(",")]
         return [name for name in linear if any(name == w or name.endswith(f".{w}") for w in wanted)]
-    split = [name for name in linear if name.split(".")[-1] in ("q_proj", "k_proj", "v_proj")]
-    if split:
-        return split
-    fused = [name for name in linear if name.endswith("attn.qkv")]
-    attention = getattr(block, "attn", None)
-    reads_weight_only = getattr(attention, "q_bias", None) is not None
+    attention = [name for name in linear if name.split(".")[-1] in ("qkv", "q_proj", "k_proj", "v_proj", "proj")]
+    reads_weight_only = getattr(getattr(block, "attn", None), "q_bias", None) is not None
     # such attention multiplies by qkv.weight itself and would pass an adapter by
-    return [name for name in linear if name.endswith("attn.proj")] if reads_weight_only else fused
+    return [name for name in attention if not (reads_weight_only and name.endswith("qkv"))]
 
 
 def _check_adapters_act(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
 
 _CHUNK = 256
-ANCHOR_SHARPNESS = 12.0
+ANCHOR_SHARPNESS = 16.0
 """Factor on ridge scores, which lie between about 0 and 1, before the softmax."""
 LEAF_SHARE = 0.5
 """Weight of the adapter's log-probabilities beside the anchor's, within a task."""
@@ -130,22 +130,19 @@ class VitPredictor:
         asked = log_tasks.topk(min(TASKS_ASKED, log_tasks.shape[1]), dim=1).indices
         for task in asked.unique().tolist():
             rows = (asked == task).any(dim=1).nonzero().squeeze(1)
-            self._ask_leaf(int(task), rows, cuts, log_columns, log_tasks)
+            self._ask_leaf(int(task), rows, cuts[0], log_columns, log_tasks)
         return self._by_group(log_columns, self.class_of, len(self.names)), asked[:, 0]
 
-    def _ask_leaf(self, task: int, rows: Tensor, cuts: list[Cut], log_columns: Tensor, log_tasks: Tensor) -> None:
+    def _ask_leaf(self, task: int, rows: Tensor, cut: Cut, log_columns: Tensor, log_tasks: Tensor) -> None:
         """Multiply the adapter's opinion into the task's columns of the given rows, in place."""
         tensors = self.memory.tasks[task].tensors()
         adapters.write_slot(self.base.network, self.memory.tasks[task].adapter())
         weight, bias = tensors["head.weight"].to(self.device), tensors["head.bias"].to(self.device)
-        logits: Tensor | float = 0.0
-        for cut in cuts:
-            with self.base.runtime.autocast():
-                pooled = self.base.trunk.after(Cut(cut.tokens[rows], cut.early[rows])).pooled
-            logits = logits + (pooled @ weight.T + bias) / 2
+        with self.base.runtime.autocast():
+            pooled = self.base.trunk.after(Cut(cut.tokens[rows], cut.early[rows])).pooled
         own = (self.task_of == task).nonzero().squeeze(1)
         anchor = log_columns[rows][:, own] - log_tasks[rows, task][:, None]
-        leaf = torch.as_tensor(logits).log_softmax(dim=1)
+        leaf = (pooled @ weight.T + bias).log_softmax(dim=1)
         fused = (anchor + LEAF_SHARE * leaf).log_softmax(dim=1)
         log_columns[rows[:, None], own[None, :]] = fused + log_tasks[rows, task][:, None]
 

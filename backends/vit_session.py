@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from treelora_backends.vit_heads import SharedHead, columns_of
 from treelora_backends.vit_images import ImageTask
-from treelora_backends.vit_single import extended_statistics
+from treelora_backends.vit_single import extended_statistics, solved_blocks
 from treelora_backends.vit_trunk import Cut
 
 from treelora_cli import adapters
@@ -73,6 +73,7 @@ class VitSession:
         self.head = nn.Linear(base.trunk.width, len(task.labels)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.solved = solved_blocks(base, memory)
         self.shared_head = SharedHead.restore(memory, config, self.device)
         self.kept: _Kept
         self.prototypes: Tensor
@@ -92,29 +93,36 @@ class VitSession:
     def prepare(self) -> None:
         """Run the frozen pass."""
         layered: list[Tensor] = []
+        tokens: list[Tensor] = []
         pooled_sum = torch.zeros(len(self.task.labels), self.base.trunk.width, device=self.device)
         starts = range(0, len(self.own), _CHUNK)
         with adapters.base_only(self.base.network):
             for start in self.runtime.reporter.track(starts, "Frozen pass", len(starts)):
                 rows = slice(start, min(start + _CHUNK, len(self.own)))
-                layered.append(self._frozen_chunk(rows, pooled_sum))
+                chunk = self._frozen_chunk(rows, pooled_sum)
+                layered.append(chunk[0])
+                tokens.append(chunk[1])
         features = torch.cat(layered)  # (n V, F)
         repeated = self.labels.repeat_interleave(VIEWS)
         self.shared_head.add_task(features, repeated, len(self.task.labels), self.runtime)
+        if self.solved is not None:
+            self.solved.add_task(torch.cat(tokens), repeated, len(self.task.labels), self.runtime)
         self._set_prototypes(pooled_sum)
 
-    def _frozen_chunk(self, rows: slice, pooled_sum: Tensor) -> Tensor:
+    def _frozen_chunk(self, rows: slice, pooled_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """Return layered features and class tokens of both views, (n V, F) and (n V, C)."""
         pixels = self.task.train.pixels[self.own[rows]].to(self.device)
         plain = self.base.preprocessing.normalise(pixels)
-        per_view = []
+        layered, tokens = [], []
         for view, images in enumerate((plain, plain.flip(-1))):
             with self.runtime.autocast():
                 cut = self.base.trunk.before(images)
                 features = self.base.trunk.after(cut)
             self._keep(rows, view, cut)
             pooled_sum.index_add_(0, self.labels[rows], features.pooled)
-            per_view.append(features.layered)
-        return torch.stack(per_view, dim=1).flatten(0, 1)
+            layered.append(features.layered)
+            tokens.append(features.token)
+        return torch.stack(layered, dim=1).flatten(0, 1), torch.stack(tokens, dim=1).flatten(0, 1)
 
     def _keep(self, rows: slice, view: int, cut: Cut) -> None:
         if not hasattr(self, "kept"):
@@ -187,6 +195,9 @@ class VitSession:
             "classes": len(self.task.labels),
             "columns": len(columns_of(self.memory)) + len(self.task.labels),
         }
+        if self.solved is not None:
+            shared |= self.solved.shared_tensors()
+            tensors |= self.solved.task_tensors()
         return Learned(tensors | self.shared_head.task_tensors(), shared, facts)
 
     @torch.no_grad()

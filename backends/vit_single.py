@@ -1,9 +1,10 @@
 """One set of weights with one linear head over all classes: the inferences ``latest`` and ``merged``.
 
-``latest`` carries the newest adapter, ``merged`` the mean of all tasks' updates. Either network changes
-with every task, while older classes were measured on an older one. The change of the features is measured
-on the new task's images, fitted by a linear map and applied to the older classes' statistics; the head is
-then solved anew from the statistics of all classes.
+``latest`` carries the newest adapter. ``merged`` is, by choice, the frozen network followed by solved blocks
+(``vit_solved``), or the mean of all tasks' updates. A network with updates changes with every task, while
+older classes were measured on an older one. The change of the features is measured on the new task's
+images, fitted by a linear map and applied to the older classes' statistics; the head is then solved anew
+from the statistics of all classes.
 
 Symbols: ``C`` width, ``K`` columns, ``n`` images.
 """
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from treelora_backends.vit_heads import class_names, columns_of
+from treelora_backends.vit_heads import class_names, class_of_column, columns_of
+from treelora_backends.vit_solved import SolvedBlocks, fits
 
 from treelora_cli import adapters
 from treelora_cli.adapters import AdapterWeights, mean_update
@@ -46,7 +48,8 @@ def extended_statistics(session: VitSession, trained: AdapterWeights) -> dict[st
     share = _DRIFT_IMAGES // session.runtime.accelerator.num_processes
     some = torch.randperm(len(everything), generator=generator)[:share]
     tensors: dict[str, Tensor] = {}
-    for kind in KINDS:
+    kinds = KINDS if session.solved is None else KINDS[:1]
+    for kind in kinds:
         now = trained
         if kind == "merged":
             now = mean_update([*(task.adapter() for task in memory.tasks), trained])
@@ -67,6 +70,15 @@ def _pooled_with(session: VitSession, weights: AdapterWeights, rows: Tensor) -> 
         return session.pooled(rows)
 
 
+def solved_blocks(base: VitBase, memory: Memory) -> SolvedBlocks | None:
+    """Return the project's solved blocks, ``None`` where the choice or the architecture is another."""
+    if base.config.head.merged != "solved" or not fits(base.trunk):
+        return None
+    assert base.config.seed is not None and base.config.head.ridge is not None
+    blocks = SolvedBlocks(base.trunk, base.config.seed, base.config.head.ridge, base.runtime.device)
+    return blocks.restore(memory.shared()) if memory.tasks else blocks
+
+
 class SingleNetwork(nn.Module):
     """A stock timm network over all classes; what ``export --format merged`` saves."""
 
@@ -75,19 +87,26 @@ class SingleNetwork(nn.Module):
         columns = columns_of(memory)
         self.names = class_names(columns)
         self.vit = base.fresh_vit(len(self.names))
-        updates = updates_of(memory, kind)
-        with torch.no_grad():
-            for index, layer in enumerate(updates.layers):
-                weight = cast("nn.Linear", self.vit.get_submodule(layer)).weight
-                weight += updates.update(index).to(weight.device)
-            position = {name: index for index, name in enumerate(self.names)}
-            members = torch.tensor([position[column.label] for column in columns], device=base.runtime.device)
-            statistics = ClassStatistics.from_tensors(memory.shared(), kind, base.runtime.device)
-            solved = statistics.by_class(members, len(self.names)).discriminant(base.config.head.ridge or 0.0)
-            head = cast("nn.Linear", cast("Any", self.vit).get_classifier())
-            head.weight.copy_(solved.weight)
-            head.bias.copy_(solved.bias)
+        members = class_of_column(columns).to(base.runtime.device)
+        solved = solved_blocks(base, memory) if kind == "merged" else None
+        if solved is not None:
+            solved.grow(self.vit, [task.tensors() for task in memory.tasks], members, len(self.names))
+        else:
+            self._carry(base, memory, kind, members)
         self.eval()
+
+    @torch.no_grad()
+    def _carry(self, base: VitBase, memory: Memory, kind: str, members: Tensor) -> None:
+        """Add the updates to the weights and solve the head from statistics carried over."""
+        updates = updates_of(memory, kind)
+        for index, layer in enumerate(updates.layers):
+            weight = cast("nn.Linear", self.vit.get_submodule(layer)).weight
+            weight += updates.update(index).to(weight.device)
+        statistics = ClassStatistics.from_tensors(memory.shared(), kind, base.runtime.device)
+        solved = statistics.by_class(members, len(self.names)).discriminant(base.config.head.ridge or 0.0)
+        head = cast("nn.Linear", cast("Any", self.vit).get_classifier())
+        head.weight.copy_(solved.weight)
+        head.bias.copy_(solved.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits over ``names``, (B, classes)."""

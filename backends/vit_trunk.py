@@ -36,10 +36,16 @@ class Features:
     Attributes:
         pooled: Input of a linear head, as the model itself pools, (B, C).
         layered: Tokens of the last blocks side by side, (B, F).
+        token: First token before the last norm, (B, C).
     """
 
     pooled: Tensor
     layered: Tensor
+    token: Tensor
+
+
+FEATURE_LIMIT = 4096
+"""Features F up to which blocks are added; the head's statistics grow with their square."""
 
 
 class _Reached(Exception):
@@ -52,16 +58,19 @@ class Trunk:
     Args:
         vit: The timm model, without classifier; its blocks may hold LoRA layers.
         cut: Index of the first adapted block.
-        feature_blocks: How many of the last blocks are read as features.
+        feature_blocks: How many of the last blocks are read as features; ``None`` for as many as make at most
+            ``FEATURE_LIMIT`` features, at least one.
     """
 
-    def __init__(self, vit: nn.Module, cut: int, feature_blocks: int) -> None:
+    def __init__(self, vit: nn.Module, cut: int, feature_blocks: int | None) -> None:
         self.vit = vit
         self.blocks = cast("Sequence[nn.Module]", vit.blocks)
         self.cut = cut
-        self.first_feature = max(0, len(self.blocks) - feature_blocks)
         self.prefix_tokens = int(getattr(vit, "num_prefix_tokens", 0))
         self.has_class_token = getattr(vit, "cls_token", None) is not None
+        if feature_blocks is None:
+            feature_blocks = max(1, FEATURE_LIMIT // self._block_features)
+        self.first_feature = max(0, len(self.blocks) - feature_blocks)
         self._block_arguments: list[dict[str, Any]] | None = None
 
     @property
@@ -72,8 +81,11 @@ class Trunk:
     @property
     def feature_width(self) -> int:
         """Width F of the layered features."""
-        per_block = self.width * (3 if self.has_class_token else 2)
-        return per_block * (len(self.blocks) - self.first_feature)
+        return self._block_features * (len(self.blocks) - self.first_feature)
+
+    @property
+    def _block_features(self) -> int:
+        return self.width * (3 if self.has_class_token else 2)
 
     def before(self, images: Tensor) -> Cut:
         """Run everything before the cut: (B, 3, H, W) -> tokens (B, L, C)."""
@@ -111,7 +123,8 @@ class Trunk:
                 late.append(self._read(tokens))
         vit = cast("Any", self.vit)
         pooled = vit.forward_head(vit.norm(tokens), pre_logits=True)
-        return Features(pooled.float(), torch.cat([cut.early, *(part.float() for part in late)], dim=1))
+        layered = torch.cat([cut.early, *(part.float() for part in late)], dim=1)
+        return Features(pooled.float(), layered, tokens[:, 0].float())
 
     def _read(self, tokens: Tensor) -> Tensor:
         """Read a block's output (B, L, C): normalised class token, mean and deviation of the patches, (B, 3C)."""

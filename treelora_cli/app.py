@@ -71,7 +71,9 @@ def globals_(
     ] = False,
 ) -> None:
     """Global options."""
-    context.obj = Session(project, Output(as_json=as_json, quiet=quiet), verbose, offline)
+    output = context.obj if isinstance(context.obj, Output) else Output(as_json=as_json, quiet=quiet)
+    output.as_json, output.quiet = as_json, quiet
+    context.obj = Session(project, output, verbose, offline)
 
 
 def hoist_globals(arguments: list[str]) -> list[str]:
@@ -107,7 +109,7 @@ def run_command(given: list[str]) -> int:
     """Run one command and return its exit code; errors become one line on standard error."""
     output = Output(as_json="--json" in given, quiet=False)
     try:
-        result = app(args=given, standalone_mode=False)
+        result = app(args=given, standalone_mode=False, obj=output)
         return result if isinstance(result, int) else 0
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:

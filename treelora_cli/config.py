@@ -19,6 +19,7 @@ import yaml
 from treelora_cli.errors import ConfigError, suggest
 
 T = TypeVar("T")
+_NULL = "tag:yaml.org,2002:null"
 
 
 def _setting(
@@ -44,7 +45,7 @@ class BaseConfig:
     weights: str | None = _setting(None, "local safetensors file for a model given by name")
     model_args: dict[str, Any] = _setting({}, "arguments of the architecture, such as img_size")
     preprocess: dict[str, Any] = _setting({}, "overrides of the model's own image preprocessing")
-    dtype: str | None = _setting(None, "type the base is held in", choices=("float32", "bfloat16", "float16"))
+    dtype: str | None = _setting(None, "type the base is held in", choices=("float32", "bfloat16", "float16", "nf4"))
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class AdapterConfig:
     alpha: float | None = _setting(None, "LoRA alpha; updates are scaled by alpha / rank", low=0)
     dropout: float | None = _setting(None, "LoRA dropout probability", low=0, high=0.95)
     targets: str | None = _setting(None, "'auto', 'all-linear' or comma-separated module names")
-    blocks: int | None = _setting(None, "adapt only the last so many blocks; 0 means all", low=0)
+    blocks: int | None = _setting(None, "adapt only the last so many blocks; none: half of them, 0: all", low=0)
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,14 @@ class TrainConfig:
 class HeadConfig:
     """The closed-form classifier over all classes seen (image backends)."""
 
-    width: int | None = _setting(None, "random features of the shared head", low=16, high=65536)
-    blocks: int | None = _setting(None, "last blocks whose tokens feed the head", low=1)
+    width: int | None = _setting(None, "random features of the shared head, beside the linear ones", low=16, high=65536)
+    blocks: int | None = _setting(
+        None, "last blocks whose tokens feed the head; none: as many as make 4,096 features", low=1
+    )
     ridge: float | None = _setting(None, "ridge penalty, as a share of the mean eigenvalue", low=0)
+    merged: str | None = _setting(
+        None, "the merged network: solved blocks on the base, or the mean of all updates", choices=("solved", "mean")
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ DEFAULTS = Config(
     seed=0,
     inference="routed",
     budget=0,
-    adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0, targets="auto", blocks=0),
+    adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0, targets="auto"),
     tree=TreeConfig(depth=5, signature_width=512, probe_batches=24, search="lcb", width="observed"),
     train=TrainConfig(
         epochs=3,
@@ -155,7 +161,7 @@ DEFAULTS = Config(
         precision="auto",
         grad_checkpointing=False,
     ),
-    head=HeadConfig(width=4000, blocks=4, ridge=0.01),
+    head=HeadConfig(width=2000, ridge=0.003, merged="solved"),
 )
 """The lowest level of precedence; a backend's own defaults stand above it."""
 
@@ -204,7 +210,7 @@ def parse_config(text: str, source: str) -> Config:
         where = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or "malformed"
         raise ConfigError(f"{where}: invalid YAML ({problem}).") from error
-    if node is None:
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == _NULL):
         return Config()
     parsed = _read_dataclass(Config, node, source)
     assert isinstance(parsed, Config)
@@ -224,8 +230,7 @@ def _read_dataclass(kind: type[Any], node: yaml.Node, source: str) -> Any:
     for key_node, value_node in node.value:
         key = str(key_node.value)
         if key not in specs:
-            hint = suggest(key, _all_keys()) or f". Known here: {', '.join(specs)}"
-            raise ConfigError(f"{_where(source, key_node)}: unknown key '{key}'{hint}.")
+            raise ConfigError(f"{_where(source, key_node)}: unknown key '{key}'{_key_hint(key, list(specs))}.")
         if key in values:
             raise ConfigError(f"{_where(source, key_node)}: '{key}' is given twice.")
         values[key] = _read_value(hints[key], value_node, source, key)
@@ -233,14 +238,20 @@ def _read_dataclass(kind: type[Any], node: yaml.Node, source: str) -> Any:
     return kind(**values)
 
 
-def _all_keys() -> list[str]:
-    kinds = (Config, BaseConfig, AdapterConfig, TreeConfig, TrainConfig, HeadConfig, StreamConfig)
-    return [spec.name for kind in kinds for spec in dataclasses.fields(kind)]
+def _key_hint(key: str, here: list[str]) -> str:
+    """Say where an unknown key belongs, which known one is nearest, or which are known here."""
+    sections = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
+    elsewhere = {spec.name: name for name, kind in sections.items() for spec in dataclasses.fields(kind)}
+    if key in elsewhere:
+        return f" here; it belongs under '{elsewhere[key]}'"
+    known = [*here, *elsewhere, *(spec.name for spec in dataclasses.fields(Config))]
+    near = suggest(key, known) or suggest(key.rpartition("_")[2], known)
+    return near or f". Known here: {', '.join(here)}"
 
 
 def _read_value(hint: Any, node: yaml.Node, source: str, key: str) -> Any:
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
+    if isinstance(node, yaml.ScalarNode) and node.tag == _NULL:
         if type(None) in options:
             return None
         raise ConfigError(f"{_where(source, node)}: '{key}' needs a value.")
@@ -329,6 +340,8 @@ def to_yaml(config: Config, heading: str) -> str:
     lines = [f"# {line}" for line in heading.splitlines()]
     for spec in dataclasses.fields(config):
         value = getattr(config, spec.name)
+        if spec.name == "stream":
+            continue
         if not dataclasses.is_dataclass(value):
             if value is not None:
                 lines.append(_yaml_line(spec, value, ""))
@@ -338,7 +351,7 @@ def to_yaml(config: Config, heading: str) -> str:
             for child in dataclasses.fields(value)
             if getattr(value, child.name) not in (None, {}, ())
         ]
-        if inner and spec.name != "stream":
+        if inner:
             lines += ["", f"{spec.name}:", *inner]
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,10 @@
 """Classifiers solved from statistics instead of trained: no image is kept, nothing drifts.
 
-Pure tensor code. Symbols: ``F`` feature width, ``W`` width of the expanded features, ``K`` columns (one per
+Pure tensor code. Symbols: ``F`` feature width, ``W`` width of the random features, ``K`` columns (one per
 task and class), ``n`` examples.
 
 Source: random features with a ridge head follow RanPAC (McDonnell et al., NeurIPS 2023); the features here
-come from several blocks and are standardised by the first task.
+come from several blocks, are standardised by the first task, and keep their linear part.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """Standardise features and expand them: (n, F) -> (n, W).
+    """Standardise features and put random ones beside them: (n, F) -> (n, W), W = F + R.
 
     Attributes:
         mean, scale: Of the first task's features, (F,).
-        projection: Seeded normal, (F, W).
+        projection: Seeded normal, (F, R).
     """
 
     mean: Tensor
@@ -37,36 +37,37 @@ class FeatureMap:
     projection: Tensor
 
     @classmethod
-    def of_moments(cls, mean: Tensor, deviation: Tensor, expanded: int, seed: int) -> FeatureMap:
+    def of_moments(cls, mean: Tensor, deviation: Tensor, random: int, seed: int) -> FeatureMap:
         """Make the map that standardises features of this mean and standard deviation, both (F,)."""
         scale = deviation + 1e-3 * deviation.mean() + 1e-12
-        return cls(mean, scale, cls.draw(mean.shape[0], expanded, seed).to(mean.device))
+        return cls(mean, scale, cls.draw(mean.shape[0], random, seed).to(mean.device))
 
     @staticmethod
-    def draw(width: int, expanded: int, seed: int) -> Tensor:
-        """Draw the projection, (F, W); each column's expected squared norm is 1."""
+    def draw(width: int, random: int, seed: int) -> Tensor:
+        """Draw the projection, (F, R); each column's expected squared norm is 1."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(width, expanded, generator=generator)
+        drawn = torch.randn(width, random, generator=generator)
         return drawn / math.sqrt(width)
 
     @property
     def width(self) -> int:
         """Expanded width W."""
-        return self.projection.shape[1]
+        return self.mean.shape[0] + self.projection.shape[1]
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Expand (n, F) to (n, W): GELU of the projected standardised features."""
-        return nn.functional.gelu((features - self.mean) / self.scale @ self.projection)
+        """Expand (n, F) to (n, W): the standardised features, and GELU of their projection."""
+        z = (features - self.mean) / self.scale
+        return torch.cat([z, nn.functional.gelu(z @ self.projection)], dim=1)
 
     def to_tensors(self) -> Tensors:
         """Return what cannot be drawn again from the seed."""
         return {"feature.mean": self.mean.cpu(), "feature.scale": self.scale.cpu()}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], expanded: int, seed: int, device: torch.device) -> FeatureMap:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], random: int, seed: int, device: torch.device) -> FeatureMap:
         """Rebuild a map from ``to_tensors`` and the seed."""
         mean = tensors["feature.mean"].to(device)
-        return cls(mean, tensors["feature.scale"].to(device), cls.draw(mean.shape[0], expanded, seed).to(device))
+        return cls(mean, tensors["feature.scale"].to(device), cls.draw(mean.shape[0], random, seed).to(device))
 
 
 @dataclass

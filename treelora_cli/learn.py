@@ -88,6 +88,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         "tree.signature_width": config.tree.signature_width,
         "head.width": config.head.width,
         "head.blocks": config.head.blocks,
+        "head.merged": config.head.merged,
     }
 
 
@@ -128,6 +129,8 @@ def learn_task(
     task = base.read_task(request)
     for note in task.notes:
         runtime.reporter.note(note)
+    if task.sample:
+        runtime.reporter.note(f"First example, as the model sees it: {task.sample}")
     clock.lap("read")
     learner = _Learner(project, base, task, name, config, runtime, clock)
     learned, report = learner.train(request, resume)

@@ -40,7 +40,7 @@ def load_backend(name: str) -> Backend:
         raise UsageError(f"Unknown backend '{name}'{suggest(name, points)}. Known: {known}.")
     try:
         loaded = points[name].load()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise ModelError(f"Backend '{name}' cannot be imported: {error}.") from error
     candidate = loaded() if isinstance(loaded, type) else loaded
     if not isinstance(candidate, Backend):

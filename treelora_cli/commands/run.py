@@ -22,6 +22,7 @@ def run(
         Path | None, typer.Argument(metavar="[DIR]", help="Project to make; by default named like the recipe.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Directory of the stream's data.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, instead of the recipe's.")] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Most examples per class or task: a quick trial.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue where an earlier run stopped.")] = False,
     epochs: options.Epochs = None,
@@ -49,6 +50,7 @@ def run(
         seed=seed,
         inference=inference,
         budget=budget,
+        base__model=model,
         adapter__blocks=blocks,
         tree__search=search,
         train__epochs=epochs,

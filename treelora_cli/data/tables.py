@@ -35,7 +35,7 @@ def table_format(path: Path, named: str | None) -> str:
     """
     if named in set(TABLE_SUFFIXES.values()):
         return str(named)
-    found = TABLE_SUFFIXES.get(path.suffix.lower())
+    found = TABLE_SUFFIXES.get(path.suffix.lower()) if named is None else None
     if found is None:
         raise DataError(
             f"{path}: unknown format '{named or path.suffix}'. Use {', '.join(sorted(set(TABLE_SUFFIXES.values())))}."

@@ -40,7 +40,7 @@ def check_task_name(name: str) -> str:
     Raises:
         UsageError: Not lower-case letters, digits, ``.``, ``_``, ``-``, starting with a letter or digit, at most 64.
     """
-    if not _TASK_NAME.match(name) or name.split(".")[0] in _DEVICE_NAMES or name.endswith("."):
+    if not _TASK_NAME.fullmatch(name) or name.split(".")[0] in _DEVICE_NAMES or name.endswith("."):
         raise UsageError(
             f"Task name {name!r} is not allowed: use lower-case letters, digits, '.', '_' and '-', at most 64."
         )
@@ -325,6 +325,7 @@ class Project:
             old.unlink(missing_ok=True)
         kept = [parse_state(path.read_bytes()) for path in history[-_HISTORY_KEPT:]]
         self.store.collect_garbage(record for one in (*kept, state) for record in one.files.values())
+        self.store.sweep([*state.files, _STATE, ".treelora/history/x", ".treelora/run/x"])
 
     # -- checkpoint of the task in training -----------------------------------------------------------
 

@@ -22,6 +22,8 @@ from treelora_cli.errors import DamagedError, ProjectError, ResourceError
 
 _COMPONENT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$")
 _ATTEMPTS = 5
+_ASIDE = ".treelora-new-"
+"""Prefix of files not yet renamed to their place."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def record_of(data: bytes) -> FileRecord:
 
 def check_inner_name(name: str) -> str:
     """Return ``name`` when it is a plain relative path inside a project, else raise ``DamagedError``."""
-    if not all(_COMPONENT.match(part) for part in name.split("/")):
+    if not all(_COMPONENT.fullmatch(part) for part in name.split("/")):
         raise DamagedError(f"state.json: file name {name!r} is not allowed. Run treelora doctor.")
     return name
 
@@ -60,7 +62,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _write_aside(path: Path, data: bytes) -> None:
-    descriptor, aside = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    descriptor, aside = tempfile.mkstemp(prefix=_ASIDE, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -168,6 +170,12 @@ class Store:
             return
         for path in self.objects.iterdir():
             if path.name not in wanted:
+                path.unlink(missing_ok=True)
+
+    def sweep(self, names: Iterable[str]) -> None:
+        """Delete temporary files that a process killed while writing left beside the named files."""
+        for directory in {(self.root / name).parent for name in names}:
+            for path in directory.glob(f"{_ASIDE}*"):
                 path.unlink(missing_ok=True)
 
 

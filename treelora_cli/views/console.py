@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -11,6 +12,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+
+_PIPE_WIDTH = 4096
+"""Columns where there is no terminal: nothing is cut off."""
 
 
 class Output:
@@ -26,7 +30,10 @@ class Output:
         self.as_json = as_json
         self.quiet = quiet
         self.silent = silent
+        self.documents = 0
         self.out = Console(soft_wrap=True, highlight=False)
+        if not self.out.is_terminal and "COLUMNS" not in os.environ:
+            self.out.width = _PIPE_WIDTH
         self.err = Console(stderr=True, soft_wrap=True, highlight=False)
 
     def result(self, document: dict[str, Any], *views: RenderableType) -> None:
@@ -34,6 +41,7 @@ class Output:
         if self.silent:
             return
         if self.as_json:
+            self.documents += 1
             sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
             return
         for view in views:
@@ -45,11 +53,9 @@ class Output:
             self.err.print(message, markup=False)
 
     def error(self, message: str, exit_code: int) -> None:
-        """Print an error line, and with ``--json`` its document."""
-        if self.silent:
-            return
+        """Print an error line, and with ``--json`` its document unless a result was printed already."""
         self.err.print(f"Error: {message}", markup=False, style="red")
-        if self.as_json:
+        if self.as_json and not (self.silent or self.documents):
             sys.stdout.write(json.dumps({"error": message, "exit_code": exit_code}) + "\n")
 
     def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:

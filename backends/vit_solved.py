@@ -1,0 +1,260 @@
+"""Transformer blocks that are solved instead of trained: everything learned, in one stock timm model.
+
+The frozen network is followed by a few blocks of its own kind whose attention is silent and whose MLPs hold
+random features of the class token; what they write is solved by ridge regression from sums over every task.
+The frozen network never changes, so the sums are exact whatever the order of tasks, and the result is a
+plain vision transformer of greater depth that timm builds and loads by itself.
+
+How the blocks keep apart what they read from what they write. With ``z`` the class token after LayerNorm,
+``U`` (C, k) an orthonormal basis of the directions in which ``z`` varies least, and ``Q`` the projection
+onto the rest:
+
+- the first block adds ``a Q z`` with a large ``a`` (any odd part of an activation is linear:
+  ``gelu(x) - gelu(-x) = x``). Afterwards the token is ``Q z`` up to scale, and what lay along ``U`` is negligible;
+- every block reads through ``Q`` only and writes scores along ``U`` only;
+- the last LayerNorm is positive scaling, and the classifier reads along ``U``.
+
+Symbols: ``C`` width, ``H`` hidden width of an MLP, ``R`` random features, ``W`` = R + C, ``K`` columns.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from treelora_cli.heads import RidgeStatistics, pack_symmetric, unpack_symmetric
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from treelora_backends.vit_trunk import Trunk
+
+    from treelora_cli.runtime import Runtime
+
+_RANDOM_LIMIT = 3072
+_WRITTEN_SHARE = 4
+"""One direction in so many is given up for scores; more columns than that are written in their main directions."""
+_AMPLIFICATION = 1000.0
+_SCORE_GAIN = 2.0
+"""Size of scores along U beside the token; large enough to survive half precision."""
+
+
+def fits(trunk: Trunk) -> bool:
+    """Return whether this architecture can carry solved blocks."""
+    vit = cast("Any", trunk.vit)
+    block = cast("Any", trunk.blocks[-1])
+    plain = all(hasattr(getattr(block, "mlp", None), name) for name in ("fc1", "act", "fc2"))
+    plain = plain and isinstance(getattr(block, "norm2", None), nn.LayerNorm) and isinstance(vit.norm, nn.LayerNorm)
+    plain = plain and isinstance(getattr(block, "attn", None), nn.Module) and hasattr(block.attn, "proj")
+    pooled = getattr(vit, "global_pool", "") == "token" and trunk.has_class_token and vit.attn_pool is None
+    head = isinstance(getattr(vit, "fc_norm", None), nn.Identity) and not hasattr(vit, "head_dist")
+    return bool(plain and pooled and head and block.mlp.fc1.out_features >= 2 * trunk.width)
+
+
+def _normal(tokens: Tensor) -> Tensor:
+    return nn.functional.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
+
+
+@dataclass(frozen=True)
+class SolvedFeatures:
+    """The features that the blocks compute of a class token.
+
+    Attributes:
+        axes: U, (C, k).
+        means, scales: Of ``Q z`` and of its normalised form over the first task, both (2, C).
+        projection: Seeded normal, (R, C).
+        first: Random features in the first block; the others have H each.
+        hidden: H.
+        activation: The MLP's activation.
+    """
+
+    axes: Tensor
+    means: Tensor
+    scales: Tensor
+    projection: Tensor
+    first: int
+    hidden: int
+    activation: nn.Module
+
+    @classmethod
+    def fit(cls, tokens: Tensor, trunk: Trunk, seed: int) -> SolvedFeatures:
+        """Choose the axes by the first task's class tokens, (n, C)."""
+        z = _normal(tokens).double()
+        width = z.shape[1]
+        ones = torch.full((width, 1), width**-0.5, dtype=z.dtype, device=z.device)
+        covariance = torch.cov(z.T) + 1e6 * torch.outer(ones[:, 0], ones[:, 0])
+        axes = torch.linalg.eigh(covariance).eigenvectors[:, : width // _WRITTEN_SHARE].float()
+        blank = cls.assemble(axes, torch.zeros(2, width), torch.ones(2, width), trunk, seed)
+        raw = blank.parts(tokens)
+        means = torch.stack([part.mean(dim=0) for part in raw])
+        deviations = torch.stack([part.std(dim=0) for part in raw])
+        scales = deviations + 1e-2 * deviations.mean() + 1e-6
+        return cls.assemble(axes, means, scales, trunk, seed)
+
+    @classmethod
+    def assemble(cls, axes: Tensor, means: Tensor, scales: Tensor, trunk: Trunk, seed: int) -> SolvedFeatures:
+        """Put the stored parts together with what follows from the architecture and the seed."""
+        mlp = cast("Any", trunk.blocks[-1]).mlp
+        hidden, width = int(mlp.fc1.out_features), trunk.width
+        first = hidden - 2 * width
+        random = first + max(0, (_RANDOM_LIMIT - first) // hidden) * hidden
+        generator = torch.Generator().manual_seed(seed + 1)
+        projection = torch.randn(random, width, generator=generator) / width**0.5
+        device = axes.device
+        return cls(
+            axes, means.to(device), scales.to(device), projection.to(device), first, hidden, copy.deepcopy(mlp.act)
+        )
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.projection.shape[0] + self.axes.shape[0]
+
+    def read(self, z: Tensor) -> Tensor:
+        """Project out U and the mean: ``Q z``."""
+        kept = z - (z @ self.axes) @ self.axes.T
+        return kept - kept.mean(dim=-1, keepdim=True)
+
+    def parts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the first and the later blocks see of class tokens (n, C): ``Q z``, and normalised."""
+        first = self.read(_normal(tokens))
+        later = first * (first.shape[-1] ** 0.5 / first.norm(dim=-1, keepdim=True).clamp(min=1e-6))
+        return first, later
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the linear part, then the random features in order of blocks: (n, C) -> (n, W)."""
+        inputs = [(part - m) / s for part, m, s in zip(self.parts(tokens), self.means, self.scales, strict=True)]
+        random = [inputs[0] @ self.projection[: self.first].T, inputs[1] @ self.projection[self.first :].T]
+        return torch.cat([inputs[0], self.activation(torch.cat(random, dim=1))], dim=1)
+
+
+class SolvedBlocks:
+    """Sums over every task, and the blocks solved from them."""
+
+    def __init__(self, trunk: Trunk, seed: int, ridge: float, device: torch.device) -> None:
+        self.trunk = trunk
+        self.seed = seed
+        self.ridge = ridge
+        self.device = device
+        self.features: SolvedFeatures | None = None
+        self.gram: Tensor | None = None
+        self._new: RidgeStatistics
+
+    def restore(self, shared: Mapping[str, Tensor]) -> SolvedBlocks:
+        """Take over the shared part of the project's memory."""
+        parts = [shared[f"solved.{name}"].to(self.device) for name in ("axes", "means", "scales")]
+        self.features = SolvedFeatures.assemble(parts[0], parts[1], parts[2], self.trunk, self.seed)
+        self.gram = unpack_symmetric(shared["solved.gram"], self.features.width, self.device)
+        return self
+
+    def add_task(self, tokens: Tensor, labels: Tensor, classes: int, runtime: Runtime) -> None:
+        """Count one task's class tokens (n, C) in."""
+        if self.features is None:
+            seen = runtime.concatenate(tokens[: _equal_share(len(tokens), runtime)])
+            self.features = SolvedFeatures.fit(seen, self.trunk, self.seed)
+        fresh = RidgeStatistics.empty(self.features.width, classes, self.device)
+        for rows in torch.arange(len(tokens)).split(512):
+            fresh.add(self.features(tokens[rows]), labels[rows])
+        gram = runtime.sum(fresh.gram)
+        self.gram = gram if self.gram is None else self.gram + gram
+        self._new = RidgeStatistics(gram, runtime.sum(fresh.sums), runtime.sum(fresh.counts))
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """Return the part that all tasks share."""
+        assert self.features is not None and self.gram is not None
+        parts = {"axes": self.features.axes, "means": self.features.means, "scales": self.features.scales}
+        tensors = {f"solved.{name}": tensor.cpu().contiguous() for name, tensor in parts.items()}
+        return {**tensors, "solved.gram": pack_symmetric(self.gram)}
+
+    def task_tensors(self) -> dict[str, Tensor]:
+        """Return the new task's columns."""
+        return {"solved.sums": self._new.sums.cpu(), "solved.counts": self._new.counts.cpu()}
+
+    def grow(self, vit: nn.Module, tasks: Sequence[Mapping[str, Tensor]], class_of: Tensor, classes: int) -> None:
+        """Append the blocks to a frozen ``vit`` with a classifier for ``classes``, and fill them, in place.
+
+        Args:
+            vit: The frozen model.
+            tasks: Tensors of every task.
+            class_of: Class of each column, (K,).
+            classes: Distinct classes.
+        """
+        assert self.features is not None and self.gram is not None
+        sums = torch.cat([task["solved.sums"] for task in tasks]).to(self.device)
+        counts = torch.cat([task["solved.counts"] for task in tasks]).to(self.device)
+        solved = RidgeStatistics(self.gram, sums, counts).solve(self.ridge)
+        weight = torch.zeros(classes, self.features.width, device=self.device).index_add_(0, class_of, solved.weight)
+        bias = torch.zeros(classes, device=self.device).index_add_(0, class_of, solved.bias)
+        _fill(cast("Any", vit), self.features, weight, bias, self._main_directions(weight))
+
+    def _main_directions(self, weight: Tensor) -> Tensor:
+        """Orthonormal directions in class space in which scores vary most, (classes, at most k)."""
+        assert self.features is not None and self.gram is not None
+        spread = (weight @ self.gram @ weight.T).double()
+        count = min(self.features.axes.shape[1], weight.shape[0])
+        return torch.linalg.eigh(spread).eigenvectors[:, -count:].float()
+
+
+def _equal_share(count: int, runtime: Runtime) -> int:
+    """Rows that every process has; the first task's axes come from equally many of each."""
+    if runtime.accelerator.num_processes == 1:
+        return count
+    counts = runtime.concatenate(torch.tensor([count], device=runtime.device))
+    return int(counts.min())
+
+
+@torch.no_grad()
+def _fill(vit: Any, features: SolvedFeatures, weight: Tensor, bias: Tensor, directions: Tensor) -> None:
+    """Append and fill the blocks; see the module docstring."""
+    width, gain = features.axes.shape[0], _AMPLIFICATION * _SCORE_GAIN
+    axes = features.axes[:, : directions.shape[1]]
+    write = gain * axes @ directions.T  # (C, classes): scores -> token
+    project = torch.eye(width, device=axes.device) - features.axes @ features.axes.T
+    project = project - project.mean(dim=0, keepdim=True)
+    first = _silent_block(vit, features)
+    linear = (weight[:, :width] / features.scales[0]) @ project
+    pair = torch.eye(width, device=axes.device)
+    constant = bias - (weight[:, :width] / features.scales[0]) @ features.means[0]
+    passed = _AMPLIFICATION * project + write @ linear
+    first.mlp.fc1.weight[: 2 * width] = torch.cat([pair, -pair])
+    first.mlp.fc2.weight[:, : 2 * width] = torch.cat([passed, -passed], dim=1)
+    first.mlp.fc2.bias.copy_(write @ constant)
+    blocks, start, room = [first], 0, slice(2 * width, features.hidden)
+    while start < features.projection.shape[0]:
+        count = room.stop - room.start
+        rows = slice(start, start + count)
+        kind = 0 if start == 0 and features.first else 1
+        block = first if kind == 0 else _silent_block(vit, features)
+        if block is not first:
+            blocks.append(block)
+        scaled = features.projection[rows] / features.scales[kind]
+        block.mlp.fc1.weight[room] = scaled @ project
+        block.mlp.fc1.bias[room] = -scaled @ features.means[kind]
+        block.mlp.fc2.weight[:, room] = write @ weight[:, width + rows.start : width + rows.stop]
+        start, room = rows.stop, slice(0, features.hidden)
+    vit.blocks = nn.Sequential(*vit.blocks, *blocks)
+    vit.norm.weight.fill_(1)
+    vit.norm.bias.zero_()
+    head = vit.get_classifier()
+    head.weight.copy_(directions @ axes.T / _SCORE_GAIN)
+    head.bias.zero_()
+
+
+def _silent_block(vit: Any, features: SolvedFeatures) -> Any:
+    """Return a block of the model's kind that passes its input on unchanged."""
+    block = copy.deepcopy(vit.blocks[-1]).to(features.axes.device)
+    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        layer.weight.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
+    block.norm2.weight.fill_(1)
+    block.norm2.bias.zero_()
+    for scale in ("ls1", "ls2"):
+        gamma = getattr(getattr(block, scale), "gamma", None)
+        if gamma is not None:
+            gamma.fill_(1)
+    return block
