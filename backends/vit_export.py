@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from treelora_backends.vit_images import ImageTask
 from treelora_backends.vit_single import SingleNetwork
+from treelora_backends.vit_trunk import classifiers
 
 from treelora_cli import adapters
 from treelora_cli.backend import ExportCheck, ExportOptions, Memory
@@ -91,25 +92,26 @@ def _classifier(base: VitBase, memory: Memory, index: int) -> tuple[nn.Module, l
     """Return the base with the linear head that goes with a task's adapter, and the head's labels."""
     if index == len(memory.tasks) - 1:
         network = SingleNetwork(base, memory, "latest")
-        head, names = cast("Any", network.vit).get_classifier().state_dict(), network.names
+        head, names = classifiers(network.vit)[0].state_dict(), network.names
     else:
         tensors, names = memory.tasks[index].tensors(), list(memory.tasks[index].labels)
         head = {"weight": tensors["head.weight"], "bias": tensors["head.bias"]}
     vit = base.fresh_vit(len(names))
-    cast("Any", vit).get_classifier().load_state_dict(head)
+    for classifier in classifiers(vit):
+        classifier.load_state_dict(head)
     return vit, names
 
 
 def _peft_model(vit: nn.Module, base: VitBase, weights: adapters.AdapterWeights) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    adapter = base.config.adapter
+    adapter, heads = base.config.adapter, cast("Any", vit).pretrained_cfg["classifier"]
     config = LoraConfig(
         r=cast("int", adapter.rank),
         lora_alpha=cast("int", adapter.alpha),
         lora_dropout=cast("float", adapter.dropout),
         target_modules=list(base.layers),
-        modules_to_save=[cast("str", cast("Any", vit).pretrained_cfg["classifier"])],
+        modules_to_save=[heads] if isinstance(heads, str) else list(heads),
     )
     model = get_peft_model(cast("Any", vit), config)
     adapters.write_slot(model, weights)

@@ -39,8 +39,13 @@ _RANDOM_LIMIT = 3072
 _WRITTEN_SHARE = 4
 """One direction in so many is given up for scores; more columns than that are written in their main directions."""
 _AMPLIFICATION = 1000.0
-_SCORE_GAIN = 2.0
-"""Size of scores along U beside the token; large enough to survive half precision."""
+"""Size of the amplified token beside the token itself, as far as half precision's range allows."""
+_LARGEST = 6000.0
+_SCORE_GAIN = 0.1
+"""Size of scores along U beside the token, as a share of its norm: small enough to leave the norm as it is."""
+
+
+_STORED = ("axes", "means", "scales", "size")
 
 
 def fits(trunk: Trunk) -> bool:
@@ -66,6 +71,7 @@ class SolvedFeatures:
     Attributes:
         axes: U, (C, k).
         means, scales: Of ``Q z`` and of its normalised form over the first task, both (2, C).
+        size: Root mean square of the first task's tokens, a scalar.
         projection: Seeded normal, (R, C).
         first: Random features in the first block; the others have H each.
         hidden: H.
@@ -75,6 +81,7 @@ class SolvedFeatures:
     axes: Tensor
     means: Tensor
     scales: Tensor
+    size: Tensor
     projection: Tensor
     first: int
     hidden: int
@@ -88,15 +95,18 @@ class SolvedFeatures:
         ones = torch.full((width, 1), width**-0.5, dtype=z.dtype, device=z.device)
         covariance = torch.cov(z.T) + 1e6 * torch.outer(ones[:, 0], ones[:, 0])
         axes = torch.linalg.eigh(covariance).eigenvectors[:, : width // _WRITTEN_SHARE].float()
-        blank = cls.assemble(axes, torch.zeros(2, width), torch.ones(2, width), trunk, seed)
+        size = (tokens - tokens.mean(dim=1, keepdim=True)).square().mean().sqrt().reshape(1)
+        blank = cls.assemble(axes, torch.zeros(2, width), torch.ones(2, width), size, trunk, seed)
         raw = blank.parts(tokens)
         means = torch.stack([part.mean(dim=0) for part in raw])
         deviations = torch.stack([part.std(dim=0) for part in raw])
         scales = deviations + 1e-2 * deviations.mean() + 1e-6
-        return cls.assemble(axes, means, scales, trunk, seed)
+        return cls.assemble(axes, means, scales, size, trunk, seed)
 
     @classmethod
-    def assemble(cls, axes: Tensor, means: Tensor, scales: Tensor, trunk: Trunk, seed: int) -> SolvedFeatures:
+    def assemble(
+        cls, axes: Tensor, means: Tensor, scales: Tensor, size: Tensor, trunk: Trunk, seed: int
+    ) -> SolvedFeatures:
         """Put the stored parts together with what follows from the architecture and the seed."""
         mlp = cast("Any", trunk.blocks[-1]).mlp
         hidden, width = int(mlp.fc1.out_features), trunk.width
@@ -106,7 +116,14 @@ class SolvedFeatures:
         projection = torch.randn(random, width, generator=generator) / width**0.5
         device = axes.device
         return cls(
-            axes, means.to(device), scales.to(device), projection.to(device), first, hidden, copy.deepcopy(mlp.act)
+            axes,
+            means.to(device),
+            scales.to(device),
+            size.to(device),
+            projection.to(device),
+            first,
+            hidden,
+            copy.deepcopy(mlp.act),
         )
 
     @property
@@ -146,8 +163,8 @@ class SolvedBlocks:
 
     def restore(self, shared: Mapping[str, Tensor]) -> SolvedBlocks:
         """Take over the shared part of the project's memory."""
-        parts = [shared[f"solved.{name}"].to(self.device) for name in ("axes", "means", "scales")]
-        self.features = SolvedFeatures.assemble(parts[0], parts[1], parts[2], self.trunk, self.seed)
+        parts = [shared[f"solved.{name}"].to(self.device) for name in _STORED]
+        self.features = SolvedFeatures.assemble(*parts, self.trunk, self.seed)
         self.gram = unpack_symmetric(shared["solved.gram"], self.features.width, self.device)
         return self
 
@@ -166,8 +183,7 @@ class SolvedBlocks:
     def shared_tensors(self) -> dict[str, Tensor]:
         """Return the part that all tasks share."""
         assert self.features is not None and self.gram is not None
-        parts = {"axes": self.features.axes, "means": self.features.means, "scales": self.features.scales}
-        tensors = {f"solved.{name}": tensor.cpu().contiguous() for name, tensor in parts.items()}
+        tensors = {f"solved.{name}": getattr(self.features, name).cpu().contiguous() for name in _STORED}
         return {**tensors, "solved.gram": pack_symmetric(self.gram)}
 
     def task_tensors(self) -> dict[str, Tensor]:
@@ -210,16 +226,18 @@ def _equal_share(count: int, runtime: Runtime) -> int:
 @torch.no_grad()
 def _fill(vit: Any, features: SolvedFeatures, weight: Tensor, bias: Tensor, directions: Tensor) -> None:
     """Append and fill the blocks; see the module docstring."""
-    width, gain = features.axes.shape[0], _AMPLIFICATION * _SCORE_GAIN
+    width = features.axes.shape[0]
+    amplification = min(_LARGEST, _AMPLIFICATION * float(features.size))
+    gain = _SCORE_GAIN * width**0.5
     axes = features.axes[:, : directions.shape[1]]
-    write = gain * axes @ directions.T  # (C, classes): scores -> token
+    write = amplification * gain * axes @ directions.T  # (C, classes): scores -> token
     project = torch.eye(width, device=axes.device) - features.axes @ features.axes.T
     project = project - project.mean(dim=0, keepdim=True)
     first = _silent_block(vit, features)
     linear = (weight[:, :width] / features.scales[0]) @ project
     pair = torch.eye(width, device=axes.device)
     constant = bias - (weight[:, :width] / features.scales[0]) @ features.means[0]
-    passed = _AMPLIFICATION * project + write @ linear
+    passed = amplification * project + write @ linear
     first.mlp.fc1.weight[: 2 * width] = torch.cat([pair, -pair])
     first.mlp.fc2.weight[:, : 2 * width] = torch.cat([passed, -passed], dim=1)
     first.mlp.fc2.bias.copy_(write @ constant)
@@ -240,7 +258,7 @@ def _fill(vit: Any, features: SolvedFeatures, weight: Tensor, bias: Tensor, dire
     vit.norm.weight.fill_(1)
     vit.norm.bias.zero_()
     head = vit.get_classifier()
-    head.weight.copy_(directions @ axes.T / _SCORE_GAIN)
+    head.weight.copy_(directions @ axes.T / gain)
     head.bias.zero_()
 
 

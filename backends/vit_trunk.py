@@ -48,6 +48,12 @@ FEATURE_LIMIT = 4096
 """Features F up to which blocks are added; the head's statistics grow with their square."""
 
 
+def classifiers(vit: nn.Module) -> list[nn.Linear]:
+    """Return a model's linear heads: one, or the two of a distilled model, whose scores it averages."""
+    found = cast("Any", vit).get_classifier()
+    return list(found) if isinstance(found, tuple) else [found]
+
+
 class _Reached(Exception):
     """The forward pass arrived at the cut."""
 

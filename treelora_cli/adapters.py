@@ -84,8 +84,12 @@ class AdapterWeights:
         return cls(tuple(layers), down, up, scale)
 
 
-def attach(network: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, dropout: float) -> PeftModel:
+def attach(
+    network: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, dropout: float, task_type: str | None = None
+) -> PeftModel:
     """Freeze ``network`` and put one LoRA slot on the modules named in ``layers``.
+
+    ``task_type`` is PEFT's name of the kind of model, such as ``CAUSAL_LM``, kept in its configuration file.
 
     Raises:
         ModelError: PEFT cannot adapt one of the modules.
@@ -98,6 +102,7 @@ def attach(network: nn.Module, layers: Sequence[str], *, rank: int, alpha: float
         lora_dropout=dropout,
         target_modules=list(layers),
         bias="none",
+        task_type=cast("Any", task_type),
     )
     try:
         return cast("PeftModel", get_peft_model(cast("Any", network), config, SLOT))
@@ -207,7 +212,7 @@ def merge(adapters: Sequence[AdapterWeights], shares: Sequence[float]) -> Adapte
         right = torch.cat([f for _, f in factors], dim=0).double()  # (R, in)
         q_left, r_left = torch.linalg.qr(left)
         q_right, r_right = torch.linalg.qr(right.T)
-        u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+        u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
         keep = first.rank
         root = s[:keep].clamp(min=0).sqrt()
         new_up = (q_left @ u[:, :keep]) * root / first.scale

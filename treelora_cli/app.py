@@ -20,7 +20,7 @@ from treelora_cli.commands.predict import predict
 from treelora_cli.commands.run import run
 from treelora_cli.commands.status import status
 from treelora_cli.commands.train_task import train_task
-from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError
+from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError, is_out_of_memory
 from treelora_cli.views.console import Output
 
 _EPILOG = "Global options (-C, --json, -q, -v, --offline, --debug) stand before or after the command."
@@ -132,7 +132,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         hint = f" See: {context.command_path} --help" if context is not None else ""
         return f"{format_message()}{hint}", 2
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return "Out of memory; nothing was committed. Retry with a smaller --batch-size.", ResourceError.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "Disk full; nothing was committed. Free space and retry.", ResourceError.exit_code

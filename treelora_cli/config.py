@@ -64,6 +64,9 @@ class TreeConfig:
     """Gradient signatures, the K-D tree over them and the bandit search."""
 
     depth: int | None = _setting(None, "greatest depth of the tree, in adapted layers", low=1)
+    split: str | None = _setting(
+        None, "how a node divides its tasks; median-l1 as published", choices=("principal-gap", "median-l1")
+    )
     signature_width: int | None = _setting(None, "sketch width m per layer", low=8, high=65536)
     probe_batches: int | None = _setting(None, "mini-batches probed before training", low=1)
     search: str | None = _setting(None, "how similar tasks are found", choices=("lcb", "flat", "exhaustive", "random"))
@@ -148,7 +151,9 @@ DEFAULTS = Config(
     inference="routed",
     budget=0,
     adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0, targets="auto"),
-    tree=TreeConfig(depth=5, signature_width=512, probe_batches=24, search="lcb", width="observed"),
+    tree=TreeConfig(
+        depth=5, split="principal-gap", signature_width=512, probe_batches=24, search="lcb", width="observed"
+    ),
     train=TrainConfig(
         epochs=3,
         lr=1e-3,

@@ -71,6 +71,13 @@ class Interrupted(TreeLoraError):
     exit_code = 130
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, on an accelerator or, where torch says so in words only, on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def suggest(value: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known name nearest to ``value``, or nothing."""
     near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.6)

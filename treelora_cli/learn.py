@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,15 +17,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from treelora_cli import __version__, adapters
+from treelora_cli import adapters
 from treelora_cli.backend import Base, DataRequest, Learned, Memory, Score, Session, TaskData, TaskMemory
 from treelora_cli.budget import merge_to_budget
 from treelora_cli.config import Config, to_dict
-from treelora_cli.errors import DataError, ProjectError, UsageError
+from treelora_cli.errors import ProjectError, UsageError
 from treelora_cli.evaluation import HeldOut, read_held_out, score_tasks
 from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project import Commit, Project
+from treelora_cli.records import adapter_files, peak_bytes, versions
 from treelora_cli.runtime import Runtime, measure_precision
 from treelora_cli.signature import SignatureAccumulator, SketchSpec
 from treelora_cli.trainer import Trainer, TrainReport, TrainSettings
@@ -35,6 +35,7 @@ from treelora_cli.tree import Tree, build_tree
 if TYPE_CHECKING:
     from treelora_cli.adapters import AdapterWeights
     from treelora_cli.bandit import Search, Width
+    from treelora_cli.split import SplitRule
 
 
 @dataclass(frozen=True)
@@ -316,14 +317,16 @@ class _Learner:
         return memory, tree, self.project.matrix().with_row(self.name, values), scores
 
     def _extended_tree(self) -> Tree:
-        assert self.config.tree.depth is not None
+        depth, split = self.config.tree.depth, cast("SplitRule", self.config.tree.split)
+        assert depth is not None
         if self.tree is None:
-            return build_tree(self.signature[None], self.config.tree.depth)
-        if self.tree.tree_depth != self.config.tree.depth:
-            rows = np.concatenate([self.tree.signatures, self.signature[None]])
-            return build_tree(rows, self.config.tree.depth)
-        tree = self.tree.insert(self.signature)
-        return build_tree(tree.signatures, tree.tree_depth) if tree.rebuild_due else tree
+            return build_tree(self.signature[None], depth, split=split)
+        if (self.tree.tree_depth, self.tree.split) == (depth, split):
+            tree = self.tree.insert(self.signature)
+            if not tree.rebuild_due:
+                return tree
+        rows = np.concatenate([self.tree.signatures, self.signature[None]])
+        return build_tree(rows, depth, split=split)
 
     def _kept_within_budget(
         self, memory: Memory, tree: Tree
@@ -359,24 +362,18 @@ class _Learner:
             name=self.name,
             record=self._record(learned, report, request),
             labels=self.task.labels,
-            adapter_files=self._adapter_files(self.trained),
+            adapter_files=adapter_files(self.base.network, self.config.base.model, self.trained),
             tensors=learned.tensors,
             shared=learned.shared,
             tree=tree,
             bandit_arrays={key: np.ascontiguousarray(value) for key, value in arrays.items()},
             bandit_meta=searched if meta else {},
             matrix=matrix,
-            merged={newest: (names, self._adapter_files(weights)) for newest, (names, weights) in self.merged.items()},
+            merged={
+                newest: (names, adapter_files(self.base.network, self.config.base.model, weights))
+                for newest, (names, weights) in self.merged.items()
+            },
         )
-
-    def _adapter_files(self, weights: AdapterWeights) -> dict[str, bytes]:
-        from safetensors.torch import save
-
-        config = adapters.peft_config(self.base.network, self.config.base.model)
-        return {
-            "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-            "adapter_model.safetensors": save(weights.to_tensors(), metadata={"format": "pt"}),
-        }
 
     def _record(self, learned: Learned, report: TrainReport, request: DataRequest) -> dict[str, Any]:
         nearest, parent = self.method.nearest(), self.method.parent()
@@ -398,31 +395,9 @@ class _Learner:
             "last_loss": report.last_loss,
             "seconds": dict(self.clock.seconds),
             "facts": learned.facts,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
 
 def _constant(weights: AdapterWeights) -> Callable[[], AdapterWeights]:
     return lambda: weights
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    names = ("torch", "peft", "timm", "transformers", "accelerate", "safetensors")
-    return {"treelora": __version__, "python": platform.python_version(), **{n: metadata.version(n) for n in names}}
-
-
-def peak_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def require_examples(task: TaskData) -> None:
-    """Raise ``DataError`` when there is nothing to learn from."""
-    if task.train_size == 0:
-        raise DataError("No training examples.")

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from treelora_cli.backend import Session
-from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError
+from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError, is_out_of_memory
 from treelora_cli.methods.base import Method, StepView
 from treelora_cli.runtime import Runtime
 
@@ -160,7 +160,9 @@ class Trainer:
     def _guarded_step(self, batch: Any) -> Tensor:
         try:
             return self._take_step(batch)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             smaller = max(1, self.settings.batch_size // 2)
             raise ResourceError(
                 f"Out of memory at step {self.step + 1}; nothing was committed."

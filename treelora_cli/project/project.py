@@ -7,14 +7,14 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from treelora_cli import __version__
 from treelora_cli.config import Config, load_config
-from treelora_cli.errors import ConfigError, DamagedError, ProjectError, UsageError
+from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, UsageError
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project.lock import exclusive_lock
 from treelora_cli.project.state import State, TaskEntry, parse_state
@@ -309,10 +309,20 @@ class Project:
         )
         history = self.root / ".treelora" / "history"
         write_file(history / f"{self.state.generation:06d}.json", current_is)
-        write_file(self.root / _STATE, state.to_json())
-        self.store.publish(dict(state.files), dict(self.state.files))
-        self._collect_garbage(state)
+        self._replace_state(state.to_json())
+        # committed: whatever fails from here on is made good by the next commit, and readers look in objects
+        with suppress(OSError, ProjectError, ResourceError):
+            self.store.publish(dict(state.files), dict(self.state.files))
+            self._collect_garbage(state)
         return Project(self.root, state)
+
+    def _replace_state(self, data: bytes) -> None:
+        """Write ``state.json``; an error after the file was replaced (flushing its directory) is no failure."""
+        try:
+            write_file(self.root / _STATE, data)
+        except (ProjectError, ResourceError):
+            if _read_state(self.root) != data:
+                raise
 
     def _repair_publication(self) -> bytes:
         """Finish moving files whose commit was cut off after ``state.json`` was replaced."""
