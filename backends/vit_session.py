@@ -33,6 +33,8 @@ VIEWS = 2
 """Plain and mirrored."""
 _CHUNK = 128
 _TEMPERATURE = 0.1
+_SMALLEST_PROBE = 8
+"""Images in a mini-batch of the probe, at least; otherwise the probe sees no image twice."""
 _KEPT_BYTES = 1024**3
 """Activations up to this size stay in memory; larger ones go to an unnamed temporary file."""
 
@@ -142,7 +144,7 @@ class VitSession:
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield losses against the class means: cosine, temperature 0.1."""
         generator = torch.Generator().manual_seed(self.seed * 7919 + self.runtime.accelerator.process_index)
-        size = min(self.batch_size, len(self.own))
+        size = min(self.batch_size, len(self.own), max(_SMALLEST_PROBE, len(self.own) // count))
         order = torch.cat(
             [torch.randperm(len(self.own), generator=generator) for _ in range(1 + count * size // len(self.own))]
         )

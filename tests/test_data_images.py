@@ -214,6 +214,7 @@ def test_any_bytes_are_an_image_or_a_data_error(content: bytes) -> None:
         open_image(content, "pic")
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"]), st.data())
 def test_a_damaged_image_is_an_image_or_a_data_error(kind: str, data: st.DataObject) -> None:
     content = bytearray(encoded(picture("red", 1), kind))

@@ -152,7 +152,7 @@ DEFAULTS = Config(
     budget=0,
     adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0, targets="auto"),
     tree=TreeConfig(
-        depth=5, split="principal-gap", signature_width=512, probe_batches=24, search="lcb", width="observed"
+        depth=5, split="principal-gap", signature_width=512, probe_batches=12, search="lcb", width="observed"
     ),
     train=TrainConfig(
         epochs=3,

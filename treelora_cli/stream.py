@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from treelora_cli.config import Config, TrainConfig, load_config, overlay
+from treelora_cli.errors import ConfigError
 from treelora_cli.learn import TaskReport, learn_task
 from treelora_cli.project import Project, check_task_name
 from treelora_cli.recipes import stream_data, stream_tasks, task_request
@@ -45,8 +46,10 @@ def run_stream(request: StreamRequest, runtime: Runtime, learned: Callable[[Task
     data = stream_data(recipe.stream, request.data, request.recipe)
     seed = overlay(request.flags, recipe).seed or 0
     tasks = stream_tasks(recipe.stream, data, seed, request.recipe.name)
-    for task in tasks:
+    for number, task in enumerate(tasks):
         check_task_name(task.name)
+        if task.name in {earlier.name for earlier in tasks[:number]}:
+            raise ConfigError(f"{request.recipe.name}: task '{task.name}' is listed twice.")
     project = _open_or_make(request, runtime)
     config = project_config(project, request.flags)
     base = open_base(project, config, runtime)

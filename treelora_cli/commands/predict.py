@@ -9,7 +9,7 @@ from rich.table import Table
 
 from treelora_cli.commands import options
 from treelora_cli.commands.context import session_of
-from treelora_cli.errors import UsageError
+from treelora_cli.errors import DataError, UsageError
 
 
 def predict(
@@ -29,7 +29,13 @@ def predict(
         raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
     config = project_config(project, from_flags(inference=inference))
     base = open_base(project, config, session.runtime(device))
-    answers = base.predictor(project.memory(), str(config.inference)).predict(inputs)
+    predictor = base.predictor(project.memory(), str(config.inference))
+    try:
+        answers = predictor.predict(inputs)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
     table = Table()
     for heading in ("input", "output", "task", "confidence"):
         table.add_column(heading)

@@ -220,7 +220,7 @@ def open_image(data: bytes, name: str) -> Any:
     """
     import io
 
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as opened:
@@ -230,7 +230,9 @@ def open_image(data: bytes, name: str) -> Any:
                 image = _to_eight_bits(image)
             return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError) as error:
-        raise DataError(f"{name}: unreadable or truncated image ({error}). Mend it, or pass --skip-bad.") from error
+        # Pillow's own words for an unknown format name an object in memory, not the file
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{name}: unreadable or truncated image ({reason}). Mend it, or pass --skip-bad.") from error
 
 
 def _to_eight_bits(image: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from treelora_cli import __version__
 from treelora_cli.config import Config, load_config
-from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, UsageError
+from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, TreeLoraError, UsageError
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project.lock import exclusive_lock
 from treelora_cli.project.state import State, TaskEntry, parse_state
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 _TASK_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
 _DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt") for n in range(10))}
 _CONFIG, _STATE = "treelora.yaml", "state.json"
-_HISTORY_KEPT = 2
+_HISTORY_KEPT = 1
+"""Earlier states whose contents stay, for readers that opened the project before a commit."""
 
 
 def check_task_name(name: str) -> str:
@@ -269,7 +270,12 @@ class Project:
     # -- write ----------------------------------------------------------------------------------------
 
     def commit(self, change: Commit) -> Project:
-        """Add one task; the caller holds the lock. Until ``state.json`` is replaced, nothing has changed."""
+        """Add one task; the caller holds the lock. Until ``state.json`` is replaced, nothing has changed.
+
+        Raises:
+            TreeLoraError: A value is not finite; stored, it would make the project unreadable.
+        """
+        _check_finite(change)
         from safetensors.numpy import save as save_arrays
         from safetensors.torch import save as save_tensors
 
@@ -390,6 +396,23 @@ def check_new_directory(root: Path) -> None:
         raise UsageError(f"{root} is a treelora project already. Choose another directory.")
     if root.is_file() or (root.is_dir() and any(root.iterdir())):
         raise UsageError(f"{root} is not empty. Choose another directory for the project.")
+
+
+def _check_finite(change: Commit) -> None:
+    from safetensors.torch import load
+
+    weights = [files["adapter_model.safetensors"] for files in (change.adapter_files, *_merged_files(change))]
+    for tensors in (change.tensors, change.shared, *map(load, weights)):
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise TreeLoraError(
+                    f"Training diverged: '{name}' of task '{change.name}' is not finite; nothing was committed."
+                    " Retry with a smaller --lr."
+                )
+
+
+def _merged_files(change: Commit) -> list[dict[str, bytes]]:
+    return [files for _, files in change.merged.values()]
 
 
 def _read_state(root: Path) -> bytes:

@@ -1,0 +1,372 @@
+"""The project directory: commits that cannot be half done, verified reads, a strict state file."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tree_hash
+
+from treelora_cli.errors import DamagedError, LockedError, ResourceError, TreeLoraError, UsageError
+from treelora_cli.project import Commit, Project
+from treelora_cli.project.lock import exclusive_lock
+from treelora_cli.project.state import parse_state
+from treelora_cli.project.store import Store, check_inner_name, record_of, write_file
+
+EVENTS = ("replace", "fsync", "fchmod", "unlink", "mkdir", "rmdir", "open")
+
+
+def commit_of(project: Project, name: str = "next", *, merge: bool = False) -> Commit:
+    """A further task made of what the project holds already; ``merge`` joins the first two adapters."""
+    tree = project.tree()
+    assert tree is not None
+    first = project.state.tasks[0]
+    files = {
+        part: project.read(f"{first.adapter}/{part}") for part in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    shared = {key: value + 1 for key, value in project.memory().shared().items()}
+    arrays, facts = project.bandit() or ({}, {})
+    members = tuple(task.name for task in project.state.tasks[:2])
+    return Commit(
+        name=name,
+        record={**project.task_record(first.name), "name": name},
+        labels=("a", "b"),
+        adapter_files={**files, "adapter_config.json": b"{}\n"},
+        tensors={"head.weight": torch.ones(2, 3)},
+        shared=shared,
+        tree=tree.insert(np.asarray(tree.signatures[0])),
+        bandit_arrays={key: np.ascontiguousarray(value) for key, value in arrays.items()},
+        bandit_meta={**facts, "task": name},
+        matrix=project.matrix().with_row(name, [0.5] * (len(project.state.tasks) + 1)),
+        merged={members[-1]: (members, files)} if merge else {},
+    )
+
+
+def everything(project: Project) -> dict[str, bytes]:
+    """Every recorded file, read and verified."""
+    return {name: project.read(name) for name in project.state.files}
+
+
+@pytest.fixture
+def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies or fails loses nothing that was not flushed: only a power cut does."""
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+
+
+@contextmanager
+def hooked(hook: Callable[[str], None]) -> Iterator[None]:
+    """Call ``hook`` before every operation of a commit that touches the disk."""
+    originals = {name: getattr(os, name) for name in EVENTS}
+
+    def wrapped(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            hook(name)
+            return originals[name](*arguments, **keywords)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in EVENTS:
+            patch.setattr(os, name, wrapped(name))
+        yield
+
+
+def count_events(root: Path, merge: bool) -> int:
+    project, seen = Project.open(root), []
+    change = commit_of(project, merge=merge)
+    with hooked(seen.append):
+        project.commit(change)
+    return len(seen)
+
+
+# -- commits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_no_flush")
+@pytest.mark.parametrize("merge", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_death_at_every_operation_leaves_the_old_or_the_new_state(
+    learned_project: Path, tmp_path: Path, merge: bool
+) -> None:
+    counted = Path(shutil.copytree(learned_project, tmp_path / "counted"))
+    total = count_events(counted, merge)
+    new = Project.open(counted)
+    assert total > 40
+    seen = set()
+    for victim in range(total):
+        root = Path(shutil.copytree(learned_project, tmp_path / "p"))
+        old = Project.open(root)
+        change = commit_of(old, merge=merge)
+        child = os.fork()
+        if child == 0:  # dies without any clean-up, as by SIGKILL
+            done = iter(range(total))
+            with hooked(lambda _name, done=done, victim=victim: os._exit(9) if next(done) == victim else None):
+                old.commit(change)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        found = Project.open(root)
+        assert found.state in (old.state, new.state)
+        seen.add(found.state == new.state)
+        assert everything(found) == everything(Project.open(counted) if found.state == new.state else old)
+        after = found.commit(commit_of(found, "after"))
+        assert everything(Project.open(root)) == everything(after)
+        assert not list(root.rglob(".treelora-new-*")), "temporary files are swept by the next commit"
+        assert all((root / name).is_file() for name in after.state.files)
+        shutil.rmtree(root)
+    assert seen == {False, True}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_no_flush")
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_error_at_every_operation_leaves_the_old_or_the_new_state(
+    learned_project: Path, tmp_path: Path, merge: bool
+) -> None:
+    counted = Path(shutil.copytree(learned_project, tmp_path / "counted"))
+    total = count_events(counted, merge)
+    new = Project.open(counted).state
+    for victim in range(total):
+        root = Path(shutil.copytree(learned_project, tmp_path / "p"))
+        old = Project.open(root)
+        change, done = commit_of(old, merge=merge), iter(range(total + 50))
+
+        def fail(_name: str, victim: int = victim, done: Iterator[int] = done) -> None:
+            if next(done) == victim:
+                raise KeyboardInterrupt
+
+        with hooked(fail), pytest.raises(KeyboardInterrupt, match=r"^$"):
+            old.commit(change)
+        found = Project.open(root)
+        assert found.state in (old.state, new)
+        everything(found)
+        assert not list(root.rglob(".treelora-new-*"))
+        shutil.rmtree(root)
+
+
+@pytest.mark.usefixtures("_no_flush")
+def test_a_full_disk_at_every_operation_says_truly_whether_the_task_was_committed(
+    learned_project: Path, tmp_path: Path
+) -> None:
+    counted = Path(shutil.copytree(learned_project, tmp_path / "counted"))
+    total = count_events(counted, True)
+    new = Project.open(counted)
+    raised = 0
+    for victim in range(total):
+        root = Path(shutil.copytree(learned_project, tmp_path / "p"))
+        old = Project.open(root)
+        change, done = commit_of(old, merge=True), iter(range(total + 500))
+
+        def fail(_name: str, victim: int = victim, done: Iterator[int] = done) -> None:
+            if next(done) >= victim:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with hooked(fail):
+            try:
+                after = old.commit(change)
+            except (ResourceError, OSError):
+                after = old
+                raised += 1
+        found = Project.open(root)
+        assert found.state == after.state
+        assert everything(found) == everything(old if after is old else new)
+        shutil.rmtree(root)
+    assert 0 < raised < total
+
+
+@pytest.mark.usefixtures("_no_flush")
+def test_a_reader_sees_a_whole_state_at_every_operation(project: Path) -> None:
+    writer = Project.open(project)
+    change = commit_of(writer, merge=True)
+    before, generations = everything(writer), []
+
+    def look(_name: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in EVENTS:
+                patch.setattr(os, name, originals[name])
+            assert everything(Project(project, writer.state)) == before
+            found = Project.open(project)
+            everything(found)
+            generations.append(found.state.generation)
+
+    originals = {name: getattr(os, name) for name in EVENTS}
+    with hooked(look):
+        writer.commit(change)
+    assert generations == sorted(generations)
+    assert set(generations) == {3, 4}
+
+
+def test_contents_reach_the_disk_before_the_state_that_names_them(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def logged_fsync(descriptor: int) -> None:
+        log.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def logged_replace(source: Any, target: Any) -> None:
+        log.append(("replace", f"{source} {target}"))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", logged_replace)
+    writer = Project.open(project)
+    writer.commit(commit_of(writer))
+    renames = [(place, *text.split(" ")) for place, (kind, text) in enumerate(log) if kind == "replace"]
+    commit = next(place for place, _, target in renames if target == str(project / "state.json"))
+    for place, source, target in renames:
+        if Path(source).name.startswith(".treelora-new-"):
+            assert ("fsync", source) in log[:place]
+            assert ("fsync", str(Path(target).parent)) in log[place:]
+    objects = str(project / ".treelora" / "objects")
+    last_object = max(place for place, _, target in renames if target.startswith(objects) and place < commit)
+    assert ("fsync", objects) in log[last_object:commit]
+    assert ("fsync", str(project)) in log[commit:]
+
+
+def test_a_reader_of_an_old_state_keeps_its_files_over_two_commits(project: Path) -> None:
+    reader = Project.open(project)
+    before = everything(reader)
+    writer = reader.commit(commit_of(reader, "one", merge=True))
+    assert everything(reader) == before
+    writer.commit(commit_of(writer, "two"))
+    assert everything(reader) == before
+
+
+@pytest.mark.usefixtures("_no_flush")
+def test_garbage_does_not_grow(project: Path) -> None:
+    writer, counts = Project.open(project), []
+    for number in range(12):
+        writer = writer.commit(commit_of(writer, f"task-{number}"))
+        inner = [path for path in (project / ".treelora").rglob("*") if path.is_file()]
+        counts.append(len(inner))
+        on_disk = {str(path.relative_to(project)) for path in project.rglob("*") if path.is_file()}
+        assert set(writer.state.files) <= on_disk
+    assert len(set(counts[3:])) == 1
+    assert len(list((project / "tasks").iterdir())) == 15
+
+
+def test_commit_keeps_what_other_tasks_recorded(project: Path) -> None:
+    old = Project.open(project)
+    before = everything(old)
+    after = old.commit(commit_of(old))
+    assert after.state.generation == old.state.generation + 1
+    assert [task.name for task in after.state.tasks] == ["warm", "cold", "grey", "next"]
+    own = {name: data for name, data in everything(after).items() if name.startswith("tasks/00")}
+    assert all(own[name] == data for name, data in before.items() if name.startswith("tasks/"))
+    assert after.labels("next") == ("a", "b")
+    assert torch.equal(after.memory().tasks[3].tensors()["head.weight"], torch.ones(2, 3))
+
+
+def test_merged_tasks_share_the_newest_members_directory(project: Path) -> None:
+    old = Project.open(project)
+    after = old.commit(commit_of(old, merge=True))
+    assert [task.adapter for task in after.state.tasks[:2]] == ["tasks/002-cold"] * 2
+    assert not (project / "tasks/001-warm/adapter_model.safetensors").exists()
+    assert (project / "tasks/001-warm/head.safetensors").exists()
+    assert torch.equal(after.adapter("warm").up[0], after.adapter("cold").up[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_never_committed(project: Path, bad: float) -> None:
+    from safetensors.torch import load, save
+
+    opened, before = Project.open(project), tree_hash(project)
+    change = commit_of(opened)
+    weights = load(change.adapter_files["adapter_model.safetensors"])
+    key = next(iter(weights))
+    weights[key][0, 0] = bad
+    files = {**change.adapter_files, "adapter_model.safetensors": save(weights)}
+    for broken in (
+        dataclasses.replace(change, adapter_files=files),
+        dataclasses.replace(change, merged={"cold": (("warm", "cold"), files)}),
+        dataclasses.replace(change, tensors={"head.weight": torch.tensor([1.0, bad])}),
+        dataclasses.replace(change, shared={"gram": torch.tensor([bad])}),
+    ):
+        with pytest.raises(TreeLoraError, match=r"Training diverged: '.*' of task 'next' is not finite; nothing was c"):
+            opened.commit(broken)
+    assert tree_hash(project) == before
+
+
+def test_files_get_the_umask_of_the_user(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "file", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_checkpoint_round_trip_and_damage(project: Path) -> None:
+    opened = Project.open(project)
+    assert opened.checkpoint_facts() is None
+    for step in (3, 6):
+        opened.save_checkpoint({"task": "x", "step": step}, {"a": torch.full((2,), float(step))})
+    facts = opened.checkpoint_facts()
+    assert facts is not None and facts["step"] == 6
+    assert torch.equal(opened.checkpoint_tensors(facts)["a"], torch.tensor([6.0, 6.0]))
+    run = project / ".treelora" / "run"
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint.json", "step-00000006.safetensors"]
+    tensors = run / "step-00000006.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"\1")
+    with pytest.raises(DamagedError, match=r"step-00000006\.safetensors: hash mismatch"):
+        opened.checkpoint_tensors(facts)
+    (run / "checkpoint.json").write_text("{")
+    with pytest.raises(DamagedError, match=r"checkpoint\.json is damaged"):
+        opened.checkpoint_facts()
+    opened.clear_checkpoint()
+    assert list(run.iterdir()) == []
+
+
+# -- reading ----------------------------------------------------------------------------------------------
+
+
+def test_a_symlinked_file_is_refused(project: Path) -> None:
+    name = "tasks/001-warm/adapter_model.safetensors"
+    kept = (project / name).rename(project.parent / "elsewhere")
+    (project / name).symlink_to(kept)
+    with pytest.raises(DamagedError, match=r"001-warm/adapter_model\.safetensors: hash mismatch"):
+        Project.open(project).adapter("warm")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", ".hidden", "a\\b", "a/b\n", "x" * 90])
+def test_names_that_escape_are_refused(learned_project: Path, name: str) -> None:
+    with pytest.raises(DamagedError, match="is not allowed"):
+        check_inner_name(name)
+    with pytest.raises(DamagedError, match="is not allowed"):
+        Store(learned_project).read(name, record_of(b""))
+    record = json.loads((learned_project / "state.json").read_text())
+    record["files"][name] = {"sha256": "0" * 64, "size": 0}
+    with pytest.raises(DamagedError, match=r"not allowed|is damaged"):
+        parse_state(json.dumps(record).encode())
+
+
+def test_lock_excludes_and_is_released(tmp_path: Path) -> None:
+    second = exclusive_lock(tmp_path / ".treelora", "other")
+    with (
+        exclusive_lock(tmp_path / ".treelora", "eval"),
+        pytest.raises(LockedError, match=rf"'treelora eval' \(process {os.getpid()} on "),
+    ):
+        second.__enter__()
+    with exclusive_lock(tmp_path / ".treelora", "again"):
+        pass
+    assert not (tmp_path / ".treelora" / "lock.json").exists()
+
+
+def test_creating_over_something_is_refused(project: Path, tmp_path: Path) -> None:
+    before = tree_hash(project)
+    with pytest.raises(UsageError, match="is a treelora project already"):
+        Project.create(project, "", backend="vit", base={}, fixed={})
+    with pytest.raises(UsageError, match="is not empty"):
+        Project.create(tmp_path, "", backend="vit", base={}, fixed={})
+    assert tree_hash(project) == before
