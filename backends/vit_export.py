@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from treelora_backends.vit_images import ImageTask
-from treelora_backends.vit_single import SingleNetwork
-from treelora_backends.vit_trunk import classifiers
+from treelora_backends.vit_single import SingleNetwork, latest_head
+from treelora_backends.vit_trunk import fill_classifier
 
 from treelora_cli import adapters
 from treelora_cli.backend import ExportCheck, ExportOptions, Memory
 from treelora_cli.errors import UsageError
+from treelora_cli.heads import LinearHead
 
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
@@ -91,14 +92,12 @@ def _index_of(memory: Memory, task: str) -> int:
 def _classifier(base: VitBase, memory: Memory, index: int) -> tuple[nn.Module, list[str]]:
     """Return the base with the linear head that goes with a task's adapter, and the head's labels."""
     if index == len(memory.tasks) - 1:
-        network = SingleNetwork(base, memory, "latest")
-        head, names = classifiers(network.vit)[0].state_dict(), network.names
+        names, head = latest_head(base, memory)
     else:
         tensors, names = memory.tasks[index].tensors(), list(memory.tasks[index].labels)
-        head = {"weight": tensors["head.weight"], "bias": tensors["head.bias"]}
+        head = LinearHead(tensors["head.weight"], tensors["head.bias"])
     vit = base.fresh_vit(len(names))
-    for classifier in classifiers(vit):
-        classifier.load_state_dict(head)
+    fill_classifier(vit, head)
     return vit, names
 
 

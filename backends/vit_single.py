@@ -11,17 +11,18 @@ Symbols: ``C`` width, ``K`` columns, ``n`` images.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from treelora_backends.vit_heads import class_names, class_of_column, columns_of
 from treelora_backends.vit_solved import SolvedBlocks, fits
+from treelora_backends.vit_trunk import fill_classifier
 
 from treelora_cli import adapters
 from treelora_cli.adapters import AdapterWeights, mean_update
 from treelora_cli.backend import Memory
-from treelora_cli.heads import ClassStatistics, fit_drift
+from treelora_cli.heads import ClassStatistics, LinearHead, fit_drift
 
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
@@ -46,7 +47,7 @@ def extended_statistics(session: VitSession, trained: AdapterWeights) -> dict[st
     everything = torch.arange(len(session.own))
     generator = torch.Generator().manual_seed(session.seed)
     share = _DRIFT_IMAGES // session.runtime.accelerator.num_processes
-    some = torch.randperm(len(everything), generator=generator)[:share]
+    some = torch.randperm(len(everything), generator=generator)[: session.runtime.smallest(min(share, len(everything)))]
     tensors: dict[str, Tensor] = {}
     kinds = KINDS if session.solved is None else KINDS[:1]
     for kind in kinds:
@@ -79,6 +80,20 @@ def solved_blocks(base: VitBase, memory: Memory) -> SolvedBlocks | None:
     return blocks.restore(memory.shared()) if memory.tasks else blocks
 
 
+def latest_head(base: VitBase, memory: Memory) -> tuple[list[str], LinearHead]:
+    """Return the class names and the linear head that go with the newest adapter."""
+    columns = columns_of(memory)
+    names = class_names(columns)
+    members = class_of_column(columns).to(base.runtime.device)
+    return names, _carried_head(base, memory, "latest", members, len(names))
+
+
+def _carried_head(base: VitBase, memory: Memory, kind: str, members: Tensor, classes: int) -> LinearHead:
+    """Solve the head from statistics carried over to the present network; ``members`` is each column's class."""
+    statistics = ClassStatistics.from_tensors(memory.shared(), kind, base.runtime.device)
+    return statistics.by_class(members, classes).discriminant(base.config.head.ridge or 0.0)
+
+
 class SingleNetwork(nn.Module):
     """A stock timm network over all classes; what ``export --format merged`` saves."""
 
@@ -102,11 +117,7 @@ class SingleNetwork(nn.Module):
         for index, layer in enumerate(updates.layers):
             weight = cast("nn.Linear", self.vit.get_submodule(layer)).weight
             weight += updates.update(index).to(weight.device)
-        statistics = ClassStatistics.from_tensors(memory.shared(), kind, base.runtime.device)
-        solved = statistics.by_class(members, len(self.names)).discriminant(base.config.head.ridge or 0.0)
-        head = cast("nn.Linear", cast("Any", self.vit).get_classifier())
-        head.weight.copy_(solved.weight)
-        head.bias.copy_(solved.bias)
+        fill_classifier(self.vit, _carried_head(base, memory, kind, members, len(self.names)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits over ``names``, (B, classes)."""

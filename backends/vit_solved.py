@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from treelora_backends.vit_trunk import fill_classifier
 
-from treelora_cli.heads import RidgeStatistics, pack_symmetric, unpack_symmetric
+from treelora_cli.heads import LinearHead, RidgeStatistics, pack_symmetric, unpack_symmetric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -171,7 +172,7 @@ class SolvedBlocks:
     def add_task(self, tokens: Tensor, labels: Tensor, classes: int, runtime: Runtime) -> None:
         """Count one task's class tokens (n, C) in."""
         if self.features is None:
-            seen = runtime.concatenate(tokens[: _equal_share(len(tokens), runtime)])
+            seen = runtime.concatenate(tokens[: runtime.smallest(len(tokens))])
             self.features = SolvedFeatures.fit(seen, self.trunk, self.seed)
         fresh = RidgeStatistics.empty(self.features.width, classes, self.device)
         for rows in torch.arange(len(tokens)).split(512):
@@ -215,14 +216,6 @@ class SolvedBlocks:
         return torch.linalg.eigh(spread).eigenvectors[:, -count:].float()
 
 
-def _equal_share(count: int, runtime: Runtime) -> int:
-    """Rows that every process has; the first task's axes come from equally many of each."""
-    if runtime.accelerator.num_processes == 1:
-        return count
-    counts = runtime.concatenate(torch.tensor([count], device=runtime.device))
-    return int(counts.min())
-
-
 @torch.no_grad()
 def _fill(vit: Any, features: SolvedFeatures, weight: Tensor, bias: Tensor, directions: Tensor) -> None:
     """Append and fill the blocks; see the module docstring."""
@@ -257,9 +250,7 @@ def _fill(vit: Any, features: SolvedFeatures, weight: Tensor, bias: Tensor, dire
     vit.blocks = nn.Sequential(*vit.blocks, *blocks)
     vit.norm.weight.fill_(1)
     vit.norm.bias.zero_()
-    head = vit.get_classifier()
-    head.weight.copy_(directions @ axes.T / gain)
-    head.bias.zero_()
+    fill_classifier(vit, LinearHead(directions @ axes.T / gain, torch.zeros_like(bias)))
 
 
 def _silent_block(vit: Any, features: SolvedFeatures) -> Any:

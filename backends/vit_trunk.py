@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from treelora_cli.heads import LinearHead
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -156,3 +158,18 @@ class Trunk:
             for hook in hooks:
                 hook.remove()
         return found
+
+
+@torch.no_grad()
+def fill_classifier(vit: nn.Module, solved: LinearHead) -> None:
+    """Put a linear head into the model's classifier; a distilled model averages two, which get the same."""
+    found = cast("Any", vit).get_classifier()
+    for layer in found if isinstance(found, tuple) else (found,):
+        layer.weight.copy_(solved.weight)
+        layer.bias.copy_(solved.bias)
+
+
+def classifier_names(vit: nn.Module) -> list[str]:
+    """Return the names of the classifier's layers."""
+    names = cast("Any", vit).pretrained_cfg["classifier"]
+    return list(names) if isinstance(names, tuple | list) else [str(names)]

@@ -223,9 +223,7 @@ def test_resume_without_an_interruption(cli: Cli, project: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "train", [8, pytest.param(7, marks=pytest.mark.xfail(strict=True, reason="vit_single gathers uneven shares"))]
-)
+@pytest.mark.parametrize("train", [8, 7])
 def test_two_processes_learn_one_task_together(cli: Cli, project: Path, tmp_path: Path, train: int) -> None:
     more = make_images(tmp_path / "more", ["pink", "brown", "red"], train=train, test=5)
     # accelerate launch starts one process on a CPU unless there is MPI; torchrun starts two

@@ -177,15 +177,7 @@ def test_a_layer_that_adapters_cannot_reach_is_refused(family: str, stored: Path
 # -- a stream on each family ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(one, marks=pytest.mark.xfail(strict=True, reason="vit_single fills one of the two heads"))
-        if one == "DeiT distilled"
-        else one
-        for one in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_tasks_and_both_exports_under_stock_code(
     cli: Cli, family: str, stored: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -76,6 +76,14 @@ class Runtime:
         total = self.accelerator.reduce(tensor, reduction="sum")
         return total  # type: ignore[no-any-return]
 
+    def smallest(self, count: int) -> int:
+        """Return the least of all processes' counts."""
+        if self.accelerator.num_processes == 1:
+            return count
+        import torch
+
+        return int(self.accelerator.gather(torch.tensor([count], device=self.device)).min())
+
     def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the rows of all processes; every process gives equally many."""
         if self.accelerator.num_processes == 1:
