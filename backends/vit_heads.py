@@ -14,7 +14,7 @@ from torch import Tensor
 
 from treelora_cli.backend import Memory
 from treelora_cli.config import Config
-from treelora_cli.heads import FeatureMap, LinearHead, RidgeStatistics, pack_symmetric, unpack_symmetric
+from treelora_cli.heads import FeatureMap, LinearHead, RidgeStatistics, pack_symmetric, ridge_share, unpack_symmetric
 from treelora_cli.runtime import Runtime
 
 _CHUNK = 512
@@ -105,4 +105,5 @@ class SharedHead:
         assert self.gram is not None
         sums = torch.cat([task.tensors()["anchor.sums"] for task in memory.tasks]).to(self.device)
         counts = torch.cat([task.tensors()["anchor.counts"] for task in memory.tasks]).to(self.device)
-        return RidgeStatistics(self.gram, sums, counts).solve(self.ridge)
+        share = ridge_share(self.ridge, self.gram.shape[0], float(counts.sum()))
+        return RidgeStatistics(self.gram, sums, counts).solve(share)

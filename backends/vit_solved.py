@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from treelora_backends.vit_trunk import fill_classifier
 
-from treelora_cli.heads import LinearHead, RidgeStatistics, pack_symmetric, unpack_symmetric
+from treelora_cli.heads import LinearHead, RidgeStatistics, pack_symmetric, ridge_share, unpack_symmetric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -203,7 +203,8 @@ class SolvedBlocks:
         assert self.features is not None and self.gram is not None
         sums = torch.cat([task["solved.sums"] for task in tasks]).to(self.device)
         counts = torch.cat([task["solved.counts"] for task in tasks]).to(self.device)
-        solved = RidgeStatistics(self.gram, sums, counts).solve(self.ridge)
+        share = ridge_share(self.ridge, self.features.width, float(counts.sum()))
+        solved = RidgeStatistics(self.gram, sums, counts).solve(share)
         weight = torch.zeros(classes, self.features.width, device=self.device).index_add_(0, class_of, solved.weight)
         bias = torch.zeros(classes, device=self.device).index_add_(0, class_of, solved.bias)
         _fill(cast("Any", vit), self.features, weight, bias, self._main_directions(weight))

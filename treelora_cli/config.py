@@ -99,7 +99,9 @@ class HeadConfig:
     blocks: int | None = _setting(
         None, "last blocks whose tokens feed the head; none: as many as make 4,096 features", low=1
     )
-    ridge: float | None = _setting(None, "ridge penalty, as a share of the mean eigenvalue", low=0)
+    ridge: float | None = _setting(
+        None, "ridge penalty at one feature per example, as a share of the mean eigenvalue", low=0
+    )
     merged: str | None = _setting(
         None, "the merged network: solved blocks on the base, or the mean of all updates", choices=("solved", "mean")
     )
@@ -166,7 +168,7 @@ DEFAULTS = Config(
         precision="auto",
         grad_checkpointing=False,
     ),
-    head=HeadConfig(width=2000, ridge=0.003, merged="solved"),
+    head=HeadConfig(width=2000, ridge=0.36, merged="solved"),
 )
 """The lowest level of precedence; a backend's own defaults stand above it."""
 

@@ -119,6 +119,20 @@ class RidgeStatistics:
         return LinearHead(weight.float(), bias.float())
 
 
+def ridge_share(ridge: float, width: int, examples: float) -> float:
+    """Return the penalty for ``RidgeStatistics.solve``: what fits many examples starves on few.
+
+    The best share of the mean eigenvalue was found to grow with the square of features per example (measured
+    from 0.1 to 0.9 features per example); it is held below 1.
+
+    Args:
+        ridge: Share at one feature per example.
+        width: Features W.
+        examples: Examples counted in.
+    """
+    return min(1.0, ridge * (width / max(examples, 1.0)) ** 2)
+
+
 @dataclass(frozen=True)
 class LinearHead:
     """Scores ``phi @ weight.T + bias``: weight (K, W), bias (K,)."""
