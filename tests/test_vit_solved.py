@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from treelora_backends.vit_solved import SolvedBlocks, fits
 from treelora_backends.vit_trunk import Trunk
 
-from treelora_cli.heads import RidgeStatistics
+from treelora_cli.heads import RidgeStatistics, ridge_share
 from treelora_cli.runtime import Runtime
 
 
@@ -52,7 +52,7 @@ def test_the_grown_model_gives_the_solved_scores():
     blocks, images, tokens, tasks = solve_two_tasks(make_vit())
     sums = torch.cat([task["solved.sums"] for task in tasks])
     counts = torch.cat([task["solved.counts"] for task in tasks])
-    head = RidgeStatistics(blocks.gram, sums, counts).solve(1e-3)
+    head = RidgeStatistics(blocks.gram, sums, counts).solve(ridge_share(1e-3, blocks.features.width, 60))
     wanted = head(blocks.features(tokens))
     grown = make_vit(classes=5)
     blocks.grow(grown, tasks, torch.arange(5), 5)
@@ -87,7 +87,7 @@ def test_layer_scale_is_neutral_in_the_appended_blocks():
         blocks.gram,
         torch.cat([task["solved.sums"] for task in tasks]),
         torch.cat([task["solved.counts"] for task in tasks]),
-    ).solve(1e-3)
+    ).solve(ridge_share(1e-3, blocks.features.width, 60))
     grown = make_vit(classes=5, init_values=0.1)
     blocks.grow(grown, tasks, torch.arange(5), 5)
     with torch.no_grad():
