@@ -199,7 +199,7 @@ def test_unsafe_names_are_refused(cli: Cli, empty_project: Path, data: Path, nam
 
 def test_name_taken(cli: Cli, project: Path, data: Path) -> None:
     before = tree_hash(project)
-    line = r"Task 'cold' exists \(002\)\. Choose another --name, or treelora rollback cold\."
+    line = r"Task 'cold' exists \(002\)\. Choose another --name\."
     check_error(cli("-C", project, "train-task", data / "cold", "--device", "cpu"), 2, line)
     check_error(cli("-C", project, "train-task", data / "warm", "--name", "cold", "--device", "cpu"), 2, line)
     assert tree_hash(project) == before

@@ -12,6 +12,7 @@ import typer
 from treelora_cli import __version__
 from treelora_cli.commands.context import Session
 from treelora_cli.commands.demo import demo
+from treelora_cli.commands.doctor import doctor
 from treelora_cli.commands.evaluate import evaluate
 from treelora_cli.commands.export import export
 from treelora_cli.commands.init import init
@@ -43,6 +44,7 @@ for _name, _command in (
     ("export", export),
     ("predict", predict),
     ("status", status),
+    ("doctor", doctor),
     ("run", run),
     ("demo", demo),
 ):
@@ -149,3 +151,4 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

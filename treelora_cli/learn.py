@@ -21,7 +21,7 @@ from treelora_cli import adapters
 from treelora_cli.backend import Base, DataRequest, Learned, Memory, Score, Session, TaskData, TaskMemory
 from treelora_cli.budget import merge_to_budget
 from treelora_cli.config import Config, to_dict
-from treelora_cli.errors import ProjectError, UsageError
+from treelora_cli.errors import ProjectError
 from treelora_cli.evaluation import HeldOut, read_held_out, score_tasks
 from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
 from treelora_cli.metrics import ScoreMatrix
@@ -122,9 +122,7 @@ def learn_task(
     Raises:
         TreeLoraError: Bad data, no memory, an interruption, ...; the project is as before.
     """
-    if project.state.task(name) is not None:
-        number = [task.name for task in project.state.tasks].index(name) + 1
-        raise UsageError(f"Task '{name}' exists ({number:03d}). Choose another --name, or treelora rollback {name}.")
+    project.check_free(name)
     check_base(project, base)
     clock = _Clock()
     task = base.read_task(request)

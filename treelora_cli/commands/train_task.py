@@ -88,7 +88,7 @@ def train_task(
             skip_bad=skip_bad,
             seed=project.state.fixed["seed"],
         )
-    _check_free(project, chosen)
+    project.check_free(chosen)
     config = project_config(project, flags)
     runtime = session.runtime(device)
     if dry_run:
@@ -108,14 +108,6 @@ def _task_name(name: str | None, data: Path) -> str:
     stem = data.absolute().stem if data.suffix else data.absolute().name
     derived = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")[:64]
     return check_task_name(derived or "task")
-
-
-def _check_free(project: Project, name: str) -> None:
-    for number, task in enumerate(project.state.tasks, start=1):
-        if task.name == name:
-            raise UsageError(
-                f"Task '{name}' exists ({number:03d}). Choose another --name, or treelora rollback {name}."
-            )
 
 
 def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple[str, DataRequest]:

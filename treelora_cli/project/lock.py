@@ -43,6 +43,21 @@ def exclusive_lock(directory: Path, purpose: str) -> Iterator[None]:
         lock.release()
 
 
+def lock_holder(directory: Path) -> str | None:
+    """Return who holds the writer's lock in ``directory``, ``None`` when nobody does."""
+    if not (directory / "lock").exists():
+        return None
+    lock = FileLock(directory / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return _describe(directory / "lock.json")
+    except OSError:
+        return None  # a read-only project has no writer
+    lock.release()
+    return None
+
+
 def _describe(holder: Path) -> str:
     try:
         facts = json.loads(holder.read_text(encoding="utf-8"))

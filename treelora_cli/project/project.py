@@ -16,7 +16,7 @@ from treelora_cli import __version__
 from treelora_cli.config import Config, load_config
 from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, TreeLoraError, UsageError
 from treelora_cli.metrics import ScoreMatrix
-from treelora_cli.project.lock import exclusive_lock
+from treelora_cli.project.lock import exclusive_lock, lock_holder
 from treelora_cli.project.state import State, TaskEntry, parse_state
 from treelora_cli.project.store import FileRecord, Store, write_file
 
@@ -212,6 +212,12 @@ class Project:
             raise UsageError(f"No task '{name}' in this project. Known: {known}.")
         return entry
 
+    def check_free(self, name: str) -> None:
+        """Raise ``UsageError`` when a task of this name exists."""
+        for number, task in enumerate(self.state.tasks, start=1):
+            if task.name == name:
+                raise UsageError(f"Task '{name}' exists ({number:03d}). Choose another --name.")
+
     def memory(self) -> Memory:
         """Return what later predictions need; tensors are read and verified when first asked for."""
         from treelora_cli.backend import Memory
@@ -244,6 +250,26 @@ class Project:
         """Return the bytes that adapters take on disk."""
         names = {f"{task.adapter}/adapter_model.safetensors" for task in self.state.tasks}
         return sum(self.state.files[name].size for name in names)
+
+    def damage(self) -> dict[str, str]:
+        """Read every recorded file and return what is wrong, by file name; empty when all is whole."""
+        found = {}
+        for name, record in sorted(self.state.files.items()):
+            try:
+                self.store.read(name, record)
+            except DamagedError as error:
+                found[name] = "hash mismatch" if "mismatch" in str(error) else "missing"
+        return found
+
+    @staticmethod
+    def whole_tasks(state: State, damaged: Mapping[str, str]) -> list[str]:
+        """Return the tasks whose own files, adapter included, are not among the damaged."""
+        folders = [(task.name, (f"{task.directory}/", f"{task.adapter}/adapter_")) for task in state.tasks]
+        return [name for name, prefixes in folders if not any(file.startswith(prefixes) for file in damaged)]
+
+    def lock_holder(self) -> str | None:
+        """Return who is writing this project, ``None`` when nobody is."""
+        return lock_holder(self.root / ".treelora")
 
     def total_bytes(self) -> int:
         """Return the bytes of all recorded files."""
