@@ -310,22 +310,22 @@ def test_files_get_the_umask_of_the_user(tmp_path: Path) -> None:
 
 def test_checkpoint_round_trip_and_damage(project: Path) -> None:
     opened = Project.open(project)
-    assert opened.checkpoint_facts() is None
+    assert opened.checkpoint.facts() is None
     for step in (3, 6):
-        opened.save_checkpoint({"task": "x", "step": step}, {"a": torch.full((2,), float(step))})
-    facts = opened.checkpoint_facts()
+        opened.checkpoint.save({"task": "x", "step": step}, {"a": torch.full((2,), float(step))})
+    facts = opened.checkpoint.facts()
     assert facts is not None and facts["step"] == 6
-    assert torch.equal(opened.checkpoint_tensors(facts)["a"], torch.tensor([6.0, 6.0]))
+    assert torch.equal(opened.checkpoint.tensors(facts)["a"], torch.tensor([6.0, 6.0]))
     run = project / ".treelora" / "run"
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint.json", "step-00000006.safetensors"]
     tensors = run / "step-00000006.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\1")
     with pytest.raises(DamagedError, match=r"step-00000006\.safetensors: hash mismatch"):
-        opened.checkpoint_tensors(facts)
+        opened.checkpoint.tensors(facts)
     (run / "checkpoint.json").write_text("{")
     with pytest.raises(DamagedError, match=r"checkpoint\.json is damaged"):
-        opened.checkpoint_facts()
-    opened.clear_checkpoint()
+        opened.checkpoint.facts()
+    opened.checkpoint.clear()
     assert list(run.iterdir()) == []
 
 

@@ -136,7 +136,7 @@ def learn_task(
     memory, tree, matrix, scores = learner.conclude(learned, evaluate)
     if runtime.is_main:
         project.commit(learner.commit_of(learned, report, request, tree, matrix))
-        project.clear_checkpoint()
+        project.checkpoint.clear()
     clock.lap("commit")
     names = [one.name for one in memory.tasks]
     nearest, parent = learner.method.nearest(), learner.method.parent()
@@ -281,12 +281,12 @@ class _Learner:
             return
         arrays, facts = self.method.state()
         tensors = {**tensors, **{f"bandit.{key}": torch.from_numpy(np.asarray(a)) for key, a in arrays.items()}}
-        self.project.save_checkpoint(
+        self.project.checkpoint.save(
             {**self._identity(), "request": request.to_json(), "step": step, "bandit": facts}, tensors
         )
 
     def _resume(self, trainer: Trainer) -> None:
-        facts = self.project.checkpoint_facts()
+        facts = self.project.checkpoint.facts()
         if facts is None:
             raise ProjectError("No interrupted task to resume. Run: treelora train-task DATA")
         for key, value in json.loads(json.dumps(self._identity())).items():
@@ -294,7 +294,7 @@ class _Learner:
                 raise ProjectError(
                     f"The interrupted task cannot be resumed: its {key} has changed. Train it anew, without --resume."
                 )
-        saved = self.project.checkpoint_tensors(facts)
+        saved = self.project.checkpoint.tensors(facts)
         prefix = "bandit."
         arrays = {key[len(prefix) :]: value.numpy() for key, value in saved.items() if key.startswith(prefix)}
         self.method.load_state(arrays, facts["bandit"])

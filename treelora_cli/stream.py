@@ -59,7 +59,7 @@ def run_stream(request: StreamRequest, runtime: Runtime, learned: Callable[[Task
                 continue
             runtime.reporter.note(f"Task {number} of {len(tasks)}: {task.name}")
             own = overlay(request.flags, Config(train=TrainConfig(epochs=task.epochs)))
-            interrupted = project.checkpoint_facts() if request.resume else None
+            interrupted = project.checkpoint.facts() if request.resume else None
             report = learn_task(
                 project,
                 base,

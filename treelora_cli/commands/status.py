@@ -15,7 +15,7 @@ def status(context: typer.Context) -> None:
     project = session.project()
     state, matrix = project.state, project.matrix()
     standing = matrix.standing()
-    interrupted = project.checkpoint_facts()
+    interrupted = project.checkpoint.facts()
     records = [project.task_record(task.name) for task in state.tasks]
     tasks = [
         {

@@ -115,7 +115,7 @@ def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple
 
     from treelora_cli.backend import DataRequest
 
-    facts = project.checkpoint_facts()
+    facts = project.checkpoint.facts()
     if facts is None:
         raise ProjectError("No interrupted task to resume. Run: treelora train-task DATA")
     if name not in (None, facts["task"]):

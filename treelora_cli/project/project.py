@@ -16,6 +16,7 @@ from treelora_cli import __version__
 from treelora_cli.config import Config, load_config
 from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, TreeLoraError, UsageError
 from treelora_cli.metrics import ScoreMatrix
+from treelora_cli.project.checkpoint import Checkpoint
 from treelora_cli.project.lock import exclusive_lock, lock_holder
 from treelora_cli.project.state import State, TaskEntry, parse_state
 from treelora_cli.project.store import FileRecord, Store, write_file
@@ -86,6 +87,7 @@ class Project:
         self.root = root
         self.state = state
         self.store = Store(root)
+        self.checkpoint = Checkpoint(root / ".treelora" / "run")
 
     # -- open and create ------------------------------------------------------------------------------
 
@@ -368,52 +370,6 @@ class Project:
         kept = [parse_state(path.read_bytes()) for path in history[-_HISTORY_KEPT:]]
         self.store.collect_garbage(record for one in (*kept, state) for record in one.files.values())
         self.store.sweep([*state.files, _STATE, ".treelora/history/x", ".treelora/run/x"])
-
-    # -- checkpoint of the task in training -----------------------------------------------------------
-
-    def save_checkpoint(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Replace the checkpoint of the task in training."""
-        from safetensors.torch import save
-
-        run = self.root / ".treelora" / "run"
-        data = save(tensors)
-        name = f"step-{facts['step']:08d}.safetensors"
-        write_file(run / name, data)
-        record = self.store_record(data)
-        write_file(run / "checkpoint.json", _json({**facts, "file": name, **dataclasses.asdict(record)}))
-        for old in run.glob("step-*.safetensors"):
-            if old.name != name:
-                old.unlink(missing_ok=True)
-
-    @staticmethod
-    def store_record(data: bytes) -> FileRecord:
-        """Return the record of a content."""
-        from treelora_cli.project.store import record_of
-
-        return record_of(data)
-
-    def checkpoint_facts(self) -> dict[str, Any] | None:
-        """Return the facts of the interrupted task's checkpoint, ``None`` when there is none."""
-        path = self.root / ".treelora" / "run" / "checkpoint.json"
-        try:
-            return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise DamagedError(".treelora/run/checkpoint.json is damaged. Train the task anew.") from error
-
-    def checkpoint_tensors(self, facts: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the verified tensors of the checkpoint that ``facts`` describes."""
-        from safetensors.torch import load
-
-        record = FileRecord(facts["sha256"], facts["size"])
-        return load(Store(self.root / ".treelora" / "run").read(str(facts["file"]), record))
-
-    def clear_checkpoint(self) -> None:
-        """Delete the checkpoint: its task was committed or is trained anew."""
-        run = self.root / ".treelora" / "run"
-        for path in [run / "checkpoint.json", *run.glob("step-*.safetensors")]:
-            path.unlink(missing_ok=True)
 
 
 def check_new_directory(root: Path) -> None:
