@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,15 +137,15 @@ class Store:
         for name, record in old.items():
             if new.get(name) != record:
                 self._retire(name, record)
+        uses = Counter(new.values())
         for name, record in new.items():
             source = self.objects / record.sha256
             if old.get(name) == record and (self.root / name).exists():
                 continue
-            if source.exists():
-                target = self.root / name
+            target = self.root / name
+            if source.exists() and not _holds(target, record):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shared = sum(other == record for other in new.values()) > 1
-                if shared:
+                if uses[record] > 1:
                     write_file(target, source.read_bytes())
                 else:
                     os.replace(source, target)
@@ -177,6 +178,14 @@ class Store:
         for directory in {(self.root / name).parent for name in names}:
             for path in directory.glob(f"{_ASIDE}*"):
                 path.unlink(missing_ok=True)
+
+
+def _holds(path: Path, record: FileRecord) -> bool:
+    try:
+        data = _read_plain(path, record.size)
+    except ProjectError:
+        return False  # writing it again is always right
+    return data is not None and record_of(data) == record
 
 
 def _read_plain(path: Path, size: int) -> bytes | None:
