@@ -1,0 +1,225 @@
+"""A causal language model in the parts that continual learning needs.
+
+Hidden states first, logits only where asked: a vocabulary is wide and answers are short. A model that does
+more to its logits than a linear layer is found out once, by comparison, and then runs its own way.
+
+Symbols: ``B`` texts, ``T`` tokens, ``C`` width, ``M`` chosen positions, ``V`` vocabulary, ``K`` labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from treelora_backends.lm_batches import Batch, LabelledBatch
+
+_LOSS_CHUNK = 512
+"""Positions whose logits are in memory at a time."""
+_TRIAL_TOKENS = 6
+_OPENING = 16
+"""Tokens of an input's beginning that are looked at by themselves."""
+
+
+class _Reached(Exception):
+    """The forward pass arrived at the block whose output is read."""
+
+
+class LmNetwork:
+    """Runs a Hugging Face causal language model; its layers may hold LoRA.
+
+    Args:
+        model: The model itself, not PEFT's wrapper.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = cast("Any", model)
+        self.body: nn.Module = body_of(model)
+        self.blocks = blocks_of(model)
+        self._head_is_linear = True
+        self._head_is_linear = self._agrees_with_forward()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return cast("torch.device", self.model.device)
+
+    @property
+    def feature_block(self) -> int:
+        """Index of the block whose output tells inputs apart: the middle one."""
+        return (len(self.blocks) - 1) // 2
+
+    def _agrees_with_forward(self) -> bool:
+        """True when body and output layer together give the model's own logits."""
+        if self.model.get_output_embeddings() is None:
+            return False
+        ids = torch.arange(_TRIAL_TOKENS, device=self.device)[None]
+        batch = Batch(ids, torch.ones_like(ids))
+        with torch.no_grad():
+            theirs = self.model(input_ids=ids, attention_mask=batch.mask, use_cache=False).logits[0].float()
+            ours = self.logits_at(batch, torch.zeros_like(ids[0]), ids[0])
+        return ours.shape == theirs.shape and bool(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3))
+
+    # -- logits and loss ------------------------------------------------------------------------------
+
+    def _run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+        runner = self.body if self._head_is_linear else self.model
+        return runner(input_ids=ids, attention_mask=mask, **options)
+
+    def _states(self, out: Any) -> Tensor:
+        """Return what ``_logits`` continues from, (B, T, C or V)."""
+        return cast("Tensor", out.last_hidden_state if self._head_is_linear else out.logits)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Turn chosen states into float32 logits."""
+        if not self._head_is_linear:
+            return states.float()
+        return cast("Tensor", self.model.get_output_embeddings()(states)).float()
+
+    def logits_at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return logits at chosen positions of right-padded texts, (M, V)."""
+        states = self._states(self._run(batch.ids, batch.mask, use_cache=False))
+        return self._logits(states[rows, columns])
+
+    def loss(self, labelled: LabelledBatch) -> Tensor:
+        """Return the mean cross-entropy over the labelled positions."""
+        states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
+        chosen, targets = states[labelled.rows, labelled.columns], labelled.targets  # (M, C)
+        if len(targets) <= _LOSS_CHUNK:
+            return nn.functional.cross_entropy(self._logits(chosen), targets)
+        parts = [
+            cast("Tensor", checkpoint(self._summed_loss, some, wanted, use_reentrant=False))
+            for some, wanted in zip(chosen.split(_LOSS_CHUNK), targets.split(_LOSS_CHUNK), strict=True)
+        ]
+        return torch.stack(parts).sum() / len(targets)
+
+    def _summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self._logits(states), targets, reduction="sum")
+
+    @torch.no_grad()
+    def correct(self, labelled: LabelledBatch) -> int:
+        """Return at how many labelled positions the right token is the likeliest."""
+        states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
+        chosen = states[labelled.rows, labelled.columns]
+        pairs = zip(chosen.split(_LOSS_CHUNK), labelled.targets.split(_LOSS_CHUNK), strict=True)
+        return sum(int((self._logits(some).argmax(dim=1) == wanted).sum()) for some, wanted in pairs)
+
+    # -- frozen features ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> Tensor:
+        """Return what tells an input's task, each part normalised, (B, 4C).
+
+        The parts: mean embedding, mean embedding of the opening (where a task's form shows), mean and last hidden
+        state after the middle block.
+        """
+        seen: list[Tensor] = []
+
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            seen.append((output[0] if isinstance(output, tuple) else output).float())
+
+        def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+            note(module, inputs, output)
+            raise _Reached
+
+        hooks = [
+            self.model.get_input_embeddings().register_forward_hook(note),
+            self.blocks[self.feature_block].register_forward_hook(stop),
+        ]
+        try:
+            self._run(batch.ids, batch.mask, use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        embedded, hidden = seen[0], seen[-1]  # (B, T, C)
+        counted = batch.mask.float()
+        counted[:, 0] *= (batch.lengths == 1).float()  # models park a huge state on the first token
+        opening = counted.clone()
+        opening[:, 1 + _OPENING :] = 0
+        last = hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1]
+        parts = [_mean(embedded, counted), _mean(embedded, opening), _mean(hidden, counted), last]
+        return torch.cat([nn.functional.layer_norm(part, part.shape[-1:]) for part in parts], dim=1)
+
+    # -- answers --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def label_log_likelihoods(self, batch: Batch, labels: list[list[int]]) -> Tensor:
+        """Return the log-likelihood of each label as the continuation of right-padded prompts, (B, K).
+
+        The prompts are run once; what a label has beyond its first token continues from a copy of the cache.
+        """
+        rows = torch.arange(len(batch.ids), device=batch.ids.device)
+        longer = any(len(label) > 1 for label in labels)
+        out = self._run(batch.ids, batch.mask, use_cache=longer)
+        states = self._states(out)[rows, batch.lengths - 1]
+        first = self._logits(states).log_softmax(dim=1)  # (B, V)
+        columns = []
+        for label in labels:
+            column = first[:, label[0]]
+            if len(label) > 1:
+                column = column + self._continuation(batch, label, copy.deepcopy(out.past_key_values))
+            columns.append(column)
+        return torch.stack(columns, dim=1)
+
+    def _continuation(self, batch: Batch, label: list[int], cache: Any) -> Tensor:
+        """Return the log-likelihood of ``label[1:]`` after the prompt and ``label[0]``, (B,)."""
+        count = len(label) - 1
+        tokens = torch.tensor(label, device=batch.ids.device)
+        ids = tokens[:-1].expand(len(batch.ids), count)
+        mask = torch.cat([batch.mask, torch.ones_like(ids)], dim=1)
+        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        runner = self.body if self._head_is_linear else self.model
+        if "position_ids" in inspect.signature(runner.forward).parameters:
+            options["position_ids"] = batch.lengths[:, None] + torch.arange(count, device=ids.device)
+        states = self._states(self._run(ids, mask, **options))  # (B, count, C)
+        scores = self._logits(states).log_softmax(dim=2)
+        return scores.gather(2, tokens[1:].expand(len(ids), count)[:, :, None]).sum(dim=(1, 2))
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, most_new: int, end_ids: tuple[int, ...], pad_id: int) -> list[list[int]]:
+        """Continue left-padded prompts greedily; returns the new ids, without what follows an end."""
+        config = copy.deepcopy(self.model.generation_config)
+        for key in ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length"):
+            setattr(config, key, None)
+        config.do_sample = False
+        config.max_new_tokens = most_new
+        config.pad_token_id = pad_id
+        config.eos_token_id = list(end_ids) or None
+        out = self.model.generate(input_ids=batch.ids, attention_mask=batch.mask, generation_config=config)
+        continued = []
+        for row in out[:, batch.ids.shape[1] :].tolist():
+            end = next((place for place, one in enumerate(row) if one in end_ids), len(row))
+            continued.append(row[:end])
+        return continued
+
+
+def _mean(states: Tensor, weights: Tensor) -> Tensor:
+    """Average states (B, T, C) over the tokens that count, (B, C)."""
+    return (states * weights[:, :, None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """Return the model without its output layer."""
+    decoder = getattr(model, "get_decoder", None)
+    found = decoder() if callable(decoder) else None
+    if found is None or found is model:
+        found = cast("Any", model).base_model
+    return cast("nn.Module", found)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """Return the list of transformer blocks: the first list as long as the configuration says.
+
+    Raises:
+        LookupError: There is none.
+    """
+    count = int(cast("Any", model).config.get_text_config().num_hidden_layers)
+    for module in body_of(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise LookupError("no list of transformer blocks")

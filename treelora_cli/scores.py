@@ -1,0 +1,118 @@
+"""Scores of one generated answer against the right one; pure.
+
+All scores lie in [0, 1], higher is better.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+METRICS = ("accuracy", "exact_match", "choice", "rouge_l", "sari", "edit_similarity", "token_accuracy")
+"""Names of the scores of a language task.
+
+``accuracy``: the right one of a closed set of answers; ``token_accuracy``: next-token accuracy on free text;
+the others compare generated text through ``score_text``.
+"""
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]|\w+")
+"""A word, or one character of a script that is written without spaces."""
+_SARI_ORDERS = 4
+
+
+def score_text(metric: str, source: str, prediction: str, answer: str) -> float:
+    """Score a prediction.
+
+    Args:
+        metric: One of ``METRICS`` but ``token_accuracy``.
+        source: The prompt, which SARI compares with.
+        prediction: Generated text.
+        answer: The right text.
+    """
+    if metric in ("accuracy", "exact_match"):
+        return exact_match(prediction, answer)
+    if metric == "choice":
+        return first_letter_match(prediction, answer)
+    if metric == "rouge_l":
+        return rouge_l(prediction, answer)
+    if metric == "sari":
+        return sari(source, prediction, answer)
+    if metric == "edit_similarity":
+        return edit_similarity(prediction, answer)
+    raise ValueError(f"unknown metric '{metric}'")
+
+
+def words(text: str) -> list[str]:
+    """Split into lower-case words."""
+    return _WORD.findall(text.lower())
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """Return 1 when both are the same but for white space, else 0."""
+    return float(prediction.split() == answer.split())
+
+
+def first_letter_match(prediction: str, answer: str) -> float:
+    """Return 1 when both begin with the same letter or digit: a choice followed by its explanation."""
+    given, wanted = re.search(r"\w", prediction), re.search(r"\w", answer)
+    return float(given is not None and wanted is not None and given.group() == wanted.group())
+
+
+def edit_similarity(prediction: str, answer: str) -> float:
+    """Return 2 M / T: M characters in common, in order, of T in both together; as TRACE scores code."""
+    from rapidfuzz import fuzz
+
+    return float(fuzz.ratio(prediction.strip(), answer.strip())) / 100
+
+
+def rouge_l(prediction: str, answer: str) -> float:
+    """Return the F1 of the longest common subsequence of words.
+
+    Source: Lin, "ROUGE: A package for automatic evaluation of summaries", 2004, with beta 1.
+    """
+    from rapidfuzz.distance import LCSseq
+
+    ours, theirs = words(prediction), words(answer)
+    common = LCSseq.similarity(ours, theirs)
+    return 2 * common / (len(ours) + len(theirs)) if common else 0.0
+
+
+def sari(source: str, prediction: str, answer: str) -> float:
+    """Return SARI against one reference: the mean of how well n-grams were kept, added and deleted.
+
+    Source: Xu et al., "Optimizing statistical machine translation for text simplification", TACL 2016;
+    with 0 / 0 counted as 1 and the recall of kept n-grams by occurrence, as in Hugging Face's ``evaluate``.
+    """
+    texts = [words(text) for text in (source, prediction, answer)]
+    parts = [_sari_order(*(_ngrams(text, order) for text in texts)) for order in range(1, _SARI_ORDERS + 1)]
+    return sum(sum(part) / 3 for part in parts) / len(parts)
+
+
+def _ngrams(text: list[str], order: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(text[start : start + order]) for start in range(len(text) - order + 1))
+
+
+def _sari_order(
+    source: Counter[tuple[str, ...]], prediction: Counter[tuple[str, ...]], answer: Counter[tuple[str, ...]]
+) -> tuple[float, float, float]:
+    """Return (F1 of kept, F1 of added, precision of deleted) n-grams of one order."""
+    kept, should_keep = source & prediction, source & answer
+    good = kept & answer
+    keep = _f1(
+        _share(sum(good[gram] / kept[gram] for gram in good), len(kept)),
+        _share(good.total(), should_keep.total()),
+    )
+    deleted = source - prediction
+    rightly = deleted - answer
+    delete = _share(sum(rightly[gram] / deleted[gram] for gram in rightly), len(deleted))
+    added, should_add = set(prediction) - set(source), set(answer) - set(source)
+    well = len(added & should_add)
+    return keep, _f1(_share(well, len(added)), _share(well, len(should_add))), delete
+
+
+def _share(part: float, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
