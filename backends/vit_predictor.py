@@ -25,6 +25,7 @@ from treelora_cli import adapters
 from treelora_cli.backend import Memory, Prediction, Score
 from treelora_cli.data.images import open_image
 from treelora_cli.data.paths import existing
+from treelora_cli.heads import FeatureMap, LinearHead
 
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
@@ -108,30 +109,30 @@ class VitPredictor:
     # -- routed ---------------------------------------------------------------------------------------
 
     @cached_property
-    def _anchor(self) -> tuple[SharedHead, Tensor, Tensor]:
+    def _anchor(self) -> tuple[FeatureMap, LinearHead]:
         head = SharedHead.restore(self.memory, self.base.config, self.device)
-        solved = head.solve(self.memory)
-        return head, solved.weight, solved.bias
+        assert head.map is not None
+        return head.map, head.solve(self.memory)
 
     def _routed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        head, weight, bias = self._anchor
-        assert head.map is not None
-        scores: Tensor | float = 0.0
-        cuts = []
         with adapters.base_only(self.base.network):
-            for view in (images, images.flip(-1)):
-                with self.base.runtime.autocast():
-                    cut = self.base.trunk.before(view)
-                    layered = self.base.trunk.after(cut).layered
-                cuts.append(cut)
-                scores = scores + (head.map(layered) @ weight.T + bias) / 2
-        log_columns = (ANCHOR_SHARPNESS * torch.as_tensor(scores)).log_softmax(dim=1)  # (B, K)
+            plain, scores = self._anchor_scores(images)
+            _, mirrored = self._anchor_scores(images.flip(-1))
+        log_columns = (ANCHOR_SHARPNESS * (scores + mirrored) / 2).log_softmax(dim=1)  # (B, K)
         log_tasks = self._by_group(log_columns, self.task_of, len(self.memory.tasks))
         asked = log_tasks.topk(min(TASKS_ASKED, log_tasks.shape[1]), dim=1).indices
         for task in asked.unique().tolist():
             rows = (asked == task).any(dim=1).nonzero().squeeze(1)
-            self._ask_leaf(int(task), rows, cuts[0], log_columns, log_tasks)
+            self._ask_leaf(int(task), rows, plain, log_columns, log_tasks)
         return self._by_group(log_columns, self.class_of, len(self.names)), asked[:, 0]
+
+    def _anchor_scores(self, images: Tensor) -> tuple[Cut, Tensor]:
+        """Return the activations before the cut and the anchor's scores of one view, (B, K)."""
+        features, solved = self._anchor
+        with self.base.runtime.autocast():
+            cut = self.base.trunk.before(images)
+            layered = self.base.trunk.after(cut).layered
+        return cut, solved(features(layered))
 
     def _ask_leaf(self, task: int, rows: Tensor, cut: Cut, log_columns: Tensor, log_tasks: Tensor) -> None:
         """Multiply the adapter's opinion into the task's columns of the given rows, in place."""

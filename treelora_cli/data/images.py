@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.backend import DataRequest
+from treelora_cli.data.held_out import set_aside
 from treelora_cli.data.paths import existing
 from treelora_cli.data.tables import TABLE_SUFFIXES, Row, read_table
 from treelora_cli.errors import DataError
@@ -186,11 +187,9 @@ def _split(items: Sequence[ImageItem], share: float, seed: int) -> tuple[list[Im
     train: list[ImageItem] = []
     test: list[ImageItem] = []
     for label, members in _by_label(items).items():
-        order = list(members)
-        random.Random(f"{seed}/{label}").shuffle(order)
-        count = min(len(order) - 1, max(1, round(share * len(order))))
-        test += order[:count]
-        train += order[count:]
+        kept, aside = set_aside(members, share, f"{seed}/{label}")
+        train += kept
+        test += aside
     return train, test
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.backend import DataRequest
+from treelora_cli.data.held_out import set_aside
 from treelora_cli.data.paths import existing
 from treelora_cli.data.tables import TABLE_SUFFIXES, Row, read_table
 from treelora_cli.errors import DataError, suggest
@@ -334,11 +335,9 @@ def _split(
     train: list[TextExample] = []
     test: list[TextExample] = []
     for key in sorted(groups):
-        order = list(groups[key])
-        random.Random(f"{seed}/{key}").shuffle(order)
-        count = min(len(order) - 1, max(1, round(share * len(order))))
-        test += order[:count]
-        train += order[count:]
+        kept, aside = set_aside(groups[key], share, f"{seed}/{key}")
+        train += kept
+        test += aside
     return train, test
 
 

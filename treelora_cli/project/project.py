@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _TASK_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
 _DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt") for n in range(10))}
 _CONFIG, _STATE = "treelora.yaml", "state.json"
+_ADAPTERS_AT_HAND = 32
+"""Adapters kept in memory after they were read and verified; a prediction switches between a few."""
 _HISTORY_KEPT = 1
 """Earlier states whose contents stay, for readers that opened the project before a commit."""
 
@@ -225,10 +227,11 @@ class Project:
         from treelora_cli.backend import Memory
 
         shared = functools.cache(lambda: self._read_tensors("head.safetensors"))
-        tasks = tuple(self._task_memory(entry) for entry in self.state.tasks)
+        adapter_of = functools.lru_cache(maxsize=_ADAPTERS_AT_HAND)(self.adapter)
+        tasks = tuple(self._task_memory(entry, adapter_of) for entry in self.state.tasks)
         return Memory(tasks, shared if self.state.tasks else dict)
 
-    def _task_memory(self, entry: TaskEntry) -> TaskMemory:
+    def _task_memory(self, entry: TaskEntry, adapter_of: Callable[[str], AdapterWeights]) -> TaskMemory:
         from treelora_cli.backend import TaskMemory
 
         record = self.task_record(entry.name)
@@ -236,7 +239,7 @@ class Project:
             name=entry.name,
             labels=self.labels(entry.name),
             metric=record["metric"],
-            adapter=functools.partial(self.adapter, entry.name),
+            adapter=functools.partial(adapter_of, entry.name),
             tensors=functools.cache(lambda: self._read_tensors(f"{entry.directory}/head.safetensors")),
         )
 
