@@ -86,6 +86,9 @@ class Plain:
         self.views.append(view)
         return None
 
+    def before_step(self, view: StepView) -> None:
+        pass
+
     def after_step(self, view: StepView) -> None:
         assert self.views[-1] is view
 

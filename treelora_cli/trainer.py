@@ -7,7 +7,7 @@
         total   = loss + method.penalty(loss)             eq. 3: every term is summed here
         grads   = mean over processes of d total
         step    AdamW, cosine from lr to 0
-        method.after_step                                 eq. 3 as a proximal step, when chosen
+        method.before_step / after_step                   eq. 3 as a proximal step, when chosen
 
 All randomness is a function of (seed, step), so a run stopped after any step continues exactly.
 """
@@ -178,6 +178,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.runtime.accelerator.backward(total)
         self._share_gradients()
+        self.method.before_step(view)
         for group in self.optimizer.param_groups:
             group["lr"] = view.lr
         self.optimizer.step()

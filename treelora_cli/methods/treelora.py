@@ -99,6 +99,9 @@ class TreeLora:
         ramp = regularizer.ramp(view.step % view.steps_per_epoch, view.steps_per_epoch)
         return regularizer.penalty(view.slot, self._targets, loss, self.settings.reg, ramp)
 
+    def before_step(self, view: StepView) -> None:
+        """Leave the gradients as they are."""
+
     def after_step(self, view: StepView) -> None:
         """With ``update = prox``: draw entries that hardly moved back onto the selected task's, exactly."""
         if self.settings.update != "prox" or self._targets is None:
