@@ -88,7 +88,7 @@ class CausalLmBase:
         self.tokenizer = tokenizer
         self.config = config
         self.runtime = runtime
-        self.lm = LmNetwork(model)
+        self.lm = LmNetwork(model, layers)
         self.context = _context_of(model)
         assert config.train.max_length is not None
         longest = min(config.train.max_length, self.context)

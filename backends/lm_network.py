@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,7 +28,22 @@ _OPENING = 16
 
 
 class _Reached(Exception):
-    """The forward pass arrived at the block whose output is read."""
+    """The forward pass arrived at the last block that is read."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the frozen blocks make of right-padded texts.
+
+    Attributes:
+        embedded: Embeddings, (B, T, C).
+        middle: States after the block that tells inputs apart, (B, T, C).
+        entering: States that enter the first adapted block, (B, T, C); ``None`` when the pass stopped before.
+    """
+
+    embedded: Tensor
+    middle: Tensor
+    entering: Tensor | None
 
 
 class LmNetwork:
@@ -33,19 +51,32 @@ class LmNetwork:
 
     Args:
         model: The model itself, not PEFT's wrapper.
+        layers: Names of the adapted modules in ``model``; the blocks before the first of them are frozen.
+
+    Attributes:
+        cut: Index of the first adapted block; 0 where the blocks before it cannot be skipped.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str] = ()) -> None:
         self.model = cast("Any", model)
         self.body: nn.Module = body_of(model)
         self.blocks = blocks_of(model)
         self._head_is_linear = True
         self._head_is_linear = self._agrees_with_forward()
+        self._blocks_return_tuples = False
+        self.cut = _first_adapted(model, self.blocks, layers)
+        if self.cut and not self._skips_exactly():
+            self.cut = 0
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return cast("torch.device", self.model.device)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Type of the states between blocks."""
+        return cast("torch.dtype", self.model.get_input_embeddings().weight.dtype)
 
     @property
     def feature_block(self) -> int:
@@ -107,28 +138,22 @@ class LmNetwork:
         pairs = zip(chosen.split(_LOSS_CHUNK), labelled.targets.split(_LOSS_CHUNK), strict=True)
         return sum(int((self._logits(some).argmax(dim=1) == wanted).sum()) for some, wanted in pairs)
 
-    # -- frozen features ------------------------------------------------------------------------------
+    # -- frozen blocks --------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def features(self, batch: Batch) -> Tensor:
-        """Return what tells an input's task, each part normalised, (B, 4C).
+    def _watched(self, batch: Batch, after: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the embeddings and the outputs of some blocks, each (B, T, C); the pass ends at the last of them."""
+        embedded: list[Tensor] = []
+        seen: dict[int, Tensor] = {}
 
-        The parts: mean embedding, mean embedding of the opening (where a task's form shows), mean and last hidden
-        state after the middle block.
-        """
-        seen: list[Tensor] = []
+        def note(index: int, output: Any) -> None:
+            seen[index] = output[0] if isinstance(output, tuple) else output
+            if index == max(after):
+                raise _Reached
 
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            seen.append((output[0] if isinstance(output, tuple) else output).float())
-
-        def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-            note(module, inputs, output)
-            raise _Reached
-
-        hooks = [
-            self.model.get_input_embeddings().register_forward_hook(note),
-            self.blocks[self.feature_block].register_forward_hook(stop),
-        ]
+        hooks = [self.model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: embedded.append(out))]
+        for index in set(after):
+            hook = self.blocks[index].register_forward_hook(lambda _m, _i, out, index=index: note(index, out))
+            hooks.append(hook)
         try:
             self._run(batch.ids, batch.mask, use_cache=False)
         except _Reached:
@@ -136,14 +161,85 @@ class LmNetwork:
         finally:
             for hook in hooks:
                 hook.remove()
-        embedded, hidden = seen[0], seen[-1]  # (B, T, C)
-        counted = batch.mask.float()
-        counted[:, 0] *= (batch.lengths == 1).float()  # models park a huge state on the first token
+        return embedded[0], seen
+
+    @torch.no_grad()
+    def read(self, batch: Batch, *, to_cut: bool = False) -> Reading:
+        """Run the frozen blocks as far as inputs are told apart, or also to the first adapted block."""
+        after = [self.feature_block, self.cut - 1] if to_cut else [self.feature_block]
+        embedded, seen = self._watched(batch, after)
+        return Reading(embedded.float(), seen[self.feature_block].float(), seen[after[-1]] if to_cut else None)
+
+    @torch.no_grad()
+    def entering(self, batch: Batch) -> Tensor:
+        """Return the states that enter the first adapted block, (B, T, C)."""
+        return self._watched(batch, [self.cut - 1])[1][self.cut - 1]
+
+    @property
+    def read_once(self) -> bool:
+        """True when one pass serves both to tell inputs apart and to enter the adapted blocks."""
+        return self.cut > self.feature_block
+
+    def features(self, reading: Reading, lengths: Tensor) -> Tensor:
+        """Return what tells an input's task, each part normalised, (B, 4C).
+
+        The parts: mean embedding, mean embedding of the opening (where a task's form shows), mean and last hidden
+        state after the middle block.
+
+        Args:
+            reading: Of right-padded texts that begin with the inputs.
+            lengths: Tokens of each input, (B,).
+        """
+        embedded, hidden = reading.embedded, reading.middle  # (B, T, C)
+        places = torch.arange(embedded.shape[1], device=embedded.device)
+        counted = (places < lengths[:, None]).float()
+        counted[:, 0] *= (lengths == 1).float()  # models park a huge state on the first token
         opening = counted.clone()
         opening[:, 1 + _OPENING :] = 0
-        last = hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1]
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         parts = [_mean(embedded, counted), _mean(embedded, opening), _mean(hidden, counted), last]
         return torch.cat([nn.functional.layer_norm(part, part.shape[-1:]) for part in parts], dim=1)
+
+    @contextmanager
+    def entered(self, states: Tensor) -> Iterator[None]:
+        """Within, a pass enters the first adapted block with ``states`` (B, T, C) and skips what lies before."""
+        skipped = [cast("Any", block) for block in self.blocks[: self.cut]]
+        before = [vars(block).get("forward") for block in skipped]
+        for index, block in enumerate(skipped):
+            block.forward = self._stand_in(states if index == 0 else None)
+        try:
+            yield
+        finally:
+            for block, forward in zip(skipped, before, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+
+    def _stand_in(self, given: Tensor | None) -> Any:
+        def forward(hidden: Tensor, *_inputs: Any, **_options: Any) -> Any:
+            states = hidden if given is None else given
+            return (states,) if self._blocks_return_tuples else states
+
+        return forward
+
+    def _skips_exactly(self) -> bool:
+        """True when a pass that skips the frozen blocks ends like one that runs them."""
+        kinds: list[bool] = []
+        hook = self.blocks[0].register_forward_hook(lambda _m, _i, out: kinds.append(isinstance(out, tuple)))
+        ids = torch.arange(_TRIAL_TOKENS, device=self.device).repeat(2, 1)
+        mask = torch.ones_like(ids)
+        mask[1, -1] = 0
+        with torch.no_grad():
+            whole = self._states(self._run(ids, mask, use_cache=False))
+            hook.remove()
+            self._blocks_return_tuples = kinds[0]
+            try:
+                with self.entered(self.entering(Batch(ids, mask))):
+                    cut = self._states(self._run(ids, mask, use_cache=False))
+            except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
+                return False  # blocks that hand more to each other than states
+        counted = mask.bool()
+        return cut.shape == whole.shape and bool(torch.allclose(cut[counted], whole[counted], rtol=1e-3, atol=1e-3))
 
     # -- answers --------------------------------------------------------------------------------------
 
@@ -201,6 +297,12 @@ class LmNetwork:
 def _mean(states: Tensor, weights: Tensor) -> Tensor:
     """Average states (B, T, C) over the tokens that count, (B, C)."""
     return (states * weights[:, :, None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+
+
+def _first_adapted(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[str]) -> int:
+    """Return the index of the first block with an adapted layer; 0 when one lies outside the blocks."""
+    index_of = {id(inner): index for index, block in enumerate(blocks) for inner in block.modules()}
+    return min((index_of.get(id(model.get_submodule(layer)), 0) for layer in layers), default=0)
 
 
 def body_of(model: nn.Module) -> nn.Module:

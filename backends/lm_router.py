@@ -54,7 +54,7 @@ class FeatureReader:
             for rows in self.runtime.reporter.track(batches, description, len(batches)):
                 batch = pad([ids[row] for row in rows], self.encoder.pad_id).to(self.lm.device)
                 with self.runtime.autocast():
-                    features = self.lm.features(batch).cpu()
+                    features = self.lm.features(self.lm.read(batch), batch.lengths).cpu()
                 found |= {fresh[row]: feature for row, feature in zip(rows, features, strict=True)}
         self._remember(precision, found)
         return torch.stack([found[one.content] for one in examples])

@@ -1,14 +1,24 @@
-"""One language task while it is learned."""
+"""One language task while it is learned.
+
+The blocks before the first adapted one give the same states in every epoch: they are run once, without
+gradients, and training enters the network behind them. Where it can, the same pass reads the features by
+which inputs will be told apart.
+
+Symbols: ``B`` examples, ``T`` tokens, ``C`` width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from treelora_backends.lm_batches import LabelledBatch, by_length, collate, shuffled_batches
+from treelora_backends.kept import room
+from treelora_backends.lm_batches import LabelledBatch, by_length, collate, pad, shuffled_batches
 from treelora_backends.lm_memory import describe
 from treelora_backends.lm_router import TaskRouter
 from treelora_backends.lm_task import LmTask
@@ -21,6 +31,8 @@ if TYPE_CHECKING:
     from treelora_backends.hf_causal_lm import CausalLmBase
 
 _TRIAL_EXAMPLES = 4
+_TOKENS_AT_ONCE = 4096
+"""Tokens of a batch without gradients."""
 _TOKENS_KEPT = {"cpu": 1024}
 _TOKENS_KEPT_ELSEWHERE = 16_384
 """Tokens whose activations are kept for the backward pass; those of a larger batch are computed twice."""
@@ -44,6 +56,7 @@ class LmSession:
             raise UsageError(f"--batch-size {self.batch_size} leaves some of {processes} processes without an example.")
         self.lengths = [len(task.train[index]) for index in self.own]
         self.router = TaskRouter.restore(memory, config)
+        self._entering: list[Tensor] = []
         self._set_checkpointing(bool(config.train.grad_checkpointing))
 
     def _set_checkpointing(self, wanted: bool) -> None:
@@ -69,9 +82,43 @@ class LmSession:
         return self.base.lm.loss(self._collated(order[middle : middle + _TRIAL_EXAMPLES]))
 
     def prepare(self) -> None:
-        """Read the frozen features by which this task's inputs will be told."""
-        examples = [self.task.listing.train[index] for index in self.own]
-        self.router.add_task(self.base.read_features(examples, "Frozen pass"), self.runtime)
+        """Run the frozen blocks once: features by which this task's inputs will be told, and where training enters."""
+        lm, examples = self.base.lm, [self.task.listing.train[index] for index in self.own]
+        features = self._run_frozen_blocks() if lm.cut else {}
+        rest = [place for place in range(len(examples)) if place not in features]
+        if rest:
+            read = self.base.read_features([examples[place] for place in rest], "Frozen pass")
+            features |= dict(zip(rest, read, strict=True))
+        self.router.add_task(torch.stack([features[place] for place in range(len(examples))]), self.runtime)
+
+    @torch.no_grad()
+    def _run_frozen_blocks(self) -> dict[int, Tensor]:
+        """Keep the states that enter the adapted blocks; returns the features found on the way, by place."""
+        lm, encoder = self.base.lm, self.base.encoder
+        tokens = [np.concatenate([one.prompt, one.answer]) for one in (self.task.train[index] for index in self.own)]
+        inputs = [encoder.content_ids(self.task.listing.train[index].content) for index in self.own]
+        whole = [bool(np.array_equal(ids[: len(given)], given)) for ids, given in zip(tokens, inputs, strict=True)]
+        batches = list(by_length(tokens, len, _TOKENS_AT_ONCE))
+        features: dict[int, Tensor] = {}
+        starts = np.cumsum([0, *(len(ids) for ids in tokens)])
+        kept: Tensor | None = None
+        self.base.network.eval()
+        for places in self.runtime.reporter.track(batches, "Frozen pass", len(batches)):
+            batch = pad([tokens[place] for place in places], encoder.pad_id).to(lm.device)
+            with self.runtime.autocast():
+                reading = lm.read(batch, to_cut=True) if lm.read_once else None
+                states = lm.entering(batch) if reading is None else reading.entering
+            assert states is not None
+            if kept is None:
+                kept = room((int(starts[-1]), states.shape[-1]))
+                self._entering = [kept[starts[place] : starts[place + 1]] for place in range(len(tokens))]
+            for row, place in enumerate(places):
+                self._entering[place].copy_(states[row, : len(tokens[place])])
+            if reading is not None:
+                lengths = torch.tensor([min(len(inputs[p]), len(tokens[p])) for p in places], device=lm.device)
+                found = lm.features(reading, lengths).cpu()
+                features |= {place: found[row] for row, place in enumerate(places) if whole[place]}
+        return features
 
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield language-model losses of mini-batches, without dropout."""
@@ -108,14 +155,22 @@ class LmSession:
         parts = [[places[row] for row in rows] for rows in by_length(places, lambda one: self.lengths[one], most)]
         with self.runtime.autocast():
             if len(parts) == 1:
-                return self.base.lm.loss(self._collated(parts[0]))
-            batches = [self._collated(part) for part in parts]
-            labels = sum(len(batch.targets) for batch in batches)
-            losses = [
-                checkpoint(self.base.lm.loss, batch, use_reentrant=False) * (len(batch.targets) / labels)
-                for batch in batches
-            ]
+                return self._loss_of(parts[0])
+            labels = sum(len(self.task.train[self.own[place]].answer) for place in places)
+            losses = []
+            for part in parts:
+                share = sum(len(self.task.train[self.own[place]].answer) for place in part) / labels
+                losses.append(checkpoint(self._loss_of, part, use_reentrant=False) * share)
             return torch.stack(losses).sum()
+
+    def _loss_of(self, places: list[int]) -> Tensor:
+        """Return the mean loss over the labels of some examples, from where training enters."""
+        labelled = self._collated(places)
+        if not self._entering:
+            return self.base.lm.loss(labelled)
+        states = pad_sequence([self._entering[place] for place in places], batch_first=True)
+        with self.base.lm.entered(states.to(self.base.lm.device, self.base.lm.state_dtype)):
+            return self.base.lm.loss(labelled)
 
     def parameters(self) -> list[nn.Parameter]:
         """Nothing is trained beyond the adapter."""

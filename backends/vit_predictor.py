@@ -140,7 +140,7 @@ class VitPredictor:
         adapters.write_slot(self.base.network, self.memory.tasks[task].adapter())
         weight, bias = tensors["head.weight"].to(self.device), tensors["head.bias"].to(self.device)
         with self.base.runtime.autocast():
-            pooled = self.base.trunk.after(Cut(cut.tokens[rows], cut.early[rows])).pooled
+            pooled = self.base.trunk.pooled(Cut(cut.tokens[rows], cut.early[rows]))
         own = (self.task_of == task).nonzero().squeeze(1)
         anchor = log_columns[rows][:, own] - log_tasks[rows, task][:, None]
         leaf = (pooled @ weight.T + bias).log_softmax(dim=1)

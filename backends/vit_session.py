@@ -9,14 +9,13 @@ Symbols: ``n`` images, ``V`` views, ``L`` tokens, ``C`` width, ``F`` layered fea
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from treelora_backends.kept import room
 from treelora_backends.vit_heads import SharedHead, columns_of
 from treelora_backends.vit_images import ImageTask
 from treelora_backends.vit_single import extended_statistics, solved_blocks
@@ -35,8 +34,6 @@ _CHUNK = 128
 _TEMPERATURE = 0.1
 _SMALLEST_PROBE = 8
 """Images in a mini-batch of the probe, at least; otherwise the probe sees no image twice."""
-_KEPT_BYTES = 1024**3
-"""Activations up to this size stay in memory; larger ones go to an unnamed temporary file."""
 
 
 @dataclass
@@ -89,7 +86,7 @@ class VitSession:
         pixels = self.task.train.pixels[self.own[:count]].to(self.device)
         with torch.no_grad():
             cut = self.base.trunk.before(self.base.preprocessing.normalise(pixels))
-        return self.base.trunk.after(cut).pooled.square().mean()
+        return self.base.trunk.pooled(cut).square().mean()
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -129,7 +126,7 @@ class VitSession:
     def _keep(self, rows: slice, view: int, cut: Cut) -> None:
         if not hasattr(self, "kept"):
             count, (length, width) = len(self.own), cut.tokens.shape[1:]
-            self.kept = _Kept(_room((count, VIEWS, length, width)), torch.zeros(count, VIEWS, cut.early.shape[1]))
+            self.kept = _Kept(room((count, VIEWS, length, width)), torch.zeros(count, VIEWS, cut.early.shape[1]))
         self.kept.tokens[rows, view] = cut.tokens.to(torch.bfloat16).cpu()
         self.kept.early[rows, view] = cut.early.cpu()
 
@@ -152,7 +149,7 @@ class VitSession:
             rows = order[index * size : (index + 1) * size]
             cut = self.kept.take(rows, torch.zeros_like(rows), self.device)
             with self.runtime.autocast():
-                pooled = self.base.trunk.after(cut).pooled
+                pooled = self.base.trunk.pooled(cut)
             cosine = nn.functional.normalize(pooled - self.centre, dim=1) @ self.prototypes.T
             yield nn.functional.cross_entropy(cosine / _TEMPERATURE, self.labels[rows])
 
@@ -176,7 +173,7 @@ class VitSession:
         rows, views = batch
         cut = self.kept.take(rows, views, self.device)
         with self.runtime.autocast():
-            pooled = self.base.trunk.after(cut).pooled
+            pooled = self.base.trunk.pooled(cut)
         return nn.functional.cross_entropy(self.head(pooled), self.labels[rows.to(self.device)])
 
     def parameters(self) -> list[nn.Parameter]:
@@ -209,13 +206,5 @@ class VitSession:
         for chunk in rows.split(_CHUNK):
             cut = self.kept.take(chunk, torch.zeros_like(chunk), self.device)
             with self.runtime.autocast():
-                parts.append(self.base.trunk.after(cut).pooled)
+                parts.append(self.base.trunk.pooled(cut))
         return torch.cat(parts)
-
-
-def _room(shape: tuple[int, ...]) -> Tensor:
-    if 2 * int(np.prod(shape)) <= _KEPT_BYTES:
-        return torch.empty(shape, dtype=torch.bfloat16)
-    # an unnamed file vanishes with the process, however it ends
-    backing = np.memmap(tempfile.TemporaryFile(), dtype=np.int16, mode="w+", shape=shape)  # noqa: SIM115
-    return torch.from_numpy(backing).view(torch.bfloat16)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from treelora_cli.heads import LinearHead
@@ -80,6 +81,7 @@ class Trunk:
             feature_blocks = max(1, FEATURE_LIMIT // self._block_features)
         self.first_feature = max(0, len(self.blocks) - feature_blocks)
         self._block_arguments: list[dict[str, Any]] | None = None
+        self._pools_class_token: bool | None = None
 
     @property
     def width(self) -> int:
@@ -133,6 +135,40 @@ class Trunk:
         pooled = vit.forward_head(vit.norm(tokens), pre_logits=True)
         layered = torch.cat([cut.early, *(part.float() for part in late)], dim=1)
         return Features(pooled.float(), layered, tokens[:, 0].float())
+
+    def pooled(self, cut: Cut) -> Tensor:
+        """Run the adapted blocks and pool, (B, C): as ``after``, without what only the other features need."""
+        assert self._block_arguments is not None, "before() runs first"
+        if not self._class_token_alone(cut):
+            return self.after(cut).pooled
+        tokens = cut.tokens
+        for index in range(self.cut, len(self.blocks) - 1):
+            tokens = self.blocks[index](tokens, **self._block_arguments[index])
+        vit = cast("Any", self.vit)
+        last = self._last_block_of_class_token(tokens)
+        return cast("Tensor", vit.forward_head(vit.norm(last), pre_logits=True)).float()
+
+    def _last_block_of_class_token(self, tokens: Tensor) -> Tensor:
+        """Return the class token after the last block, (B, 1, C): no other token passes its MLP."""
+        assert self._block_arguments is not None
+        block = cast("Any", self.blocks[-1])
+        attended = block.attn(block.norm1(tokens), **self._block_arguments[-1])
+        token = (tokens + block.drop_path1(block.ls1(attended)))[:, :1]
+        return cast("Tensor", token + block.drop_path2(block.ls2(block.mlp(block.norm2(token)))))
+
+    @torch.no_grad()
+    def _class_token_alone(self, cut: Cut) -> bool:
+        """True when the model pools the class token and its last block is the usual one; found by comparison, once."""
+        if self._pools_class_token is None:
+            self._pools_class_token = False
+            if isinstance(self.blocks[-1], Block) and getattr(self.vit, "global_pool", "") == "token":
+                trial = Cut(cut.tokens[:1].float(), cut.early[:1])
+                with torch.autocast(cut.tokens.device.type, enabled=False):
+                    whole = self.after(trial).pooled
+                    self._pools_class_token = True
+                    alone = self.pooled(trial)
+                self._pools_class_token = whole.shape == alone.shape and torch.allclose(whole, alone, atol=1e-4)
+        return self._pools_class_token
 
     def _read(self, tokens: Tensor) -> Tensor:
         """Read a block's output (B, L, C): normalised class token, mean and deviation of the patches, (B, 3C)."""

@@ -9,6 +9,7 @@ from treelora_backends.hf_causal_lm import CausalLmBackend
 from treelora_backends.lm_answers import Answerer, Manner
 from treelora_backends.lm_batches import collate, pad, shuffled_batches
 from treelora_backends.lm_memory import merged_adapter
+from treelora_backends.lm_network import LmNetwork
 from treelora_backends.lm_render import Encoder, cut_middle
 from treelora_backends.lm_router import TaskRouter
 
@@ -51,18 +52,18 @@ def small_tokenizer(template=None):
     return wrapped
 
 
-def save_model(folder, family, template=None, **settings):
+def save_model(folder, family, template=None, depth=2, **settings):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     tokenizer = small_tokenizer(template)
     ends = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     if family == "llama":
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": depth, "num_attention_heads": 4}
         config = LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=128, **ends, **settings)
         model = LlamaForCausalLM(config)
     else:
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **ends, **settings))
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=depth, n_head=4, n_positions=128, **ends, **settings))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -326,6 +327,48 @@ def test_last_blocks_only_and_no_gradient_below(llama, data):
     assert loss.requires_grad
     hidden = inside[0][0] if isinstance(inside[0], tuple) else inside[0]
     assert not hidden.requires_grad
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Models of four blocks by family."""
+    root = tmp_path_factory.mktemp("deep")
+    no_dropout = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+    settings = {"llama": {}, "gpt2": no_dropout}
+    return {family: save_model(root / family, family, depth=4, **extra) for family, extra in settings.items()}
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["colours", "moods", "chats", "texts"])
+def test_training_enters_behind_the_frozen_blocks_with_the_same_loss(deep, family, name, blocks, data):
+    base = load(deep[family], blocks=blocks, dropout=0.0)
+    adapters.write_slot(base.network, adapters.reference_point(base.network, base.layers, 4.0, 0))
+    task = base.read_task(DataRequest(data / f"{name}.jsonl"))
+    places = list(range(4))
+    plain = base.session(task, Memory((), dict), base.config)
+    cached = base.session(task, Memory((), dict), base.config)
+    assert base.lm.cut == 4 - blocks
+    cached.prepare()
+    plain.router.add_task(base.read_features([task.listing.train[i] for i in plain.own], ""), base.runtime)
+    torch.testing.assert_close(cached.router.gram, plain.router.gram, rtol=1e-3, atol=1e-3)
+    ran = []
+    base.lm.blocks[0].register_forward_pre_hook(lambda _m, _i: ran.append(base.lm.blocks[0].forward))
+    ups = [up for _, up in adapters.slot_parameters(base.network, base.layers)]
+    ours, wanted = cached.loss(places), plain.loss(places)
+    assert ran[0].__name__ == "forward" and ran[0].__qualname__.startswith("LmNetwork._stand_in")
+    torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=1e-2)  # kept in bfloat16
+    for one, other in zip(torch.autograd.grad(ours, ups), torch.autograd.grad(wanted, ups), strict=True):
+        assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.999
+
+
+def test_a_model_whose_blocks_share_more_than_states_is_not_entered_in_the_middle(deep):
+    base = load(deep["llama"], blocks=1)
+    shared = {}
+    base.lm.model.get_input_embeddings().register_forward_hook(lambda _m, _i, _o: shared.clear())
+    base.lm.blocks[0].self_attn.register_forward_hook(lambda _m, _i, out: shared.update(keys=out[0]))
+    base.lm.blocks[3].register_forward_pre_hook(lambda _m, inputs: (inputs[0] + shared.pop("keys"),))
+    assert LmNetwork(base.lm.model, base.layers).cut == 0
 
 
 @pytest.mark.parametrize(
