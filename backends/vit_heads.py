@@ -17,7 +17,7 @@ from treelora_cli.config import Config
 from treelora_cli.heads import FeatureMap, LinearHead, RidgeStatistics, pack_symmetric, ridge_share, unpack_symmetric
 from treelora_cli.runtime import Runtime
 
-_CHUNK = 512
+_CHUNK = 2048
 
 
 @dataclass(frozen=True)

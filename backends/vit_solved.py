@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from treelora_backends.vit_trunk import fill_classifier
 
-from treelora_cli.heads import LinearHead, RidgeStatistics, pack_symmetric, ridge_share, unpack_symmetric
+from treelora_cli.heads import LinearHead, RidgeStatistics, pack_symmetric, ridge_share, symmetric, unpack_symmetric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -212,7 +212,7 @@ class SolvedBlocks:
     def _main_directions(self, weight: Tensor) -> Tensor:
         """Orthonormal directions in class space in which scores vary most, (classes, at most k)."""
         assert self.features is not None and self.gram is not None
-        spread = (weight @ self.gram @ weight.T).double()
+        spread = (weight @ symmetric(self.gram) @ weight.T).double()
         count = min(self.features.axes.shape[1], weight.shape[0])
         return torch.linalg.eigh(spread).eigenvectors[:, -count:].float()
 

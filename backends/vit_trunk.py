@@ -149,11 +149,11 @@ class Trunk:
         return cast("Tensor", vit.forward_head(vit.norm(last), pre_logits=True)).float()
 
     def _last_block_of_class_token(self, tokens: Tensor) -> Tensor:
-        """Return the class token after the last block, (B, 1, C): no other token passes its MLP."""
+        """Return the tokens before the patches after the last block, (B, prefix, C): no other passes its MLP."""
         assert self._block_arguments is not None
         block = cast("Any", self.blocks[-1])
         attended = block.attn(block.norm1(tokens), **self._block_arguments[-1])
-        token = (tokens + block.drop_path1(block.ls1(attended)))[:, :1]
+        token = (tokens + block.drop_path1(block.ls1(attended)))[:, : self.prefix_tokens]
         return cast("Tensor", token + block.drop_path2(block.ls2(block.mlp(block.norm2(token)))))
 
     @torch.no_grad()
@@ -161,7 +161,8 @@ class Trunk:
         """True when the model pools the class token and its last block is the usual one; found by comparison, once."""
         if self._pools_class_token is None:
             self._pools_class_token = False
-            if isinstance(self.blocks[-1], Block) and getattr(self.vit, "global_pool", "") == "token":
+            pools_token = getattr(self.vit, "global_pool", "") == "token" and self.prefix_tokens > 0
+            if pools_token and isinstance(self.blocks[-1], Block):
                 trial = Cut(cut.tokens[:1].float(), cut.early[:1])
                 with torch.autocast(cut.tokens.device.type, enabled=False):
                     whole = self.after(trial).pooled
@@ -174,7 +175,9 @@ class Trunk:
         """Read a block's output (B, L, C): normalised class token, mean and deviation of the patches, (B, 3C)."""
         normal = nn.functional.layer_norm(tokens.float(), tokens.shape[-1:])
         patches = normal[:, self.prefix_tokens :]
-        parts = [patches.mean(dim=1), patches.std(dim=1)]
+        mean, count = patches.mean(dim=1), patches.shape[1]
+        spread = (patches.square().sum(dim=1) - count * mean.square()).clamp(min=0)  # faster than std, near enough
+        parts = [mean, (spread / max(1, count - 1)).sqrt()]
         if self.has_class_token:
             parts.insert(0, normal[:, 0])
         return torch.cat(parts, dim=1)

@@ -140,6 +140,28 @@ def test_every_adapted_layer_acts_and_equals_a_changed_weight(family: str, store
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+SHORTER_LAST_BLOCK = {"ViT with a class token", "DeiT", "DeiT distilled", "DeiT III with layer scale"}
+
+
+@ALL
+def test_pooling_alone_gives_the_same_features_and_gradients(family: str, stored: Path) -> None:
+    base, x = loaded(family, stored), images()
+    adapters.write_slot(base.network, random_adapter(base))
+    cut = base.trunk.before(x)
+    ups = [up for _, up in adapters.slot_parameters(base.network, base.layers)]
+    whole, alone = base.trunk.after(cut).pooled, base.trunk.pooled(cut)
+    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-5)
+    wanted = torch.autograd.grad(whole.square().sum(), ups)
+    for one, other in zip(torch.autograd.grad(alone.square().sum(), ups), wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    if family in SHORTER_LAST_BLOCK:
+        seen: list[int] = []
+        hook = base.trunk.blocks[-1].mlp.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].shape[1]))
+        base.trunk.pooled(cut)
+        hook.remove()
+        assert seen == [base.trunk.prefix_tokens]
+
+
 @ALL
 @torch.no_grad()
 def test_the_base_is_left_alone_by_adapters(family: str, stored: Path) -> None:

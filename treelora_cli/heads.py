@@ -9,6 +9,7 @@ come from several blocks, are standardised by the first task, and keep their lin
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class RidgeStatistics:
     """Sums from which ridge regression onto class indicators is solved exactly, in any order of arrival.
 
     Attributes:
-        gram: Sum of ``phi phi^T``, (W, W).
+        gram: Sum of ``phi phi^T``, (W, W); only its upper triangle is meant.
         sums: Sum of ``phi`` per column, (K, W).
         counts: Examples per column, (K,).
     """
@@ -95,7 +96,7 @@ class RidgeStatistics:
 
     def add(self, phi: Tensor, columns: Tensor) -> None:
         """Count examples in: phi (n, W), column index of each (n,)."""
-        self.gram.addmm_(phi.T, phi)
+        _add_gram_(self.gram, phi)
         self.sums.index_add_(0, columns, phi)
         self.counts.index_add_(0, columns, torch.ones_like(columns, dtype=self.counts.dtype))
 
@@ -110,13 +111,29 @@ class RidgeStatistics:
         """
         total = self.counts.sum()
         mean = self.sums.sum(dim=0) / total
-        centred = self.gram.double() - total.double() * torch.outer(mean, mean).double()
+        centred = symmetric(self.gram).double() - total.double() * torch.outer(mean, mean).double()
         targets = (self.sums - self.counts[:, None] * mean).double()
         level = centred.diagonal().mean().clamp(min=1e-12)
         centred.diagonal().add_(max(ridge, 1e-8) * level)
         weight = torch.cholesky_solve(targets.T, torch.linalg.cholesky(centred)).T
         bias = (self.counts / total).double() - weight @ mean.double()
         return LinearHead(weight.float(), bias.float())
+
+
+_STRIPS = 4
+"""Parts in which a Gram matrix is computed, so that most of its lower half is left out."""
+
+
+def _add_gram_(gram: Tensor, phi: Tensor) -> None:
+    """Add ``phi^T phi`` to the upper triangle of ``gram`` in place: phi (n, W)."""
+    edges = [round(index * gram.shape[0] / _STRIPS) for index in range(_STRIPS + 1)]
+    for start, end in itertools.pairwise(edges):
+        gram[start:end, start:].addmm_(phi[:, start:end].T, phi[:, start:])
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Return the symmetric matrix with this upper triangle, (W, W)."""
+    return matrix.triu() + matrix.triu(1).T
 
 
 def ridge_share(ridge: float, width: int, examples: float) -> float:
@@ -163,8 +180,7 @@ def unpack_symmetric(packed: Tensor, width: int, device: torch.device) -> Tensor
     for row in range(width):
         matrix[row, row:] = packed[start : start + width - row]
         start += width - row
-    matrix = matrix + matrix.triu(1).T
-    return matrix.to(device)
+    return symmetric(matrix).to(device)
 
 
 @dataclass(frozen=True)
