@@ -1,0 +1,83 @@
+"""The contenders of ``treelora compare`` by name: strategy, head, and settings in which one differs.
+
+Rank, alpha, epochs, batch size, data order and arithmetic are the recipe's for everyone. Importing this module
+imports no strategy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+from treelora_cli.config import Config, HeadConfig
+from treelora_cli.errors import UsageError, suggest
+
+if TYPE_CHECKING:
+    from treelora_cli.methods.base import Contender
+
+OURS = "treelora"
+"""The method that runs through a real project instead of a contender."""
+_SHARED = ("linear", "answer")
+"""One adapter for all tasks, under a growing classifier or the language model's own output layer."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender.
+
+    Attributes:
+        strategy: Class in ``treelora_cli.methods``, as ``module:Class``; made without arguments.
+        heads: Kinds of head it works with; the first that the backend offers is taken.
+        lr_share: Learning rate of the adapter as a share of the recipe's.
+        settings: Settings that the method's paper fixes.
+        at_once: All tasks are learned as one.
+    """
+
+    strategy: str
+    heads: tuple[str, ...] = _SHARED
+    lr_share: float = 1.0
+    settings: Config = Config()
+    at_once: bool = False
+
+    def make(self) -> Contender:
+        """Return a new strategy."""
+        module, _, name = self.strategy.partition(":")
+        return cast("Contender", getattr(import_module(f"treelora_cli.methods.{module}"), name)())
+
+
+CONTENDERS: dict[str, Entry] = {
+    "seqlora": Entry("seqlora:SeqLora"),
+    "ncm": Entry("seqlora:SeqLora", heads=("mean",)),
+    # RanPAC, section 4: 10,000 random features
+    "ranpac": Entry("seqlora:SeqLora", heads=("ridge",), settings=Config(head=HeadConfig(width=10_000))),
+    # a slow learner: the adapter moves at a tenth of the head's rate, which is the recipe's
+    "slca": Entry("seqlora:SeqLora", heads=("aligned",), lr_share=0.1),
+    "hidelora": Entry("hidelora:HideLora", heads=("routed",)),
+    "joint": Entry("seqlora:SeqLora", at_once=True),
+}
+
+
+def method_names() -> list[str]:
+    """Names that ``--methods`` knows."""
+    return [OURS, *CONTENDERS]
+
+
+def check_method(name: str) -> None:
+    """Raise ``UsageError`` when ``name`` is no method."""
+    if name not in method_names():
+        hint = suggest(name, method_names())
+        raise UsageError(f"Unknown method '{name}'{hint}. Known: {', '.join(method_names())}.")
+
+
+def choose_head(method: str, offered: tuple[str, ...], backend: str) -> str:
+    """Return the kind of head that ``method`` works with on a backend.
+
+    Raises:
+        UsageError: The backend offers none of them.
+    """
+    for head in CONTENDERS[method].heads:
+        if head in offered:
+            return head
+    fitting = [OURS, *(name for name, entry in CONTENDERS.items() if set(entry.heads) & set(offered))]
+    raise UsageError(f"'{method}' does not work with the {backend} backend. These do: {', '.join(fitting)}.")
