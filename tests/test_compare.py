@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -78,10 +77,9 @@ def test_every_method_has_a_row_and_a_failing_one_stops_no_other(
     assert code == 7
     assert "Error: No result from seqlora:lr=1e30 (seed 0): Training diverged" in err
     assert [row["method"] for row in document["methods"]] == ["treelora:reg=0", "seqlora", "ncm"]
-    assert [(one["label"], one["seed"], one["exit_code"]) for one in document["failures"]] == [
-        ("seqlora:lr=1e30", 0, 1)
-    ]
-    assert "diverged" in document["failures"][0]["message"]
+    (failed,) = document["failures"]
+    assert (failed["label"], failed["seed"], failed["exit_code"]) == ("seqlora:lr=1e30", 0, 1)
+    assert "diverged" in failed["message"]
     names = {path.name for path in out.iterdir() if path.suffix == ".json"}
     assert names == {"treelora-reg-0-seed0.json", "seqlora-seed0.json", "ncm-seed0.json"}
     project = out / "treelora-reg-0-seed0"
@@ -209,9 +207,7 @@ def test_a_job_file_holds_the_whole_run(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_settings_are_the_rows_then_the_papers_then_the_recipes(recipe: Path, tmp_path: Path) -> None:
-    given = Config(
-        train=dataclasses.replace(Config().train, lr=0.01), head=dataclasses.replace(Config().head, width=64)
-    )
+    given = from_flags(train__lr=0.01, head__width=64)
     settings = {
         text: contender_config(run_of(recipe, tmp_path, text), given)
         for text in ("ranpac", "ranpac:head.width=99", "slca", "slca:lr=0.5", "seqlora:blocks=3")

@@ -50,7 +50,7 @@ def _cell(figure: Figure | None, show: Callable[[float], str], ratio: str) -> st
 
 def _ratio(row: Row, measure: str) -> str:
     value = row.ratios.get(measure)
-    return "" if value is None else f" (x{value:.2f})"
+    return "" if value is None else f" (x{value:.2f})" if value >= 0.1 else f" (x{value:.1g})"
 
 
 def _seconds(value: float) -> str:
