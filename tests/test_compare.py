@@ -12,17 +12,8 @@ from conftest import MODEL, MODEL_ARGS, Cli, make_images, run_python
 from test_bad_input import check_error
 from test_causal_lm import save_model
 
-from treelora_cli.comparison import (
-    Figure,
-    Outcome,
-    Run,
-    finish_runs,
-    flat_row,
-    parse_variant,
-    plan_runs,
-    run_process,
-    summarise,
-)
+from treelora_cli.comparison import Outcome, Run, finish_runs, parse_variant, plan_runs, run_process
+from treelora_cli.comparison_rows import Figure, flat_row, summarise
 from treelora_cli.config import Config, from_flags
 from treelora_cli.contest import MemoryWatch, contender_config
 from treelora_cli.errors import Interrupted, ProjectError, UsageError

@@ -12,7 +12,8 @@ from treelora_cli.commands.context import Session, session_of
 from treelora_cli.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from treelora_cli.comparison import Failure, Outcome, Row, Run
+    from treelora_cli.comparison import Failure, Outcome, Run
+    from treelora_cli.comparison_rows import Row
     from treelora_cli.config import Config
 
 
@@ -53,7 +54,8 @@ def compare(
     in --out: the same command goes on where it stopped. A method that fails is named, the others go on, and the exit
     code is 7.
     """
-    from treelora_cli.comparison import check_baseline, finish_runs, plan_runs, summarise
+    from treelora_cli.comparison import finish_runs, plan_runs
+    from treelora_cli.comparison_rows import check_baseline, summarise
     from treelora_cli.config import from_flags
     from treelora_cli.recipes import find_recipe
 
@@ -135,7 +137,7 @@ def _show(
 ) -> None:
     import dataclasses
 
-    from treelora_cli.comparison import flat_row
+    from treelora_cli.comparison_rows import flat_row
     from treelora_cli.views.comparison import NOTES, comparison_table, csv_text
 
     if csv is not None:

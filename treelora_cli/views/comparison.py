@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
-from treelora_cli.comparison import Figure, Outcome, Row, flat_row
+from treelora_cli.comparison import Outcome
+from treelora_cli.comparison_rows import Figure, Row, flat_row
 from treelora_cli.views.scores import FORMULAS, percent
 
 NOTES = (
