@@ -201,10 +201,10 @@ def test_settings_are_the_rows_then_the_papers_then_the_recipes(recipe: Path, tm
     given = from_flags(train__lr=0.01, head__width=64)
     settings = {
         text: contender_config(run_of(recipe, tmp_path, text), given)
-        for text in ("ranpac", "ranpac:head.width=99", "slca", "slca:lr=0.5", "seqlora:blocks=3")
+        for text in ("ranpac", "ranpac:width=99", "slca", "slca:lr=0.5", "seqlora:blocks=3")
     }
     assert settings["ranpac"].head.width == 10_000
-    assert settings["ranpac:head.width=99"].head.width == 99
+    assert settings["ranpac:width=99"].head.width == 99
     assert settings["slca"].train.lr == pytest.approx(0.001)
     assert settings["slca:lr=0.5"].train.lr == 0.5
     assert settings["ranpac"].adapter.blocks == 0 and settings["seqlora:blocks=3"].adapter.blocks == 3

@@ -32,8 +32,8 @@ from treelora_cli.methods.catalogue import OURS, check_method
 from treelora_cli.metrics import ScoreMatrix
 
 SCHEMA = 1
-_NOT_OURS = {"adapter", "train", "head"}
-"""Sections that settings of a contender may come from."""
+_CONTENDERS_OWN = ("adapter.", "train.", "head.width")
+"""Settings that mean something to contenders begin so; the rest are TreeLoRA's."""
 
 
 # -- what to run -----------------------------------------------------------------------------------
@@ -72,20 +72,20 @@ def parse_variant(text: str) -> Variant:
         key, equals, value = pair.partition("=")
         if not (key and equals):
             raise UsageError(f"--methods {text}: expected {method}:KEY=VALUE.")
-        name, kind = _setting_named(key, text)
-        section = name.partition(".")[0]
-        if method != OURS and section not in _NOT_OURS:
-            raise UsageError(f"--methods {text}: '{name}' means nothing to {method}.")
+        name, kind = _setting_named(key, method, text)
         values[name.replace(".", "__")] = coerce(kind, yaml.safe_load(value), name, f"--methods {text}")
     return Variant(text.strip(), method, from_flags(**values))
 
 
-def _setting_named(key: str, text: str) -> tuple[str, type]:
-    """Return the full name and the type of the one setting that ``key`` names."""
+def _setting_named(key: str, method: str, text: str) -> tuple[str, type]:
+    """Return the full name and the type of the one setting of a method that ``key`` names."""
     known = _settings()
-    found = [name for name in known if name == key or name.endswith(f".{key}")]
+    anywhere = [name for name in known if name == key or name.endswith(f".{key}")]
+    found = [name for name in anywhere if method == OURS or name.startswith(_CONTENDERS_OWN)]
     if len(found) == 1:
         return found[0], known[found[0]]
+    if anywhere and not found:
+        raise UsageError(f"--methods {text}: '{anywhere[0]}' means nothing to {method}.")
     if found:
         raise UsageError(f"--methods {text}: '{key}' fits {' and '.join(found)}. Write one of them.")
     short = {name.rpartition(".")[2] for name in known}
