@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_what_is_done_is_not_run_again(
     assert float(rows[0]["op"]) == pytest.approx(document["methods"][1]["op"])
     assert rows[0]["seconds_to_target"] == rows[0]["train_seconds"]
     refused = cli("compare", recipe, "--methods", "seqlora", "--out", out, "--device", "cpu", "--epochs", "3")
-    check_error(refused, 3, "was measured with other settings (train.epochs: None, now 3)")
+    check_error(refused, 3, re.escape("was measured with other settings (train.epochs: None, now 3)"))
 
 
 def test_a_language_model_is_compared_too(cli: Cli, tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_a_language_model_is_compared_too(cli: Cli, tmp_path: Path) -> None:
     assert joint["matrix"]["rows"][0] == [None] and joint["steps"] == routed["steps"] == 4
     assert done.json["methods"][1]["forgetting"] is None and done.json["methods"][1]["op"] is not None
     refused = cli("compare", recipe, "--methods", "treelora,slca", *options)
-    check_error(refused, 2, "'slca' does not work with the causal-lm backend. These do: treelora, seqlora")
+    check_error(refused, 2, "'slca' does not work with the causal-lm backend")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_a_language_model_is_compared_too(cli: Cli, tmp_path: Path) -> None:
 def test_bad_input_starts_nothing(
     cli: Cli, recipe: Path, tmp_path: Path, options: list[str], code: int, line: str
 ) -> None:
-    check_error(cli("compare", recipe, "--out", tmp_path / "o", *options), code, line)
+    check_error(cli("compare", recipe, "--out", tmp_path / "o", *options), code, re.escape(line))
     assert not (tmp_path / "o").exists()
 
 
@@ -239,8 +240,6 @@ def test_a_process_that_fails_is_told_by_its_last_line(
 def test_a_process_that_is_killed_is_told_by_its_signal(
     recipe: Path, tmp_path: Path, monkeypatch: Any, signal: str, line: str
 ) -> None:
-    import re
-
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\nkill -{signal} $$\n")
     program.chmod(0o755)
