@@ -258,9 +258,22 @@ def test_an_interrupted_process_stops_the_whole_comparison(recipe: Path, tmp_pat
         run_process(run_of(recipe, tmp_path / "o"))
 
 
-def outcome(label: str, seed: int, rows: tuple[Any, ...], seconds: float, peak: int = 100) -> Outcome:
+def outcome(label: str, seed: int, rows: tuple[Any, ...], seconds: float, peak: int = 100, data: str = "d") -> Outcome:
     matrix = ScoreMatrix(("a", "b"), rows)
-    return Outcome(label, seed, matrix, seconds, peak, None, 50, 7, {})
+    return Outcome(label, seed, matrix, seconds, peak, None, 50, 7, {"base_sha256": "b", "data_sha256": data})
+
+
+def test_results_on_other_data_are_not_put_side_by_side(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    measured = {"ncm": "new"}
+    rows = ((0.8,), (0.6, 0.4))
+    monkeypatch.setattr(
+        "treelora_cli.comparison.run_process",
+        lambda run: outcome(run.variant.label, run.seed, rows, 1.0, data=measured.get(run.variant.label, "old")),
+    )
+    runs = [run_of(recipe, tmp_path, method) for method in ("seqlora", "joint")]
+    assert len(finish_runs(runs, lambda _: None, lambda *_: None)[0]) == 2
+    with pytest.raises(ProjectError, match=r"The data changed between seqlora and ncm \(seed 3\)"):
+        finish_runs([*runs, run_of(recipe, tmp_path, "ncm")], lambda _: None, lambda *_: None)
 
 
 def test_rows_are_means_spreads_and_ratios() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from treelora_cli import __version__
 from treelora_cli.config import Config, coerce, from_flags, overlay, to_dict
 from treelora_cli.errors import Interrupted, ProjectError, UsageError, suggest
 from treelora_cli.methods.catalogue import OURS, check_method
@@ -146,10 +147,16 @@ class Run:
         """The result file, there once the run is done."""
         return self.out / f"{self.name}.json"
 
+    @property
+    def log(self) -> Path:
+        """What the process says."""
+        return self.out / f"{self.name}.log"
+
     def settings(self) -> dict[str, Any]:
         """Return what a result depends on, as kept in its file."""
         flags = {key: value for key, value in to_dict(self.flags).items() if key != "stream"}
         record = {
+            "treelora": __version__,
             "method": self.variant.method,
             "seed": self.seed,
             "recipe": self.recipe.read_text(encoding="utf-8"),
@@ -328,7 +335,8 @@ def finish_runs(
         done: Called after each run with its result, and whether it was there before.
 
     Raises:
-        ProjectError: A result is there, but of other settings; nothing was started.
+        ProjectError: A result is there, but of other settings, and nothing was started; or the results turn out to be
+            of different bases or data.
         Interrupted: Stopped by the user.
     """
     known = {run.name: read_outcome(run) for run in runs}
@@ -345,7 +353,21 @@ def finish_runs(
         else:
             outcomes.append(outcome)
         done(run, outcome, before)
+    _check_same_stream(outcomes)
     return outcomes, failures
+
+
+def _check_same_stream(outcomes: Sequence[Outcome]) -> None:
+    """Raise ``ProjectError`` unless all results are of one base and, seed by seed, of the same examples."""
+    first: dict[int, Outcome] = {}
+    for one in outcomes:
+        other = first.setdefault(one.seed, one)
+        for key, what in (("base_sha256", "base model"), ("data_sha256", "data")):
+            if one.record[key] != other.record[key]:
+                raise ProjectError(
+                    f"The {what} changed between {other.label} and {one.label} (seed {one.seed}): the results are not"
+                    " comparable. Choose another --out."
+                )
 
 
 def run_process(run: Run) -> Outcome | Failure:
@@ -355,12 +377,12 @@ def run_process(run: Run) -> Outcome | Failure:
         Interrupted: The process, or this one, was told to stop.
     """
     run.out.mkdir(parents=True, exist_ok=True)
-    job, log = run.out / f"{run.name}.job", run.out / f"{run.name}.log"
+    job = run.out / f"{run.name}.job"
     job.write_text(json.dumps(run.to_json(), indent=1), encoding="utf-8")
     command = [sys.executable, "-m", "treelora_cli.contest", str(job)]
     stopped = Interrupted(f"Interrupted. What is done stays in {run.out}; the same command goes on from there.")
     try:
-        with log.open("w", encoding="utf-8") as sink:
+        with run.log.open("w", encoding="utf-8") as sink:
             code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, check=False).returncode
     except KeyboardInterrupt:
         raise stopped from None
@@ -368,7 +390,7 @@ def run_process(run: Run) -> Outcome | Failure:
         raise stopped
     outcome = read_outcome(run) if code == 0 else None
     if outcome is None:
-        return Failure(run.variant.label, run.seed, _last_words(log, code), code if code > 0 else 1)
+        return Failure(run.variant.label, run.seed, _last_words(run.log, code), code if code > 0 else 1)
     job.unlink()
     return outcome
 

@@ -110,6 +110,8 @@ def run_project(run: Run, request: StreamRequest, runtime: Runtime) -> dict[str,
         "trained_parameters": max(record["trained_parameters"] for record in records),
         "steps": sum(report.steps for report in reports),
         "precision": records[-1]["precision"],
+        "base_sha256": project.state.base["fingerprint"],
+        "data_sha256": {record["name"]: record["data_sha256"] for record in records},
         **watch.peaks(),
     }
 
@@ -143,6 +145,7 @@ class Contest:
         self.trained_parameters = 0
         self.steps = 0
         self._index = 0
+        self.digests: dict[str, str] = {}
         self._held_out: dict[str, TaskData] = {}
 
     def learn(self, tasks: Sequence[PlannedTask], config: Config) -> None:
@@ -151,6 +154,7 @@ class Contest:
             data = [self.base.read_task(task.data) for task in tasks]
             for task in tasks:  # read apart, so that no training example is held once its task is over
                 self._held_out[task.name] = self.base.read_task(dataclasses.replace(task.data, test_only=True))
+        self.digests |= {task.name: one.digest for task, one in zip(tasks, data, strict=True)}
         before = self.seconds.get("train", 0.0)
         with self._phase("train"):
             report = self._train(data, config)
@@ -276,6 +280,8 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
         "trained_parameters": contest.trained_parameters,
         "steps": contest.steps,
         "precision": runtime.precision,
+        "base_sha256": base.fingerprint,
+        "data_sha256": contest.digests,
         "lr": config.train.lr,
         "head": head,
         **watch.peaks(),

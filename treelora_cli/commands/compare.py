@@ -114,7 +114,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _started(session: Session, run: Run) -> None:
-    session.output.note(f"{run.variant.label}, seed {run.seed}: running ...")
+    session.output.note(f"{run.variant.label}, seed {run.seed}: running, see {run.log} ...")
 
 
 def _finished(session: Session, run: Run, outcome: Outcome | Failure, before: bool) -> None:
