@@ -298,8 +298,8 @@ def test_the_aligned_head_learns_ten_times_as_fast_as_the_adapter(weights: Path,
     base, config = load_vit(weights, lr=0.001, epochs=1, batch_size=16)
     model = AlignedContender(base)
     contest_of(base, model, "slca", config).learn(planned(data, "warm"), config)
-    bias = model.linear.head.bias  # one step of Adam moves every number by its rate
-    torch.testing.assert_close(bias.abs(), torch.full((2,), 0.01), rtol=1e-3, atol=0)
+    moved = model.linear.head.weight.abs().median()  # one step of Adam moves every number by its rate
+    torch.testing.assert_close(moved, torch.tensor(0.01), rtol=1e-3, atol=0)
 
 
 def test_routed_keeps_an_adapter_and_two_gaussians_for_each_class(weights: Path, data: Path) -> None:
@@ -404,7 +404,7 @@ def test_routed_language_statistics_are_those_of_the_bare_features(llama: Path, 
     assert model.column_task == [0, 0, 1, 1]
     held = [SimpleNamespace(content=f"{task} {word} 3") for task, word in (("moods", "sad"), ("colours", "leaf"))]
     assert model.route(held) == [0, 1]
-    assert contest.matrix.rows[1] != ()
+    assert [len(row) for row in contest.matrix.rows] == [1, 2]
 
 
 def test_the_answer_head_scores_as_the_newest_adapter_does(llama: Path, texts: Path) -> None:
