@@ -84,7 +84,7 @@ def test_alignment_raises_the_class_that_training_favoured_less(scale: float | N
     gaussians = [Gaussian(torch.tensor([4.0 * one, 100.0, 0.0]), torch.eye(3)) for one in range(3)]
     biased = LinearHead(torch.zeros(3, 3), torch.tensor([5.0, 0.1, 0.1]))
     group = torch.tensor([0, 1, 1])
-    settings = AlignSettings(epochs=20, logit_scale=scale)
+    settings = AlignSettings(epochs=100, lr=0.1, logit_scale=scale)
     head = align(biased, gaussians, range(3), settings, 0, group)
     drawn = [one.sample(500, torch.Generator().manual_seed(9)) for one in gaussians]
     right = [float((head(x).argmax(dim=1) == one).float().mean()) for one, x in enumerate(drawn)]
