@@ -1,13 +1,14 @@
-"""Sequential LoRA: one adapter that goes on learning, with nothing to protect earlier tasks.
+"""Sequential LoRA: one adapter carried on from task to task, with nothing protected.
 
-Source: the baseline SeqLoRA of TreeLoRA, section 4.1.
+The usual lower bound of continual learning; Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
+ICLR 2022, eq. 3, trained on one task after another.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from treelora_cli import adapters
+from treelora_cli.adapters import read_slot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,25 +18,29 @@ if TYPE_CHECKING:
 
 
 class SeqLora:
-    """Meets ``Contender``; see the module docstring."""
+    """A contender without protection, and what the others that carry one adapter on have in common."""
+
+    def __init__(self) -> None:
+        self._carried: AdapterWeights | None = None
 
     def begin(self, task: TaskContext) -> AdapterWeights:
-        """Go on with the adapter as the task before left it."""
-        return task.fresh if task.index == 0 else adapters.read_slot(task.network, task.layers, task.scale)
+        """Start where the task before ended, the first one at a new adapter."""
+        return task.fresh if self._carried is None else self._carried
+
+    def end(self, task: TaskContext) -> None:
+        """Carry the trained adapter on."""
+        self._carried = read_slot(task.network, task.layers, task.scale)
 
     def penalty(self, view: StepView, loss: Tensor) -> Tensor | None:
-        """Add nothing."""
+        """Add nothing to the loss."""
         return None
 
     def before_step(self, view: StepView) -> None:
         """Leave the gradients as they are."""
 
     def after_step(self, view: StepView) -> None:
-        """Leave the adapter as it is."""
-
-    def end(self, task: TaskContext) -> None:
-        """Learn nothing for later."""
+        """Leave the slot as it is."""
 
     def kept_bytes(self) -> int:
-        """Nothing is kept."""
+        """Keep nothing but the adapter."""
         return 0
