@@ -128,7 +128,7 @@ def test_the_penalty_is_the_one_of_least_error_on_the_held_fifth(count: int) -> 
 def test_every_contender_makes_a_strategy_and_has_a_head_somewhere() -> None:
     offered = {*VitBackend.contender_heads, *CausalLmBackend.contender_heads}
     for entry in CONTENDERS.values():
-        assert entry.make().kept_bytes() == 0
+        assert entry.make(4).kept_bytes() == 0
         assert set(entry.heads) <= offered
 
 
@@ -137,6 +137,10 @@ def test_unknown_methods_and_unfit_backends_are_usage_errors() -> None:
         check_method("seqlor")
     with pytest.raises(UsageError, match=r"'ranpac' does not work with the causal-lm backend\. These do: treelora"):
         choose_head("ranpac", CausalLmBackend.contender_heads, "causal-lm")
+
+
+def test_a_strategy_that_counts_tasks_is_told_their_number() -> None:
+    assert vars(CONTENDERS["inflora"].make(7))["tasks"] == 7
 
 
 # -- images ----------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ def planned(data: Path, *names: str) -> list[PlannedTask]:
 
 
 def contest_of(base: Any, model: ContenderModel, method: str, config: Config) -> Contest:
-    return Contest(base, model, CONTENDERS[method].make(), config, base.runtime)
+    return Contest(base, model, CONTENDERS[method].make(len(STREAM)), config, base.runtime)
 
 
 NAMES = [name for name, _ in STREAM]
@@ -336,6 +340,17 @@ def test_routed_answers_through_the_adapter_of_the_inferred_task(weights: Path, 
         adapters.write_slot(base.network, model.adapters[chosen])
         with torch.no_grad():
             assert torch.equal(answers, model.prediction(features_of(base, images)).argmax(dim=1))
+
+
+@pytest.mark.parametrize("method", ["seqlora", "olora", "ewc", "inflora", "gem", "ogd"])
+def test_every_shared_adapter_learns_the_stream_under_the_linear_head(weights: Path, data: Path, method: str) -> None:
+    base, config = load_vit(weights)
+    contest = contest_of(base, LinearContender(base), method, config)
+    for name in NAMES:
+        contest.learn(planned(data, name), config)
+    assert [len(row) for row in contest.matrix.rows] == [1, 2, 3] and contest.matrix.overall() is not None
+    assert contest.steps == 2 * (2 + 3 + 2)
+    assert contest.strategy.kept_bytes() > 0 or method == "seqlora"
 
 
 # -- language models -------------------------------------------------------------------------------

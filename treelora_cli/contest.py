@@ -267,7 +267,7 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
     base = backend.load(config, runtime)
     watch = MemoryWatch(runtime)
     watch.start()
-    contest = Contest(base, base.contender(head, config), entry.make(), config, runtime)
+    contest = Contest(base, base.contender(head, config), entry.make(len(tasks)), config, runtime)
     for group in [tasks] if entry.at_once else [(task,) for task in tasks]:
         epochs = max((task.config(run.flags, config).train.epochs or 0) for task in group)
         contest.learn(group, overlay(Config(train=TrainConfig(epochs=epochs)), config))

@@ -27,11 +27,12 @@ class Entry:
     """One contender.
 
     Attributes:
-        strategy: Class in ``treelora_cli.methods``, as ``module:Class``; made without arguments.
+        strategy: Class in ``treelora_cli.methods``, as ``module:Class``.
         heads: Kinds of head it works with; the first that the backend offers is taken.
         lr_share: Learning rate of the adapter as a share of the recipe's.
         settings: Settings that the method's paper fixes.
         at_once: All tasks are learned as one.
+        counts_tasks: The strategy is made with ``tasks=`` the stream's length; others are made without arguments.
     """
 
     strategy: str
@@ -39,11 +40,13 @@ class Entry:
     lr_share: float = 1.0
     settings: Config = Config()
     at_once: bool = False
+    counts_tasks: bool = False
 
-    def make(self) -> Contender:
-        """Return a new strategy."""
+    def make(self, tasks: int) -> Contender:
+        """Return a new strategy for a stream of so many tasks."""
         module, _, name = self.strategy.partition(":")
-        return cast("Contender", getattr(import_module(f"treelora_cli.methods.{module}"), name)())
+        kind = getattr(import_module(f"treelora_cli.methods.{module}"), name)
+        return cast("Contender", kind(tasks=tasks) if self.counts_tasks else kind())
 
 
 CONTENDERS: dict[str, Entry] = {
@@ -54,6 +57,11 @@ CONTENDERS: dict[str, Entry] = {
     # a slow learner: the adapter moves at a tenth of the head's rate, which is the recipe's
     "slca": Entry("seqlora:SeqLora", heads=("aligned",), lr_share=0.1),
     "hidelora": Entry("hidelora:HideLora", heads=("routed",)),
+    "olora": Entry("olora:OLora"),
+    "ewc": Entry("ewc:Ewc"),
+    "inflora": Entry("inflora:InfLora", counts_tasks=True),
+    "gem": Entry("gem:Gem"),
+    "ogd": Entry("ogd:Ogd"),
     "joint": Entry("seqlora:SeqLora", at_once=True),
 }
 
