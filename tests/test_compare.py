@@ -18,6 +18,7 @@ from treelora_cli.comparison_rows import Figure, flat_row, summarise
 from treelora_cli.config import Config, from_flags
 from treelora_cli.contest import MemoryWatch, contender_config
 from treelora_cli.errors import Interrupted, ProjectError, UsageError
+from treelora_cli.methods.catalogue import CONTENDERS
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.views.comparison import size
 
@@ -201,12 +202,14 @@ def test_a_job_file_holds_the_whole_run(recipe: Path, tmp_path: Path) -> None:
 def test_settings_are_the_rows_then_the_papers_then_the_recipes(recipe: Path, tmp_path: Path) -> None:
     given = from_flags(train__lr=0.01, head__width=64)
     settings = {
-        text: contender_config(run_of(recipe, tmp_path, text), given)
+        text: contender_config(run_of(recipe, tmp_path, text), given, CONTENDERS[text.partition(":")[0]].heads[0])
         for text in ("ranpac", "ranpac:width=99", "slca", "slca:lr=0.5", "seqlora:blocks=3")
     }
     assert settings["ranpac"].head.width == 10_000
     assert settings["ranpac:width=99"].head.width == 99
     assert settings["slca"].train.lr == pytest.approx(0.001)
+    assert settings["seqlora:blocks=3"].train.lr == pytest.approx(0.002)
+    assert contender_config(run_of(recipe, tmp_path), given, "answer").train.lr == 0.01
     assert settings["slca:lr=0.5"].train.lr == 0.5
     assert settings["ranpac"].adapter.blocks == 0 and settings["seqlora:blocks=3"].adapter.blocks == 3
 

@@ -261,7 +261,7 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
     backend = load_backend(overlay(run.flags, recipe).backend or "vit")
     entry = CONTENDERS[run.variant.method]
     head = choose_head(run.variant.method, getattr(backend, "contender_heads", ()), backend.name)
-    config = contender_config(run, resolve(run.flags, recipe, backend.defaults()))
+    config = contender_config(run, resolve(run.flags, recipe, backend.defaults()), head)
     config = dataclasses.replace(config, base=backend.resolve_base(config.base, offline=runtime.offline))
     tasks = plan_stream(request)
     base = backend.load(config, runtime)
@@ -288,13 +288,13 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
     }
 
 
-def contender_config(run: Run, config: Config) -> Config:
+def contender_config(run: Run, config: Config, head: str) -> Config:
     """Return a contender's settings: its row's own over its paper's over the recipe's; all blocks unless told."""
     entry = CONTENDERS[run.variant.method]
     own = run.variant.settings
     config = overlay(own, overlay(entry.settings, config))
     assert config.train.lr is not None
-    lr = config.train.lr if own.train.lr is not None else config.train.lr * entry.lr_share
+    lr = config.train.lr if own.train.lr is not None else config.train.lr * entry.lr_share.get(head, 1.0)
     blocks = 0 if config.adapter.blocks is None else config.adapter.blocks
     return overlay(Config(adapter=AdapterConfig(blocks=blocks), train=TrainConfig(lr=lr)), config)
 

@@ -6,7 +6,8 @@ imports no strategy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
@@ -29,7 +30,7 @@ class Entry:
     Attributes:
         strategy: Class in ``treelora_cli.methods``, as ``module:Class``.
         heads: Kinds of head it works with; the first that the backend offers is taken.
-        lr_share: Learning rate of the adapter as a share of the recipe's.
+        lr_share: Learning rate of the adapter as a share of the recipe's, by head; 1 where none is named.
         settings: Settings that the method's paper fixes.
         at_once: All tasks are learned as one.
         counts_tasks: The strategy is made with ``tasks=`` the stream's length; others are made without arguments.
@@ -37,7 +38,7 @@ class Entry:
 
     strategy: str
     heads: tuple[str, ...] = _SHARED
-    lr_share: float = 1.0
+    lr_share: Mapping[str, float] = field(default_factory=dict)
     settings: Config = Config()
     at_once: bool = False
     counts_tasks: bool = False
@@ -49,19 +50,23 @@ class Entry:
         return cast("Contender", kind(tasks=tasks) if self.counts_tasks else kind())
 
 
+_CALM = {"linear": 0.2}
+"""One adapter drifts under the image recipes' rate, which suits an adapter for each task: sequential LoRA on
+``cifar100_50classes`` (40 of 500 images per class, seed 0) ended at OP 14.4 with it and at 20.5 with a fifth of it."""
+
 CONTENDERS: dict[str, Entry] = {
-    "seqlora": Entry("seqlora:SeqLora"),
+    "seqlora": Entry("seqlora:SeqLora", lr_share=_CALM),
     "ncm": Entry("seqlora:SeqLora", heads=("mean",)),
     # RanPAC, section 4: 10,000 random features
     "ranpac": Entry("seqlora:SeqLora", heads=("ridge",), settings=Config(head=HeadConfig(width=10_000))),
     # a slow learner: the adapter moves at a tenth of the head's rate, which is the recipe's
-    "slca": Entry("seqlora:SeqLora", heads=("aligned",), lr_share=0.1),
+    "slca": Entry("seqlora:SeqLora", heads=("aligned",), lr_share={"aligned": 0.1}),
     "hidelora": Entry("hidelora:HideLora", heads=("routed",)),
-    "olora": Entry("olora:OLora"),
-    "ewc": Entry("ewc:Ewc"),
-    "inflora": Entry("inflora:InfLora", counts_tasks=True),
-    "gem": Entry("gem:Gem"),
-    "ogd": Entry("ogd:Ogd"),
+    "olora": Entry("olora:OLora", lr_share=_CALM),
+    "ewc": Entry("ewc:Ewc", lr_share=_CALM),
+    "inflora": Entry("inflora:InfLora", lr_share=_CALM, counts_tasks=True),
+    "gem": Entry("gem:Gem", lr_share=_CALM),
+    "ogd": Entry("ogd:Ogd", lr_share=_CALM),
     "joint": Entry("seqlora:SeqLora", at_once=True),
 }
 
