@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from treelora_backends.lm_answers import Known
+from treelora_backends.lm_contenders import make_contender
 from treelora_backends.lm_export import check_export, load_line, write_adapter, write_merged
 from treelora_backends.lm_loading import choose_layers, load_model, load_tokenizer, resolve, source_of
 from treelora_backends.lm_network import LmNetwork
@@ -25,7 +26,7 @@ from treelora_cli.errors import ModelError
 from treelora_cli.fingerprint import hash_parameters
 
 if TYPE_CHECKING:
-    from treelora_cli.backend import DataRequest, ExportCheck, ExportOptions, Memory, TaskData
+    from treelora_cli.backend import ContenderModel, DataRequest, ExportCheck, ExportOptions, Memory, TaskData
     from treelora_cli.runtime import Runtime
 
 _UNKNOWN_CONTEXT = 2048
@@ -36,6 +37,7 @@ class CausalLmBackend:
     """Registered as ``causal-lm``."""
 
     name = "causal-lm"
+    contender_heads = ("answer", "routed")
 
     def defaults(self) -> Config:
         """Return the paper's rank, scale and depth, and what measured best for the rest."""
@@ -88,6 +90,8 @@ class CausalLmBase:
         self.tokenizer = tokenizer
         self.config = config
         self.runtime = runtime
+        assert config.adapter.alpha is not None and config.adapter.rank is not None
+        self.scale: float = config.adapter.alpha / config.adapter.rank
         self.lm = LmNetwork(model, layers)
         self.context = _context_of(model)
         assert config.train.max_length is not None
@@ -126,6 +130,10 @@ class CausalLmBase:
     def predictor(self, memory: Memory, inference: str) -> LmPredictor:
         """Return a predictor over everything in ``memory``."""
         return LmPredictor(self, memory, inference)
+
+    def contender(self, head: str, config: Config) -> ContenderModel:
+        """Return the plain network under a kind of head."""
+        return make_contender(self, head, config)
 
     def export_merged(self, memory: Memory, out: Path, options: ExportOptions) -> None:
         """Write a directory that ``AutoModelForCausalLM.from_pretrained`` loads."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from treelora_backends.vit_contenders import make_contender
 from treelora_backends.vit_export import check_export, write_adapter, write_merged
 from treelora_backends.vit_images import ImageTask, Preprocessing, make_preprocessing, read_image_task
 from treelora_backends.vit_predictor import VitPredictor
@@ -24,7 +25,7 @@ from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.fingerprint import hash_parameters
 
 if TYPE_CHECKING:
-    from treelora_cli.backend import DataRequest, ExportCheck, ExportOptions, Memory, TaskData
+    from treelora_cli.backend import ContenderModel, DataRequest, ExportCheck, ExportOptions, Memory, TaskData
     from treelora_cli.runtime import Runtime
 
 EMBEDDED = Path(__file__).parent / "embedded" / "vit_tiny_cifar"
@@ -35,6 +36,7 @@ class VitBackend:
     """Registered as ``vit``."""
 
     name = "vit"
+    contender_heads = ("linear", "aligned", "routed", "ridge", "mean")
 
     def defaults(self) -> Config:
         """Return what measured best for image streams (see recipes/RESULTS.md)."""
@@ -131,6 +133,10 @@ class VitBase:
     def predictor(self, memory: Memory, inference: str) -> VitPredictor:
         """Return a predictor over everything in ``memory``."""
         return VitPredictor(self, memory, inference)
+
+    def contender(self, head: str, config: Config) -> ContenderModel:
+        """Return the plain network under a kind of head."""
+        return make_contender(self, head, config)
 
     def export_merged(self, memory: Memory, out: Path, options: ExportOptions) -> None:
         """Write a directory that ``timm.create_model('local-dir:OUT', pretrained=True)`` loads."""

@@ -167,6 +167,27 @@ def added(network: nn.Module, weights: AdapterWeights) -> Iterator[None]:
             base_weight.data = original
 
 
+def fold_slot(network: nn.Module, layers: Sequence[str], scale: float) -> None:
+    """Add the slot's update to the frozen weights in place and set ``up`` to zero: the function stays the same.
+
+    The sum is taken in float32 and rounded once to the weights' own type.
+
+    Raises:
+        ModelError: A layer's weights are quantised, so that an update cannot be added to them.
+    """
+    weights = read_slot(network, layers, scale)
+    with torch.no_grad():
+        for index, (layer, (_, up)) in enumerate(zip(layers, slot_parameters(network, layers), strict=True)):
+            module = cast("Any", network.get_submodule(f"base_model.model.{layer}"))
+            base_weight = module.get_base_layer().weight
+            if not base_weight.is_floating_point():
+                raise ModelError(f"Layer '{layer}' is quantised; this method needs weights of full precision.")
+            delta = weights.update(index).to(base_weight.device)
+            transposed = module.fan_in_fan_out  # GPT-2's layers keep (in, out)
+            base_weight.copy_(base_weight.float() + (delta.T if transposed else delta))
+            up.zero_()
+
+
 def reference_point(network: nn.Module, layers: Sequence[str], scale: float, seed: int) -> AdapterWeights:
     """Return the adapter at which all tasks' gradients are compared: ``up`` zero, ``down`` seeded.
 

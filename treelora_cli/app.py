@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from treelora_cli import __version__
+from treelora_cli.commands.compare import compare
 from treelora_cli.commands.context import Session
 from treelora_cli.commands.demo import demo
 from treelora_cli.commands.doctor import doctor
@@ -46,6 +47,7 @@ for _name, _command in (
     ("status", status),
     ("doctor", doctor),
     ("run", run),
+    ("compare", compare),
     ("demo", demo),
 ):
     app.command(_name, epilog=_EPILOG, no_args_is_help=False)(_command)
@@ -103,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
     given = hoist_globals(sys.argv[1:] if arguments is None else arguments)
     if not {"-v", "--verbose", "--debug"} & set(given):
-        _quiet_libraries()
+        quiet_libraries()
     sys.exit(run_command(given))
 
 
@@ -142,7 +144,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     return f"Unexpected {type(error).__name__}: {first}. Run again with --debug and report it.", 1
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep libraries' warnings off the terminal unless asked for."""
     import os
     import warnings

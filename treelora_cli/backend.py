@@ -223,6 +223,26 @@ class Predictor(Protocol):
         """Answer each input: a prompt, or the path of an image."""
 
 
+class ContenderModel(Protocol):
+    """A whole network with one LoRA slot under a contender, as a user without this library would write it.
+
+    Every adapted block runs for every view of every example: no prefix is cached and no frozen pass is made.
+    What the head keeps between tasks lives in the object; the adapter is the strategy's.
+    """
+
+    def session(self, tasks: Sequence[TaskData], config: Config) -> Session:
+        """Open one task for learning, or several that are learned at once."""
+
+    def learned(self) -> None:
+        """Take what later answers need from the open session's data, with the trained adapter in the slot."""
+
+    def evaluate(self, task: TaskData) -> Score:
+        """Score the held-out examples of a task over everything learned so far, without being told the task."""
+
+    def kept_bytes(self) -> int:
+        """Return the bytes kept for later: adapters, heads and statistics."""
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """How an export is written.
@@ -288,6 +308,12 @@ class Base(Protocol):
 
     def predictor(self, memory: Memory, inference: str) -> Predictor:
         """Return a predictor over everything in ``memory``."""
+
+    def contender(self, head: str, config: Config) -> ContenderModel:
+        """Return the network under one of the backend's ``contender_heads``.
+
+        Only backends that declare the class attribute ``contender_heads``, a tuple of names, are asked.
+        """
 
     def export_merged(self, memory: Memory, out: Path, options: ExportOptions) -> None:
         """Write one merged model that stock code loads into the empty directory ``out``."""

@@ -391,6 +391,7 @@ class _Learner:
             "device": self.runtime.device.type,
             "steps": report.steps,
             "last_loss": report.last_loss,
+            "trained_parameters": report.trained_parameters,
             "seconds": dict(self.clock.seconds),
             "facts": learned.facts,
             "versions": versions(),

@@ -57,12 +57,14 @@ class TrainReport:
         seconds: Time in this process.
         first_step_seconds: Time of the first step.
         last_loss: Mean task loss over the last epoch; ``None`` without steps.
+        trained_parameters: Numbers that were trained; 0 without steps.
     """
 
     steps: int
     seconds: float
     first_step_seconds: float
     last_loss: float | None
+    trained_parameters: int
 
 
 class StopRequest:
@@ -148,7 +150,8 @@ class Trainer:
                 self._after(stop, save, epoch_loss)
         report_steps = max(1, min(self.total, self.session.steps_per_epoch))
         last = float(epoch_loss) / report_steps if self.total else None
-        return TrainReport(self.step, time.perf_counter() - started, first, last)
+        trained = sum(parameter.numel() for parameter in self.parameters) if self.total else 0
+        return TrainReport(self.step, time.perf_counter() - started, first, last, trained)
 
     def _remaining(self) -> Iterator[Any]:
         per_epoch = self.session.steps_per_epoch

@@ -1,0 +1,46 @@
+"""Sequential LoRA: one adapter carried on from task to task, with nothing protected.
+
+The usual lower bound of continual learning; Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
+ICLR 2022, eq. 3, trained on one task after another.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from treelora_cli.adapters import read_slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from treelora_cli.adapters import AdapterWeights
+    from treelora_cli.methods.base import StepView, TaskContext
+
+
+class SeqLora:
+    """A contender without protection, and what the others that carry one adapter on have in common."""
+
+    def __init__(self) -> None:
+        self._carried: AdapterWeights | None = None
+
+    def begin(self, task: TaskContext) -> AdapterWeights:
+        """Start where the task before ended, the first one at a new adapter."""
+        return task.fresh if self._carried is None else self._carried
+
+    def end(self, task: TaskContext) -> None:
+        """Carry the trained adapter on."""
+        self._carried = read_slot(task.network, task.layers, task.scale)
+
+    def penalty(self, view: StepView, loss: Tensor) -> Tensor | None:
+        """Add nothing to the loss."""
+        return None
+
+    def before_step(self, view: StepView) -> None:
+        """Leave the gradients as they are."""
+
+    def after_step(self, view: StepView) -> None:
+        """Leave the slot as it is."""
+
+    def kept_bytes(self) -> int:
+        """Keep nothing but the adapter."""
+        return 0
