@@ -28,23 +28,44 @@ def state_hash(root: Path) -> dict[str, str]:
 def test_data_that_breaks_half_way_changes_nothing(
     cli: Cli, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str
 ) -> None:
-    from treelora_cli.learn import _Learner
+    from treelora_backends import vit_images
 
     folder = make_images(tmp_path / "d", ["pink", "brown"])
     victim = folder / "train/pink/05.png"
-    train = _Learner.train
+    listed = vit_images.list_images
 
-    def broken(learner: _Learner, *arguments: Any) -> Any:
+    def breaking(request: Any) -> Any:
+        found = listed(request)
         if fate == "gone":
             victim.unlink()
         else:
             victim.write_bytes(victim.read_bytes()[:200] if fate == "truncated" else b"")
-        return train(learner, *arguments)
+        return found
 
-    monkeypatch.setattr(_Learner, "train", broken)
+    monkeypatch.setattr(vit_images, "list_images", breaking)
     before = tree_hash(project)
     check_error(cli("-C", project, "train-task", folder, "--device", "cpu"), 4, r"05\.png")
     assert tree_hash(project) == before
+
+
+def test_data_that_is_deleted_once_it_was_read_is_not_missed(
+    cli: Cli, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from treelora_cli.learn import _Learner
+
+    twin = Path(shutil.copytree(project, tmp_path / "twin"))
+    folder = make_images(tmp_path / "d", ["pink", "brown"])
+    learn = ["train-task", folder, "--device", "cpu", "--precision", "fp32"]
+    assert cli("-C", twin, *learn).code == 0
+    train = _Learner.train
+
+    def deleting(learner: _Learner, *arguments: Any) -> Any:
+        shutil.rmtree(folder)
+        return train(learner, *arguments)
+
+    monkeypatch.setattr(_Learner, "train", deleting)
+    assert cli("-C", project, *learn).code == 0
+    assert learned_hashes(project) == learned_hashes(twin)
 
 
 def test_of_two_train_tasks_at_once_the_second_ends_with_8(cli: Cli, project: Path, tmp_path: Path) -> None:
