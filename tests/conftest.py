@@ -121,16 +121,16 @@ def run_process(*arguments: object, cwd: Path | None = None) -> Result:
     return Result(done.returncode, done.stdout, done.stderr, tuple(map(str, arguments)))
 
 
-BAD_INPUTS: dict[str, tuple[int, str]] = {}
-"""Every bad input that a test tried: the command as typed, its exit code and its line."""
+BAD_INPUTS: dict[tuple[str, int, str], None] = {}
+"""Every bad input that a test tried, in order: the command as typed, its exit code and its line."""
 
 
 def record_bad_input(done: Result) -> None:
     """Remember a refused command for ``--bad-input-table``; temporary directories are left out."""
     typed = " ".join(shlex.quote(part) if part else "''" for part in done.arguments)
-    line = done.err.splitlines()[-1]
+    line = done.err.splitlines()[-1].removeprefix("Error: ")
     short = [re.sub(r"/tmp/[^\s:'\"]*/", "", text).replace("|", "/") for text in (typed, line)]
-    BAD_INPUTS[f"treelora {short[0]}"] = done.code, short[1]
+    BAD_INPUTS[f"treelora {short[0]}", done.code, short[1]] = None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -140,7 +140,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     target = session.config.getoption("--bad-input-table")
     if target:
-        rows = [f"| `{typed}` | {code} | {line} |" for typed, (code, line) in BAD_INPUTS.items()]
+        rows = [f"| `{typed}` | {code} | {line} |" for typed, code, line in BAD_INPUTS]
         Path(target).write_text("\n".join(["| as typed | code | line |", "| --- | --- | --- |", *rows]) + "\n")
 
 

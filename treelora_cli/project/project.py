@@ -153,10 +153,28 @@ class Project:
             raise DamagedError(f"tree.json: {error}. Run treelora doctor.") from error
 
     def bandit(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]] | None:
-        """Return (arrays, facts) of the last task's search, ``None`` when nothing was searched yet."""
+        """Return (arrays, facts) of the last task's search, ``None`` when nothing was searched yet.
+
+        Raises:
+            DamagedError: They do not fit each other.
+        """
+        from treelora_cli.bandit import pull_summary
+
         if "bandit.json" not in self.state.files:
             return None
-        return self.read_arrays("bandit.safetensors"), cast("dict[str, Any]", self._read_json("bandit.json"))
+        arrays, facts = self.read_arrays("bandit.safetensors"), self._read_json("bandit.json")
+        try:
+            pulls, _ = pull_summary(arrays)
+            state = facts["state"]
+            texts = [*facts["tasks"], facts["task"], state["search"], state["width"]]
+            counts = [state["step_count"], state["distance_computations"]]
+            sound = all(type(text) is str for text in texts) and all(type(count) is int for count in counts)
+            sound = sound and pulls.shape[1] == len(facts["tasks"]) and bool((pulls >= 0).all())
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise DamagedError("bandit.safetensors does not fit bandit.json. Run treelora doctor.") from error
+        if not sound:
+            raise DamagedError("bandit.json is malformed. Run treelora doctor.")
+        return arrays, cast("dict[str, Any]", facts)
 
     def matrix(self) -> ScoreMatrix:
         """Return the scores of every task after every task."""
