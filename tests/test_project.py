@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tree_hash
+from conftest import FAULT_STEP, tree_hash
 
 from treelora_cli.errors import DamagedError, LockedError, ResourceError, TreeLoraError, UsageError
 from treelora_cli.project import Commit, Project
@@ -100,7 +100,12 @@ def count_events(root: Path, merge: bool) -> int:
 
 @pytest.mark.usefixtures("_no_flush")
 @pytest.mark.parametrize(
-    ("merge", "step"), [(True, 3), *(pytest.param(merge, 1, marks=pytest.mark.slow) for merge in (False, True))]
+    ("merge", "step"),
+    [
+        (True, FAULT_STEP),
+        pytest.param(False, FAULT_STEP, marks=pytest.mark.slow),
+        pytest.param(True, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_death_at_every_operation_leaves_the_old_or_the_new_state(
     learned_project: Path, tmp_path: Path, merge: bool, step: int
@@ -143,7 +148,7 @@ def test_an_error_at_every_operation_leaves_the_old_or_the_new_state(
     counted = Path(shutil.copytree(learned_project, tmp_path / "counted"))
     total = count_events(counted, merge)
     new = Project.open(counted).state
-    for victim in range(total):
+    for victim in range(0, total, FAULT_STEP):
         root = Path(shutil.copytree(learned_project, tmp_path / "p"))
         old = Project.open(root)
         change, done = commit_of(old, merge=merge), iter(range(total + 50))
@@ -162,15 +167,14 @@ def test_an_error_at_every_operation_leaves_the_old_or_the_new_state(
 
 
 @pytest.mark.usefixtures("_no_flush")
-@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_full_disk_at_every_operation_says_truly_whether_the_task_was_committed(
-    learned_project: Path, tmp_path: Path, step: int
+    learned_project: Path, tmp_path: Path
 ) -> None:
     counted = Path(shutil.copytree(learned_project, tmp_path / "counted"))
     total = count_events(counted, True)
     new = Project.open(counted)
     raised = 0
-    for victim in range(0, total, step):
+    for victim in range(0, total, FAULT_STEP):
         root = Path(shutil.copytree(learned_project, tmp_path / "p"))
         old = Project.open(root)
         change, done = commit_of(old, merge=True), iter(range(total + 500))
@@ -190,7 +194,7 @@ def test_a_full_disk_at_every_operation_says_truly_whether_the_task_was_committe
         assert everything(found) == everything(old if after is old else new)
         shutil.rmtree(root)
     assert 0 < raised < total
-    print(f"disk full at {len(range(0, total, step))} of {total} operations: {raised} refused")
+    print(f"disk full at {len(range(0, total, FAULT_STEP))} of {total} operations: {raised} refused")
 
 
 @pytest.mark.usefixtures("_no_flush")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cli, learned_hashes, make_images, tree_hash
+from conftest import FAULT_STEP, Cli, learned_hashes, make_images, tree_hash
 from test_bad_input import check_error
 from test_project import commit_of, die, everything, hooked
 
@@ -251,6 +251,19 @@ def test_a_project_written_meanwhile_is_not_overwritten(project: Path) -> None:
     assert tree_hash(project) == before
 
 
+def test_a_file_system_without_hard_links_serves_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    seen = grown(project, "a", "b")
+    Project.open(project).rollback("a")
+    assert visible(project) == seen[0]
+    Project.open(project).undo_rollback(None)
+    assert visible(project) == seen[2]
+    everything(Project.open(project))
+
+
 # -- faults -----------------------------------------------------------------------------------------------
 
 Action = Callable[[Project], Project]
@@ -275,7 +288,11 @@ def prepared(root: Path, action: str) -> Path:
 @pytest.mark.usefixtures("_no_flush")
 @pytest.mark.parametrize(
     ("fault", "step"),
-    [("death", 4), pytest.param("death", 1, marks=pytest.mark.slow), pytest.param("error", 1, marks=pytest.mark.slow)],
+    [
+        ("death", FAULT_STEP),
+        pytest.param("death", 1, marks=pytest.mark.slow),
+        pytest.param("error", FAULT_STEP, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("action", ACTIONS)
 def test_a_fault_at_every_operation_leaves_the_one_or_the_other_state(

@@ -106,8 +106,8 @@ class History:
 
     def discard(self, tasks: Sequence[str], back_to: bytes, states: Sequence[bytes]) -> None:
         """Put states into the trash: an entry counts once the project is at ``back_to``."""
-        numbers = [int(path.name[:4]) for path in self._entries() if path.name[:4].isdigit()]
-        path = self.trash / f"{max(numbers, default=0) + 1:04d}-{tasks[0]}.json"
+        numbers = [int(path.name[:6]) for path in self._entries() if path.name[:6].isdigit()]
+        path = self.trash / f"{max(numbers, default=0) + 1:06d}-{tasks[0]}.json"
         record = {
             "tasks": list(tasks),
             "since": int(time.time()),
