@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
+FAULT_STEP = int(os.environ.get("TREELORA_FAULT_STEP", "6"))
+"""Tests that put a fault at every operation take every sixth unless told otherwise; 1 takes them all."""
 MODEL = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 2}
 STREAM = (("warm", ("red", "yellow")), ("cold", ("blue", "green", "cyan")), ("grey", ("black", "white")))
@@ -47,6 +51,7 @@ class Result:
     code: int
     out: str
     err: str
+    arguments: tuple[str, ...] = ()
 
     @property
     def json(self) -> dict[str, Any]:
@@ -115,7 +120,30 @@ def run_process(*arguments: object, cwd: Path | None = None) -> Result:
         env=child_environment(),
         cwd=cwd,
     )
-    return Result(done.returncode, done.stdout, done.stderr)
+    return Result(done.returncode, done.stdout, done.stderr, tuple(map(str, arguments)))
+
+
+BAD_INPUTS: dict[tuple[str, int, str], None] = {}
+"""Every bad input that a test tried, in order: the command as typed, its exit code and its line."""
+
+
+def record_bad_input(done: Result) -> None:
+    """Remember a refused command for ``--bad-input-table``; temporary directories are left out."""
+    typed = " ".join(shlex.quote(part) if part else "''" for part in done.arguments)
+    line = done.err.splitlines()[-1].removeprefix("Error: ")
+    short = [re.sub(r"/tmp/[^\s:'\"]*/", "", text).replace("|", "/") for text in (typed, line)]
+    BAD_INPUTS[f"treelora {short[0]}", done.code, short[1]] = None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bad-input-table", help="write the bad inputs that were tried, with codes and lines, here")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    target = session.config.getoption("--bad-input-table")
+    if target:
+        rows = [f"| `{typed}` | {code} | {line} |" for typed, code, line in BAD_INPUTS]
+        Path(target).write_text("\n".join(["| as typed | code | line |", "| --- | --- | --- |", *rows]) + "\n")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -135,7 +163,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
         capsys.readouterr()
         code = run_command(hoist_globals([str(argument) for argument in arguments]))
         shown = capsys.readouterr()
-        return Result(code, shown.out, shown.err)
+        return Result(code, shown.out, shown.err, tuple(map(str, arguments)))
 
     return run
 

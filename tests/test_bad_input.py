@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MODEL, MODEL_ARGS, Cli, Result, make_images, picture, tree_hash
+from conftest import MODEL, MODEL_ARGS, Cli, Result, make_images, picture, record_bad_input, tree_hash
 from PIL import Image
 
 WRONG_KIND = r"This project's backend is vit: give an image folder CLASS/\*\.png or a CSV with path,label\."
@@ -25,6 +25,7 @@ def check_error(done: Result, code: int, line: str) -> None:
     assert len(errors) == 1, done.err
     assert done.err.splitlines()[-1] == errors[0], "the message is one line, the last"
     assert re.search(line, errors[0]), errors[0]
+    record_bad_input(done)
 
 
 # -- data -------------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def test_unsafe_names_are_refused(cli: Cli, empty_project: Path, data: Path, nam
 
 def test_name_taken(cli: Cli, project: Path, data: Path) -> None:
     before = tree_hash(project)
-    line = r"Task 'cold' exists \(002\)\. Choose another --name\."
+    line = r"Task 'cold' exists \(002\)\. Choose another --name, or treelora rollback cold\."
     check_error(cli("-C", project, "train-task", data / "cold", "--device", "cpu"), 2, line)
     check_error(cli("-C", project, "train-task", data / "warm", "--name", "cold", "--device", "cpu"), 2, line)
     assert tree_hash(project) == before
@@ -229,6 +230,21 @@ USAGE = {
     "predict of a directory": (["predict", "."], 4, r"Error: .*cannot be read: Is a directory\."),
     "recipe that is not there": (["run", "demmo"], 2, r"No recipe 'demmo' \(did you mean 'demo'\?\)\. Shipped: "),
     "unknown option": (["eval", "--fast"], 2, r"No such option"),
+    "rollback of nothing": (["rollback"], 2, r"rollback needs TASK\. Can be rolled back: warm, cold, grey\."),
+    "rollback of an unknown task": (["rollback", "hot"], 2, r"No task 'hot' in this project\. Known: warm, cold"),
+    "rollback of an unsafe name": (["rollback", "../warm"], 2, r"No task '\.\./warm' in this project\."),
+    "rollback of more than one": (["rollback", "warm"], 2, r"also undoes what was learned after it: cold, grey\. Pass"),
+    "undo of nothing": (["rollback", "--undo"], 2, r"Nothing was rolled back\."),
+    "undo of a task that is there": (["rollback", "warm", "--undo"], 2, r"The trash holds no task 'warm'\."),
+    "misspelt command": (["rolback", "warm"], 2, r"No such command 'rolback'"),
+    "budget below 0": (["train-task", "x", "--budget", "-1"], 2, r"--budget: 'budget' must be at least 0; got -1\."),
+    "epochs of text": (["train-task", "x", "--epochs", "many"], 2, r"Invalid value for '--epochs': "),
+    "limit of 0": (["eval", "--limit", "0"], 2, r"Invalid value for '--limit': "),
+    "threshold beyond 100": (["eval", "--fail-under", "101"], 2, r"Invalid value for '--fail-under': "),
+    "negative layer": (["inspect-tree", "--layer", "-1"], 2, r"Invalid value for '--layer': "),
+    "drawing into no directory": (["inspect-tree", "--svg", "no/x.svg"], 2, r"--svg no/x\.svg: No such file or dir"),
+    "predict without input": (["predict"], 2, r"Missing argument 'INPUT\.\.\.'"),
+    "predict of text": (["predict", __file__], 4, r"test_bad_input\.py"),
     "other task resumed": (["train-task", "--resume", "--name", "x"], 3, r"No interrupted task to resume"),
 }
 
@@ -290,6 +306,20 @@ def _arguments(weights: Path, **changed: object) -> list[str]:
     return ["--model", MODEL, "--weights", str(weights), *pairs]
 
 
+def _pickled_model(root: Path) -> Path:
+    """A model directory as timm saves it, its weights pickled."""
+    import timm
+    import torch
+
+    folder = root / "pickled"
+    folder.mkdir()
+    model = timm.create_model(MODEL, num_classes=0, **MODEL_ARGS)
+    config = {"architecture": MODEL, "model_args": MODEL_ARGS, "pretrained_cfg": {"num_classes": 0}, "num_classes": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
 def test_bad_models_make_no_project(cli: Cli, tmp_path: Path, weights: Path) -> None:
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(weights.read_bytes()[:-100])
@@ -317,6 +347,16 @@ def test_bad_models_make_no_project(cli: Cli, tmp_path: Path, weights: Path) -> 
         (["--model", str(folder)], 5, r"holds no config\.json: not a model directory saved by timm\."),
         (["--model", "./nowhere/model"], 5, r"nowhere/model not found\."),
         (["--model", "resnet18", "--weights", str(weights)], 5, r"does not fit|is not a vision transformer"),
+        (
+            [*fitting, "--model-arg", "trust_remote_code=true"],
+            2,
+            r"model argument 'trust_remote_code' is not allowed: code that comes with a model is never run\.",
+        ),
+        (
+            ["--model", str(_pickled_model(tmp_path))],
+            5,
+            r"pickled: only \.safetensors weights are read, nothing is ever unpickled\. Convert them first\.",
+        ),
         ([*fitting, "--recipe", "nope"], 2, r"No recipe 'nope'\. Shipped: "),
         (
             ["--model", MODEL, "--offline"],

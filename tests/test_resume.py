@@ -102,6 +102,20 @@ def test_another_task_in_between_ends_the_interrupted_one(cli: Cli, interrupted:
     check_error(cli("-C", interrupted, "train-task", "--resume"), 3, r"No interrupted task to resume\.")
 
 
+def test_a_rollback_keeps_the_checkpoint_for_the_state_it_belongs_to(
+    cli: Cli, project: Path, more: Path, tmp_path: Path
+) -> None:
+    whole = Path(shutil.copytree(project, tmp_path / "whole"))
+    assert cli("-C", whole, "train-task", more, *OPTIONS).code == 0
+    stop_after(cli, project, more, 3)
+    assert cli("-C", project, "rollback", "grey").code == 0
+    line = r"The interrupted task cannot be resumed: its state has changed\. Train it anew, without --resume\."
+    check_error(cli("-C", project, "train-task", "--resume", *OPTIONS), 3, line)
+    assert cli("-C", project, "rollback", "--undo").code == 0
+    assert cli("-C", project, "train-task", "--resume", *OPTIONS).code == 0
+    assert learned_hashes(project) == learned_hashes(whole)
+
+
 def test_training_anew_ignores_the_checkpoint(cli: Cli, interrupted: Path, more: Path, tmp_path: Path) -> None:
     whole = Path(shutil.copytree(interrupted, tmp_path / "whole"))
     shutil.rmtree(whole / ".treelora" / "run")

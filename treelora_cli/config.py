@@ -139,6 +139,7 @@ class Config:
     seed: int | None = _setting(None, "seed of every random choice", low=0, high=2**31 - 1)
     inference: str | None = _setting(None, "how a prediction is made", choices=("routed", "latest", "merged"))
     budget: int | None = _setting(None, "most adapters kept; 0 means no limit", low=0)
+    history: int | None = _setting(None, "tasks that can be rolled back; each costs the shared statistics", low=1)
     base: BaseConfig = field(default_factory=BaseConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     tree: TreeConfig = field(default_factory=TreeConfig)
@@ -152,6 +153,7 @@ DEFAULTS = Config(
     seed=0,
     inference="routed",
     budget=0,
+    history=3,
     adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0, targets="auto"),
     tree=TreeConfig(
         depth=5, split="principal-gap", signature_width=512, probe_batches=12, search="lcb", width="observed"

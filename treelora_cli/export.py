@@ -122,6 +122,8 @@ def _move_into_place(aside: Path, out: Path) -> None:
     umask = os.umask(0o022)
     os.umask(umask)
     os.chmod(aside, 0o777 & ~umask)
+    for path in aside.rglob("*"):  # safetensors makes its files readable by their owner only
+        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)
     if not out.exists():
         aside.rename(out)
         return

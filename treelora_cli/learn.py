@@ -30,7 +30,7 @@ from treelora_cli.records import adapter_files, peak_bytes, versions
 from treelora_cli.runtime import Runtime, measure_precision
 from treelora_cli.signature import SignatureAccumulator, SketchSpec
 from treelora_cli.trainer import Trainer, TrainReport, TrainSettings
-from treelora_cli.tree import Tree, build_tree
+from treelora_cli.tree import Tree, extend_tree
 
 if TYPE_CHECKING:
     from treelora_cli.adapters import AdapterWeights
@@ -270,7 +270,7 @@ class _Learner:
         train = {key: value for key, value in to_dict(self.config)["train"].items() if key != "precision"}
         return {
             "task": self.name,
-            "generation": self.project.state.generation,
+            "state": self.project.state.digest(),
             "data": self.task.digest,
             "train": train,
             "precision": self.runtime.precision,
@@ -317,14 +317,7 @@ class _Learner:
     def _extended_tree(self) -> Tree:
         depth, split = self.config.tree.depth, cast("SplitRule", self.config.tree.split)
         assert depth is not None
-        if self.tree is None:
-            return build_tree(self.signature[None], depth, split=split)
-        if (self.tree.tree_depth, self.tree.split) == (depth, split):
-            tree = self.tree.insert(self.signature)
-            if not tree.rebuild_due:
-                return tree
-        rows = np.concatenate([self.tree.signatures, self.signature[None]])
-        return build_tree(rows, depth, split=split)
+        return extend_tree(self.tree, self.signature, depth, split=split)
 
     def _kept_within_budget(
         self, memory: Memory, tree: Tree

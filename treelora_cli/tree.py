@@ -36,7 +36,7 @@ from treelora_cli.split import (
 from treelora_cli.tree_growth import Shape, grow, number
 from treelora_cli.tree_nodes import Node, check_keys, node_to_dict, nodes_from_list, read_count
 
-__all__ = ["Node", "Tree", "build_tree", "l1_distance"]
+__all__ = ["Node", "Tree", "build_tree", "extend_tree", "l1_distance"]
 
 FORMAT_VERSION = 1
 _DICT_KEYS = ("version", "tree_depth", "split", "tasks_at_build", "nodes")
@@ -312,6 +312,28 @@ def build_tree(signatures: NDArray[np.floating], tree_depth: int, *, split: Spli
     shape = grow(rows, np.arange(tasks), 0, min(depth, layers), rule)
     nodes, spreads = number(shape, rows)
     return Tree(rows, nodes, spreads, depth, rule, tasks)
+
+
+def extend_tree(tree: Tree | None, signature: NDArray[np.floating], tree_depth: int, *, split: SplitRule) -> Tree:
+    """Return the tree with one more task: inserted, or built anew when that is due or the settings differ.
+
+    Args:
+        tree: the tree so far; `None` before the first task.
+        signature: `(D, m)` of the new task.
+        tree_depth: levels of splitting in force now.
+        split: rule in force now.
+
+    Raises:
+        ValueError: the shape differs or a value is not finite.
+    """
+    row = np.asarray(signature)[None]
+    if tree is None:
+        return build_tree(row, tree_depth, split=split)
+    if (tree.tree_depth, tree.split) == (tree_depth, split):
+        grown = tree.insert(signature)
+        if not grown.rebuild_due:
+            return grown
+    return build_tree(np.concatenate([tree.signatures, row]), tree_depth, split=split)
 
 
 def _checked_signatures(signatures: NDArray[np.generic]) -> Float32Array:

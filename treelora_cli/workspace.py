@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.backend import Base
+from treelora_cli.backend import Backend, Base
 from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
+from treelora_cli.errors import ConfigError, ModelError
 from treelora_cli.learn import check_base, fixed_settings
 from treelora_cli.project import Project
 from treelora_cli.project.project import check_new_directory
 from treelora_cli.registry import load_backend
 from treelora_cli.runtime import Runtime
 
+_RUNS_CODE = {"trust_remote_code", "code_revision", "auto_map"}
+"""Arguments that make transformers run a repository's own code."""
 _HEADING = "Settings of this treelora project. Flags override them; 'treelora status' shows the project."
 
 
@@ -37,7 +42,7 @@ def make_project(root: Path, flags: Config, recipe_text: str | None, source: str
     config = resolve(flags, recipe, backend.defaults())
     resolved = backend.resolve_base(config.base, offline=runtime.offline)
     config = dataclasses.replace(config, backend=backend.name, base=resolved)
-    base = backend.load(config, runtime)
+    base = _load(backend, config, runtime)
     record = {
         "fingerprint": base.fingerprint,
         "layers": list(base.layers),
@@ -69,9 +74,46 @@ def open_base(project: Project, config: Config, runtime: Runtime) -> Base:
     """
     backend = load_backend(project.state.backend)
     resolved = backend.resolve_base(config.base, offline=runtime.offline)
-    base = backend.load(dataclasses.replace(config, base=resolved), runtime)
+    base = _load(backend, dataclasses.replace(config, base=resolved), runtime)
     check_base(project, base)
     return base
+
+
+def _load(backend: Backend, config: Config, runtime: Runtime) -> Base:
+    """Load the base; neither its repository's code nor a pickle is run, also when a recipe or a project asks for it."""
+    refused = sorted(_RUNS_CODE & set(config.base.model_args))
+    if refused:
+        raise ConfigError(f"model argument '{refused[0]}' is not allowed: code that comes with a model is never run.")
+    with _nothing_unpickled(str(config.base.model)):
+        return backend.load(config, runtime)
+
+
+@contextmanager
+def _nothing_unpickled(model: str) -> Iterator[None]:
+    """Refuse weights that a library would unpickle, which both timm and transformers do where no safetensors are.
+
+    ``torch.load`` with ``weights_only`` is a narrower gate, and has been passed before (CVE-2025-32434).
+    """
+    import torch
+
+    original, met = torch.load, False
+
+    def refuse(*_arguments: Any, **_keywords: Any) -> None:
+        nonlocal met
+        met = True
+        raise ModelError("pickled weights")
+
+    torch.load = refuse
+    try:
+        yield
+    except Exception as error:
+        if met:  # the libraries wrap what they catch
+            raise ModelError(
+                f"{model}: only .safetensors weights are read, nothing is ever unpickled. Convert them first."
+            ) from error
+        raise
+    finally:
+        torch.load = original
 
 
 def _fixed_config(fixed: dict[str, Any]) -> Config:

@@ -1,46 +1,135 @@
-"""``treelora doctor``: versions, devices, space, and whether every file of the project is whole."""
+"""``treelora doctor``: versions, devices, space, and whether every file of the project is whole; mends what can be."""
 
 from __future__ import annotations
 
 import shutil
-from typing import Any
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from treelora_cli.commands.context import session_of
-from treelora_cli.errors import DamagedError, ProjectError
+from treelora_cli.commands.context import Session, session_of
+from treelora_cli.errors import DamagedError, ProjectError, UsageError
+
+if TYPE_CHECKING:
+    from treelora_cli.project import Project, Repair
 
 
-def doctor(context: typer.Context) -> None:
+def doctor(
+    context: typer.Context,
+    mend: Annotated[bool, typer.Option("--repair", help="Restore or rebuild what the rest determines.")] = False,
+    empty_trash: Annotated[bool, typer.Option("--empty-trash", help="Delete for good what was rolled back.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the trash is emptied.")] = False,
+) -> None:
     """Check versions, devices, disk, lock and the hash of every file; exit with 3 when something is damaged."""
     from treelora_cli.project import Project
 
     session = session_of(context)
     facts = _machine()
+    notes = _find_state(session, mend)
     try:
-        project = session.project()
-    except DamagedError:
-        raise
+        Project.locate(session.directory or Path.cwd())
     except ProjectError:
+        if mend or empty_trash:
+            raise
         session.output.result({"machine": facts, "project": None}, _table(facts), "No project here or above.")
         return
+    project, report = session.project(), None
+    if mend:
+        project, report = _mend(project)
+    if empty_trash:
+        notes += _empty_trash(project, yes)
     facts["free disk GiB"] = round(shutil.disk_usage(project.root).free / 2**30, 1)
     facts["lock"] = project.lock_holder() or "free"
+    _show(session, project, facts, report, notes)
+
+
+def _show(session: Session, project: Project, facts: dict[str, Any], report: Repair | None, notes: list[str]) -> None:
+    from treelora_cli.project import trash, works
+
     damaged = project.damage()
-    document = {
+    usable, thrown = works(project, damaged), trash(project)
+    document: dict[str, Any] = {
         "machine": facts,
         "project": str(project.root),
         "files": len(project.state.files),
         "damaged": damaged,
-        "tasks_whole": Project.whole_tasks(project.state, damaged),
+        "tasks_whole": project.whole_tasks(project.state, damaged),
+        "works": usable,
+        "trash": [{"tasks": list(e.tasks), "since": e.since, "bytes": size} for e, size in thrown],
+        "trash_damaged": project.history.damage(),
+        "repair": None if report is None else {k: v for k, v in vars(report).items() if k != "notes"},
+        "notes": notes + ([] if report is None else report.notes),
     }
-    lines = [f"{name}: {problem}" for name, problem in damaged.items()] or ["Every file is whole."]
+    lines = [*document["notes"]]
+    if report is not None:
+        parts = {"Restored": report.restored, "Rebuilt": report.rebuilt, "Dropped": report.dropped}
+        lines += [f"{verb}: {', '.join(names)}" for verb, names in parts.items() if names] or ["Nothing to repair."]
+    lines += [f"{name}: {problem}" for name, problem in damaged.items()] or ["Every file is whole."]
+    lines += [f"{name}: unreadable; nothing of the trash is deleted." for name in project.history.damage()]
+    for entry, size in thrown:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.since))
+        lines.append(f"In the trash since {when}: {', '.join(entry.tasks)} ({size / 2**20:.1f} MiB).")
+    if damaged:
+        lines += _still_works(usable)
     session.output.result(document, _table(facts), f"{len(project.state.files)} files in {project.root}.", *lines)
     if damaged:
+        hint = "Restore them from a copy" if report is not None else "Run treelora doctor --repair"
+        hint += f", or treelora rollback {usable['rollback'][-1]}." if usable["rollback"] else "."
+        raise DamagedError(f"{len(damaged)} of {len(project.state.files)} files are damaged or missing. {hint}")
+
+
+def _still_works(works: dict[str, Any]) -> list[str]:
+    """Say what can be relied on although files are damaged."""
+    return [
+        f"Predictions over all tasks: {'still work' if works['predict'] else 'do not work'}.",
+        f"Adapters that can still be exported: {', '.join(works['export']) or 'none'}.",
+        f"The tree: {'can' if works['inspect'] else 'cannot'} be shown.",
+        f"Tasks that can be rolled back to a whole state: {', '.join(works['rollback']) or 'none'}.",
+    ]
+
+
+def _find_state(session: Session, mend: bool) -> list[str]:
+    """Bring back a lost ``state.json`` from its copy, or say that this can be done."""
+    from treelora_cli.project import find_lost_state, restore_state
+
+    root = find_lost_state(session.directory or Path.cwd())
+    if root is None:
+        return []
+    if not mend:
         raise DamagedError(
-            f"{len(damaged)} of {len(project.state.files)} files are damaged or missing. Restore them from a copy."
+            f"{root / 'state.json'} is damaged or missing; a copy is kept. Run treelora doctor --repair."
         )
+    state = restore_state(root)
+    names = ", ".join(task.name for task in state.tasks) or "no task"
+    return [f"state.json is restored from the copy of commit {state.generation}: {names}."]
+
+
+def _mend(project: Project) -> tuple[Project, Repair]:
+    from treelora_cli.project import repair
+
+    with project.lock("doctor --repair") as project:
+        return repair(project)
+
+
+def _empty_trash(project: Project, yes: bool) -> list[str]:
+    from treelora_cli.project import trash
+
+    thrown = trash(project)
+    if not thrown:
+        return ["The trash is empty."]
+    size = sum(size for _, size in thrown)
+    names = "; ".join(", ".join(entry.tasks) for entry, _ in thrown)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(f"Emptying the trash deletes for good what was rolled back: {names}. Pass --yes.")
+        typer.confirm(f"Delete for good what was rolled back: {names}?", abort=True, err=True)
+    with project.lock("doctor --empty-trash") as project:
+        project.empty_trash()
+    return [f"Deleted from the trash: {names}. Freed {size / 2**20:.1f} MiB."]
 
 
 def _machine() -> dict[str, Any]:
@@ -53,11 +142,13 @@ def _machine() -> dict[str, Any]:
     names = ("treelora", "torch", "timm", "transformers", "peft", "accelerate", "safetensors")
     devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     devices += ["mps"] if torch.backends.mps.is_available() else []
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in names},
         "devices": ", ".join(devices),
         "processors": os.cpu_count(),
+        "memory GiB": round(memory / 2**30, 1),
     }
 
 

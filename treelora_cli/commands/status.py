@@ -6,6 +6,7 @@ import typer
 from rich.table import Table
 
 from treelora_cli.commands.context import session_of
+from treelora_cli.project import history_bytes, trash
 from treelora_cli.views.scores import percent, summary
 
 
@@ -16,6 +17,8 @@ def status(context: typer.Context) -> None:
     state, matrix = project.state, project.matrix()
     standing = matrix.standing()
     interrupted = project.checkpoint.facts()
+    reach = project.history.reach(state)
+    undone = [entry for entry, _ in trash(project)]
     records = [project.task_record(task.name) for task in state.tasks]
     tasks = [
         {
@@ -38,6 +41,9 @@ def status(context: typer.Context) -> None:
         "forgetting": matrix.forgetting(),
         "adapter_bytes": project.adapter_bytes(),
         "project_bytes": project.total_bytes(),
+        "history_bytes": history_bytes(project),
+        "rollback": reach,
+        "trash": [list(entry.tasks) for entry in undone],
         "interrupted": None if interrupted is None else {"task": interrupted["task"], "step": interrupted["step"]},
     }
     table = Table(title=f"{project.root}: {state.backend} on {state.base['resolved']['model']}")
@@ -58,4 +64,8 @@ def status(context: typer.Context) -> None:
     if interrupted is not None:
         step = f"treelora train-task --resume   ('{interrupted['task']}' stopped after step {interrupted['step']})"
     size = f"{project.total_bytes() / 2**20:.1f} MiB, adapters {project.adapter_bytes() / 2**20:.2f} MiB"
-    session.output.result(document, table, f"On disk: {size}. Next: {step}")
+    kept = f"{history_bytes(project) / 2**20:.1f} MiB"
+    lines = [f"Can be rolled back: {', '.join(reach)} (earlier states: {kept})."] if reach else []
+    if undone:
+        lines.append(f"Rolled back: {'; '.join(', '.join(entry.tasks) for entry in undone)}. See treelora doctor.")
+    session.output.result(document, table, *lines, f"On disk: {size}. Next: {step}")

@@ -1,6 +1,22 @@
 """The project directory: the only package that reads or writes it."""
 
-from treelora_cli.project.project import Commit, Project, check_task_name
+from treelora_cli.project.commit import Commit
+from treelora_cli.project.health import history_bytes, trash, works
+from treelora_cli.project.project import Project, check_task_name
+from treelora_cli.project.repair import Repair, find_lost_state, repair, restore_state
 from treelora_cli.project.state import State, TaskEntry
 
-__all__ = ["Commit", "Project", "State", "TaskEntry", "check_task_name"]
+__all__ = [
+    "Commit",
+    "Project",
+    "Repair",
+    "State",
+    "TaskEntry",
+    "check_task_name",
+    "find_lost_state",
+    "history_bytes",
+    "repair",
+    "restore_state",
+    "trash",
+    "works",
+]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FACTS = "checkpoint.json"
+_KINDS = {"task": str, "step": int, "request": dict, "file": str, "sha256": str, "size": int}
 
 
 class Checkpoint:
@@ -38,20 +39,36 @@ class Checkpoint:
                 old.unlink(missing_ok=True)
 
     def facts(self) -> dict[str, Any] | None:
-        """Return what was saved with the tensors, ``None`` when there is no checkpoint."""
+        """Return what was saved with the tensors, ``None`` when there is no checkpoint.
+
+        Raises:
+            DamagedError: The file is not what this program writes.
+        """
         try:
-            return cast("dict[str, Any]", json.loads((self.directory / _FACTS).read_text(encoding="utf-8")))
+            facts = json.loads((self.directory / _FACTS).read_text(encoding="utf-8"))
+            for key, kind in _KINDS.items():
+                if type(facts[key]) is not kind:
+                    raise TypeError(key)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedError(".treelora/run/checkpoint.json is damaged. Train the task anew.") from error
+        return cast("dict[str, Any]", facts)
 
     def tensors(self, facts: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the verified tensors that ``facts`` describes."""
+        """Return the verified tensors that ``facts`` describes.
+
+        Raises:
+            DamagedError: The file does not match its hash, or is no safetensors file.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         record = FileRecord(facts["sha256"], facts["size"])
-        return load(Store(self.directory).read(str(facts["file"]), record))
+        try:
+            return load(Store(self.directory).read(str(facts["file"]), record))
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise DamagedError(f"{facts['file']} is malformed. Train the task anew, without --resume.") from error
 
     def clear(self) -> None:
         """Delete the checkpoint: its task was committed or is trained anew."""

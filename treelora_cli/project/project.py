@@ -6,20 +6,21 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from treelora_cli import __version__
-from treelora_cli.config import Config, load_config
-from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, TreeLoraError, UsageError
+from treelora_cli.config import DEFAULTS, Config, load_config
+from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, UsageError
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project.checkpoint import Checkpoint
+from treelora_cli.project.commit import Commit, check_finite, contents_of, place_merged
+from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock, lock_holder
 from treelora_cli.project.state import State, TaskEntry, parse_state
-from treelora_cli.project.store import FileRecord, Store, write_file
+from treelora_cli.project.store import FileRecord, Store, as_user_error, write_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 
 _TASK_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
 _DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt") for n in range(10))}
-_CONFIG, _STATE = "treelora.yaml", "state.json"
+_CONFIG = "treelora.yaml"
+STATE = "state.json"
+"""The file that says what a project is made of."""
 _ADAPTERS_AT_HAND = 32
 """Adapters kept in memory after they were read and verified; a prediction switches between a few."""
-_HISTORY_KEPT = 1
-"""Earlier states whose contents stay, for readers that opened the project before a commit."""
 
 
 def check_task_name(name: str) -> str:
@@ -51,37 +52,6 @@ def check_task_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Commit:
-    """Everything one learned task adds to the project.
-
-    Attributes:
-        name: Task name.
-        record: Contents of ``task.json``.
-        labels: Class or answer names.
-        adapter_files: The task's PEFT directory, file name to content.
-        tensors: Kept with the task.
-        shared: Statistics shared by all tasks.
-        tree: Tree over all tasks, this one included.
-        bandit_arrays, bandit_meta: Statistics of this task's search; empty for the first task.
-        matrix: Scores, this task's row included.
-        merged: PEFT directories that replace those of merged tasks: newest member's name to
-            (members' names, files).
-    """
-
-    name: str
-    record: dict[str, Any]
-    labels: tuple[str, ...]
-    adapter_files: dict[str, bytes]
-    tensors: dict[str, Tensor]
-    shared: dict[str, Tensor]
-    tree: Tree
-    bandit_arrays: dict[str, np.ndarray[Any, Any]]
-    bandit_meta: dict[str, Any]
-    matrix: ScoreMatrix
-    merged: dict[str, tuple[tuple[str, ...], dict[str, bytes]]] = field(default_factory=dict)
-
-
 class Project:
     """One project directory at one generation of its state."""
 
@@ -90,6 +60,7 @@ class Project:
         self.state = state
         self.store = Store(root)
         self.checkpoint = Checkpoint(root / ".treelora" / "run")
+        self.history = History(root)
 
     # -- open and create ------------------------------------------------------------------------------
 
@@ -102,7 +73,7 @@ class Project:
         """
         start = start.absolute()
         for directory in (start, *start.parents):
-            if (directory / _STATE).is_file():
+            if (directory / STATE).is_file():
                 return directory
         raise ProjectError("No treelora project here or above. Run: treelora init DIR --model ...")
 
@@ -127,7 +98,7 @@ class Project:
         check_new_directory(root)
         state = State(backend=backend, base=base, fixed=fixed, written_by=__version__)
         write_file(root / _CONFIG, config_text.encode())
-        write_file(root / _STATE, state.to_json())
+        write_file(root / STATE, state.to_json())
         return cls(root, state)
 
     @contextmanager
@@ -175,17 +146,35 @@ class Project:
 
         if not self.state.tasks:
             return None
-        arrays = self._read_arrays("tree.safetensors")
+        arrays = self.read_arrays("tree.safetensors")
         try:
             return Tree.from_state(self._read_json("tree.json"), arrays)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError, OverflowError) as error:
             raise DamagedError(f"tree.json: {error}. Run treelora doctor.") from error
 
     def bandit(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]] | None:
-        """Return (arrays, facts) of the last task's search, ``None`` when nothing was searched yet."""
+        """Return (arrays, facts) of the last task's search, ``None`` when nothing was searched yet.
+
+        Raises:
+            DamagedError: They do not fit each other.
+        """
+        from treelora_cli.bandit import pull_summary
+
         if "bandit.json" not in self.state.files:
             return None
-        return self._read_arrays("bandit.safetensors"), cast("dict[str, Any]", self._read_json("bandit.json"))
+        arrays, facts = self.read_arrays("bandit.safetensors"), self._read_json("bandit.json")
+        try:
+            pulls, _ = pull_summary(arrays)
+            state = facts["state"]
+            texts = [*facts["tasks"], facts["task"], state["search"], state["width"]]
+            counts = [state["step_count"], state["distance_computations"]]
+            sound = all(type(text) is str for text in texts) and all(type(count) is int for count in counts)
+            sound = sound and pulls.shape[1] == len(facts["tasks"]) and bool((pulls >= 0).all())
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise DamagedError("bandit.safetensors does not fit bandit.json. Run treelora doctor.") from error
+        if not sound:
+            raise DamagedError("bandit.json is malformed. Run treelora doctor.")
+        return arrays, cast("dict[str, Any]", facts)
 
     def matrix(self) -> ScoreMatrix:
         """Return the scores of every task after every task."""
@@ -193,16 +182,39 @@ class Project:
             return ScoreMatrix()
         try:
             return ScoreMatrix.from_json(self._read_json("metrics/matrix.json"))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise DamagedError("metrics/matrix.json is malformed. Run treelora doctor.") from error
 
     def task_record(self, name: str) -> dict[str, Any]:
-        """Return a task's ``task.json``: data request, settings, versions, timings."""
-        return cast("dict[str, Any]", self._read_json(f"{self.entry(name).directory}/task.json"))
+        """Return a task's ``task.json``: data request, settings, versions, timings.
+
+        Raises:
+            DamagedError: It is not what this program writes.
+        """
+        from treelora_cli.backend import DataRequest
+
+        where = f"{self.entry(name).directory}/task.json"
+        record = self._read_json(where)
+        try:
+            DataRequest.from_json(record["data"])
+            for key in ("name", "metric", "precision", "device"):
+                if type(record[key]) is not str:
+                    raise TypeError(key)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedError(f"{where} is malformed ({error}). Run treelora doctor.") from error
+        return cast("dict[str, Any]", record)
 
     def labels(self, name: str) -> tuple[str, ...]:
-        """Return a task's class or answer names."""
-        return tuple(self._read_json(f"{self.entry(name).directory}/labels.json"))
+        """Return a task's class or answer names.
+
+        Raises:
+            DamagedError: The file is not a list of names.
+        """
+        where = f"{self.entry(name).directory}/labels.json"
+        found = self._read_json(where)
+        if type(found) is not list or not all(type(label) is str for label in found):
+            raise DamagedError(f"{where} is not a list of names. Run treelora doctor.")
+        return tuple(found)
 
     def entry(self, name: str) -> TaskEntry:
         """Return the state's entry of a task.
@@ -220,7 +232,9 @@ class Project:
         """Raise ``UsageError`` when a task of this name exists."""
         for number, task in enumerate(self.state.tasks, start=1):
             if task.name == name:
-                raise UsageError(f"Task '{name}' exists ({number:03d}). Choose another --name.")
+                raise UsageError(
+                    f"Task '{name}' exists ({number:03d}). Choose another --name, or treelora rollback {name}."
+                )
 
     def memory(self) -> Memory:
         """Return what later predictions need; tensors are read and verified when first asked for."""
@@ -286,16 +300,17 @@ class Project:
 
         try:
             return load(self.read(name))
-        except SafetensorError as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DamagedError(f"{name}: {error}. Run treelora doctor.") from error
 
-    def _read_arrays(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
+    def read_arrays(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the verified arrays of one of the project's safetensors files."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
         try:
             return load(self.read(name))
-        except SafetensorError as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DamagedError(f"{name}: {error}. Run treelora doctor.") from error
 
     # -- write ----------------------------------------------------------------------------------------
@@ -306,36 +321,68 @@ class Project:
         Raises:
             TreeLoraError: A value is not finite; stored, it would make the project unreadable.
         """
-        _check_finite(change)
-        from safetensors.numpy import save as save_arrays
-        from safetensors.torch import save as save_tensors
-
+        check_finite(change)
         directory = f"tasks/{len(self.state.tasks) + 1:03d}-{change.name}"
-        contents = {f"{directory}/{name}": data for name, data in change.adapter_files.items()}
-        contents |= {
-            f"{directory}/head.safetensors": save_tensors(change.tensors),
-            f"{directory}/labels.json": _json(list(change.labels)),
-            f"{directory}/task.json": _json(change.record),
-            "head.safetensors": save_tensors(change.shared),
-            "tree.json": _json(change.tree.to_dict()),
-            "tree.safetensors": save_arrays(change.tree.to_arrays()),
-            "metrics/matrix.json": _json(change.matrix.to_json()),
-        }
-        if change.bandit_meta:
-            contents["bandit.safetensors"] = save_arrays(change.bandit_arrays)
-            contents["bandit.json"] = _json(change.bandit_meta)
         tasks = (*self.state.tasks, TaskEntry(change.name, directory, directory))
-        return self._advance(*_place_merged(tasks, self.state.files, contents, change.merged))
+        return self.advance(*place_merged(tasks, self.state.files, contents_of(change, directory), change.merged))
 
-    def save_matrix(self, matrix: ScoreMatrix) -> Project:
-        """Record newly measured scores; the caller holds the lock."""
-        return self._advance(self.state.tasks, self.state.files, {"metrics/matrix.json": _json(matrix.to_json())})
+    def rollback(self, task: str) -> Project:
+        """Return to the exact state before ``task`` was learned; the caller holds the lock.
 
-    def _advance(
+        What goes stays in the trash, and every operation before ``state.json`` is replaced leaves the project as it is.
+
+        Raises:
+            UsageError: No such task.
+            ProjectError: That state is not kept any more.
+            DamagedError: One of its files is damaged.
+        """
+        index = self.state.tasks.index(self.entry(task))
+        target = self.history.before(self.state, task)
+        current = self._prepare()
+        self._check_whole(target)
+        generation = parse_state(target).generation
+        later = [data for data in self.history.earlier(self.state) if parse_state(data).generation > generation]
+        names = [entry.name for entry in self.state.tasks[index:]]
+        self.history.discard(names, target, [*later, current])
+        return self._enter(target)
+
+    def undo_rollback(self, task: str | None) -> Project:
+        """Return to the exact state that a rollback left (the newest that fits); the caller holds the lock.
+
+        Raises:
+            UsageError: Nothing was rolled back.
+            ProjectError: The project has changed since.
+            DamagedError: One of the files of that state is damaged.
+        """
+        current = self._prepare()
+        entry = self.history.to_undo(current, task)
+        self._check_whole(entry.states[-1])
+        for data in (current, *entry.states):
+            self.history.keep(data)
+        return self._enter(entry.states[-1])
+
+    def empty_trash(self) -> int:
+        """Delete what rollbacks left, for good; the caller holds the lock. Returns the number of rollbacks."""
+        self._prepare()
+        count = self.history.empty()
+        self._clean_up(self.state)
+        return count
+
+    def _check_whole(self, data: bytes) -> None:
+        for name in Project(self.root, parse_state(data)).damage():
+            raise DamagedError(f"{name} of that state is damaged; nothing was changed. Run treelora doctor.")
+
+    def advance(
         self, tasks: tuple[TaskEntry, ...], kept: Mapping[str, FileRecord], contents: Mapping[str, bytes]
     ) -> Project:
-        """Write the new contents, then the state that names them, then move them to their places."""
-        current_is = self._repair_publication()
+        """Write new contents, then the state that names them, then bring them to their places.
+
+        Args:
+            tasks: Tasks of the new state.
+            kept: Files that stay as they are.
+            contents: New files, by name.
+        """
+        current = self._prepare()
         records = {name: self.store.put(data) for name, data in contents.items()}
         state = dataclasses.replace(
             self.state,
@@ -344,92 +391,73 @@ class Project:
             generation=self.state.generation + 1,
             written_by=__version__,
         )
-        history = self.root / ".treelora" / "history"
-        write_file(history / f"{self.state.generation:06d}.json", current_is)
-        self._replace_state(state.to_json())
+        self.history.keep(current)
+        return self._enter(state.to_json())
+
+    def _prepare(self) -> bytes:
+        """Finish what a killed process left undone; returns ``state.json``, verbatim.
+
+        Raises:
+            ProjectError: Another process wrote the project since it was opened.
+        """
+        current = _read_state(self.root)
+        if parse_state(current).to_json() != self.state.to_json():
+            raise ProjectError(f"{self.root} was changed by another process. Run the command again.")
+        self.history.drop_void(current)
+        others = [parse_state(data).files for data in self.history.readable_states(current)]
+        try:
+            self.store.publish(self.state.files, {}, others)
+        except OSError as error:
+            raise as_user_error(error, self.root) from error
+        return current
+
+    def _enter(self, data: bytes) -> Project:
+        """Replace ``state.json`` (the commit point) and bring its files to their places."""
+        state = parse_state(data)
+        self._replace_state(data)
         # committed: whatever fails from here on is made good by the next commit, and readers look in objects
         with suppress(OSError, ProjectError, ResourceError):
-            self.store.publish(dict(state.files), dict(self.state.files))
-            self._collect_garbage(state)
+            self.store.publish(state.files, self.state.files)
+            self.history.keep(data)
+            self.history.drop_void(data)
+            self._clean_up(state)
         return Project(self.root, state)
 
     def _replace_state(self, data: bytes) -> None:
         """Write ``state.json``; an error after the file was replaced (flushing its directory) is no failure."""
         try:
-            write_file(self.root / _STATE, data)
+            write_file(self.root / STATE, data)
         except (ProjectError, ResourceError):
             if _read_state(self.root) != data:
                 raise
 
-    def _repair_publication(self) -> bytes:
-        """Finish moving files whose commit was cut off after ``state.json`` was replaced."""
-        self.store.publish(dict(self.state.files), {})
-        return self.state.to_json()
+    def _clean_up(self, state: State) -> None:
+        self.history.prune(state, self._tasks_kept())
+        kept = self.history.kept_states(_read_state(self.root))
+        self.store.keep_only(self.store.needed(state.files, (one.files for one in kept)))
+        self.store.sweep([*state.files, STATE, *(f".treelora/{name}/x" for name in ("history", "trash", "run"))])
 
-    def _collect_garbage(self, state: State) -> None:
-        history = sorted((self.root / ".treelora" / "history").glob("*.json"))
-        for old in history[:-_HISTORY_KEPT]:
-            old.unlink(missing_ok=True)
-        kept = [parse_state(path.read_bytes()) for path in history[-_HISTORY_KEPT:]]
-        self.store.collect_garbage(record for one in (*kept, state) for record in one.files.values())
-        self.store.sweep([*state.files, _STATE, ".treelora/history/x", ".treelora/run/x"])
+    def _tasks_kept(self) -> int:
+        """Return the setting ``history``; a file that is being edited must not stop a commit."""
+        try:
+            given = load_config(self.root / _CONFIG).history
+        except ConfigError:
+            given = None
+        return DEFAULTS.history if given is None else given  # type: ignore[return-value]
 
 
 def check_new_directory(root: Path) -> None:
     """Raise ``UsageError`` unless ``root`` is absent or an empty directory."""
-    if (root / _STATE).exists():
+    if (root / STATE).exists():
         raise UsageError(f"{root} is a treelora project already. Choose another directory.")
     if root.is_file() or (root.is_dir() and any(root.iterdir())):
         raise UsageError(f"{root} is not empty. Choose another directory for the project.")
 
 
-def _check_finite(change: Commit) -> None:
-    from safetensors.torch import load
-
-    weights = [files["adapter_model.safetensors"] for files in (change.adapter_files, *_merged_files(change))]
-    for tensors in (change.tensors, change.shared, *map(load, weights)):
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise TreeLoraError(
-                    f"Training diverged: '{name}' of task '{change.name}' is not finite; nothing was committed."
-                    " Retry with a smaller --lr."
-                )
-
-
-def _merged_files(change: Commit) -> list[dict[str, bytes]]:
-    return [files for _, files in change.merged.values()]
-
-
 def _read_state(root: Path) -> bytes:
     try:
-        return (root / _STATE).read_bytes()
+        return (root / STATE).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ProjectError(f"No treelora project at {root}. Run: treelora init {root} --model ...") from error
     except OSError as error:
-        raise ProjectError(f"{root / _STATE} cannot be read: {error.strerror}.") from error
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _place_merged(
-    tasks: Sequence[TaskEntry],
-    files: Mapping[str, FileRecord],
-    contents: dict[str, bytes],
-    merged: Mapping[str, tuple[tuple[str, ...], dict[str, bytes]]],
-) -> tuple[tuple[TaskEntry, ...], dict[str, FileRecord], dict[str, bytes]]:
-    """Point merged tasks at their group's directory and drop the adapters they had."""
-    placed, kept, contents = {task.name: task for task in tasks}, dict(files), dict(contents)
-    for newest, (members, adapter_files) in merged.items():
-        home = placed[newest].directory
-        for member in members:
-            placed[member] = dataclasses.replace(placed[member], adapter=home)
-        contents |= {f"{home}/{name}": data for name, data in adapter_files.items()}
-    homes = {task.adapter for task in placed.values()}
-    for task in tasks:
-        if task.directory not in homes:
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                kept.pop(f"{task.directory}/{name}", None)
-                contents.pop(f"{task.directory}/{name}", None)
-    return tuple(placed[task.name] for task in tasks), kept, contents
+        raise ProjectError(f"{root / STATE} cannot be read: {error.strerror}.") from error

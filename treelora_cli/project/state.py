@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -55,11 +57,16 @@ class State:
         record = {"schema": SCHEMA, **asdict(self)}
         return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
 
+    def digest(self) -> str:
+        """Return the SHA-256 of ``state.json``: it stands for every file of the project."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
     def task(self, name: str) -> TaskEntry | None:
         """Return the task called ``name``."""
         return next((task for task in self.tasks if task.name == name), None)
 
 
+@functools.lru_cache(maxsize=16)  # a commit looks at the same few earlier states several times
 def parse_state(data: bytes) -> State:
     """Read ``state.json``.
 

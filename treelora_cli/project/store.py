@@ -1,9 +1,13 @@
 """Verified files behind fixed names.
 
 ``state.json`` records the SHA-256 of every file. A commit first writes new contents into
-``.treelora/objects/<sha256>``, then replaces ``state.json`` (the commit point), then moves each object to
-its fixed name and the content it replaces into ``objects``. A reader that finds another content under a
+``.treelora/objects/<sha256>``, then replaces ``state.json`` (the commit point), then links each object to
+its fixed name and moves the content it replaces into ``objects``. A reader that finds another content under a
 fixed name looks in ``objects``; so at every instant the state it holds can be read whole.
+
+A power cut may lose every directory entry that was not flushed. So a directory that gains a content is flushed
+before the one that gives it up: an object stays until the directories of its names have reached the disk, and
+whoever finds an object of the current state knows that its publication is not finished.
 """
 
 from __future__ import annotations
@@ -14,8 +18,7 @@ import os
 import re
 import stat
 import tempfile
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +36,10 @@ class FileRecord:
 
     sha256: str
     size: int
+
+
+Files = Mapping[str, FileRecord]
+"""The files of one state, by name."""
 
 
 def record_of(data: bytes) -> FileRecord:
@@ -55,11 +62,19 @@ def write_file(path: Path, data: bytes) -> None:
         ProjectError: The directory cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         _write_aside(path, data)
         sync_directory(path.parent)
     except OSError as error:
-        raise _as_user_error(error, path) from error
+        raise as_user_error(error, path) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it; the entries that name the new ones are flushed to the disk."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in reversed(missing):
+        sync_directory(one.parent)
 
 
 def _write_aside(path: Path, data: bytes) -> None:
@@ -83,7 +98,8 @@ def _umask() -> int:
     return current
 
 
-def _as_user_error(error: OSError, path: Path) -> ProjectError | ResourceError:
+def as_user_error(error: OSError, path: Path) -> ProjectError | ResourceError:
+    """Return what to tell the user when ``path`` could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceError(f"Disk full while writing {path.name}; nothing was committed. Free space and retry.")
     return ProjectError(f"{path} cannot be written: {error.strerror or error}.")
@@ -106,10 +122,12 @@ class Store:
         self.objects = root / ".treelora" / "objects"
 
     def put(self, data: bytes) -> FileRecord:
-        """Write a content into ``objects`` (a no-op when it is there) and return its record."""
+        """Write a content into ``objects`` and return its record."""
         record = record_of(data)
         target = self.objects / record.sha256
-        if not (target.exists() and target.stat().st_size == record.size):
+        if _holds(target, record):
+            sync_directory(self.objects)  # whoever wrote it may have died before doing so
+        else:
             write_file(target, data)
         return record
 
@@ -132,46 +150,97 @@ class Store:
         separator = ": " if problem == "hash mismatch" else " "
         raise DamagedError(f"{name}{separator}{problem}. Run treelora doctor.")
 
-    def publish(self, new: dict[str, FileRecord], old: dict[str, FileRecord]) -> None:
-        """Move contents to their fixed names; what they replace, or what is gone, moves to ``objects``."""
+    def publish(
+        self,
+        new: Mapping[str, FileRecord],
+        old: Mapping[str, FileRecord],
+        kept: Iterable[Mapping[str, FileRecord]] = (),
+    ) -> None:
+        """Bring contents to their fixed names; what they replace, or what is gone, moves to ``objects``.
+
+        Args:
+            new: Files of the current state.
+            old: Files of the state whose contents lie under the fixed names.
+            kept: Files of other states, some of whose contents may do so because a process died publishing.
+        """
         for name, record in old.items():
             if new.get(name) != record:
-                self._retire(name, record)
-        uses = Counter(new.values())
-        for name, record in new.items():
-            source = self.objects / record.sha256
-            if old.get(name) == record and (self.root / name).exists():
-                continue
-            target = self.root / name
-            if source.exists() and not _holds(target, record):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if uses[record] > 1:
-                    write_file(target, source.read_bytes())
-                else:
-                    os.replace(source, target)
-        for name in set(old) - set(new):
+                self._retire(name, record, replaced=name in new)
+        pending = {name: record for name, record in new.items() if (self.objects / record.sha256).exists()}
+        absent = {name for name, record in pending.items() if not _holds(self.root / name, record)}
+        left = [
+            (name, record)
+            for files in kept
+            for name, record in files.items()
+            if (name not in new or name in absent) and new.get(name) != record and _holds(self.root / name, record)
+        ]
+        for name, record in left:
+            self._retire(name, record, replaced=name in new)
+        if pending or left or set(old.items()) - set(new.items()):
+            make_directory(self.objects)
+            sync_directory(self.objects)
+        for name in absent:
+            self._place(name, pending[name])
+        folders = {folder for name in pending for folder in (self.root / name).parents if self._is_inside(folder)}
+        for folder in sorted(folders, key=lambda one: -len(one.parts)):
+            sync_directory(folder)
+        for name in {*old, *(name for name, _ in left)} - set(new):
             self._drop_empty_parents((self.root / name).parent)
 
-    def _retire(self, name: str, record: FileRecord) -> None:
-        current = self.root / name
+    def _is_inside(self, folder: Path) -> bool:
+        return folder == self.root or self.root in folder.parents
+
+    def _retire(self, name: str, record: FileRecord, *, replaced: bool) -> None:
+        current, kept = self.root / name, self.objects / record.sha256
         if current.is_symlink() or not current.is_file() or current.stat().st_size != record.size:
             return
-        self.objects.mkdir(parents=True, exist_ok=True)
-        os.replace(current, self.objects / record.sha256)
+        if not _holds(kept, record):
+            make_directory(self.objects)
+            os.replace(current, kept)
+        elif not replaced:
+            current.unlink()
+
+    def _place(self, name: str, record: FileRecord) -> None:
+        source, target = self.objects / record.sha256, self.root / name
+        make_directory(target.parent)
+        aside = target.parent / f"{_ASIDE}{record.sha256[:16]}"
+        try:
+            aside.unlink(missing_ok=True)
+            os.link(source, aside)
+        except OSError:  # a file system without hard links
+            write_file(target, source.read_bytes())
+            return
+        try:
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
 
     def _drop_empty_parents(self, directory: Path) -> None:
         while directory != self.root and directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
             directory = directory.parent
 
-    def collect_garbage(self, keep: Iterable[FileRecord]) -> None:
-        """Delete objects that no kept state refers to."""
-        wanted = {record.sha256 for record in keep}
-        if not self.objects.is_dir():
-            return
-        for path in self.objects.iterdir():
-            if path.name not in wanted:
+    def needed(self, published: Files, kept: Iterable[Files]) -> set[str]:
+        """Return the names of the objects that other states than the current one need.
+
+        Args:
+            published: Files of the current state, all at their fixed names.
+            kept: Files of each other state.
+        """
+        return {record.sha256 for files in kept for name, record in files.items() if published.get(name) != record}
+
+    def keep_only(self, names: set[str]) -> None:
+        """Delete every other object."""
+        for path in self._objects():
+            if path.name not in names:
                 path.unlink(missing_ok=True)
+
+    def _objects(self) -> list[Path]:
+        return list(self.objects.iterdir()) if self.objects.is_dir() else []
+
+    def object_bytes(self, names: set[str]) -> int:
+        """Return the bytes of the named objects."""
+        return sum(path.stat().st_size for path in self._objects() if path.name in names)
 
     def sweep(self, names: Iterable[str]) -> None:
         """Delete temporary files that a process killed while writing left beside the named files."""

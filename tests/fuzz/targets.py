@@ -1,0 +1,166 @@
+"""Every parser of a project's files, as functions of bytes that may only return or raise a ``TreeLoraError``.
+
+A file's hash guards against damage, not against somebody who writes the hash too. So each target hands a parser
+content that has passed the hash check: what a crafted project can put there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from treelora_cli.config import DEFAULTS, overlay, parse_config
+from treelora_cli.errors import TreeLoraError
+from treelora_cli.project import Project
+from treelora_cli.project.checkpoint import Checkpoint
+from treelora_cli.project.state import parse_state
+from treelora_cli.project.store import FileRecord
+
+Target = Callable[[bytes], None]
+
+
+class _Crafted(Project):
+    """A project one of whose files holds other content, with the hash to match."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, Project.open(root).state)
+        self.whole = {name: super(_Crafted, self).read(name) for name in self.state.files}
+        self.name, self.data = "", b""
+
+    def read(self, name: str) -> bytes:
+        return self.data if name == self.name else self.whole[name]
+
+
+def _use(project: Project) -> None:
+    """Read everything that commands read."""
+    from treelora_cli.backend import DataRequest
+    from treelora_cli.bandit import pull_summary
+
+    project.tree()
+    found = project.bandit()
+    if found is not None:
+        pull_summary(found[0])
+    project.matrix().standing()
+    for task in project.state.tasks:
+        DataRequest.from_json(project.task_record(task.name)["data"])
+        project.labels(task.name)
+    memory = project.memory()
+    memory.shared()
+    for one in memory.tasks:
+        one.adapter()
+        one.tensors()
+    json.dumps({"tasks": [project.task_record(task.name)["metric"] for task in project.state.tasks]})
+
+
+def targets(root: Path) -> tuple[dict[str, Target], dict[str, list[bytes]]]:
+    """Return the targets by name and, for each, contents to start from; ``root`` is a project with tasks."""
+    from treelora_cli.project.repair import _tree_settings
+
+    project = _Crafted(root)
+    found: dict[str, Target] = {}
+    seeds: dict[str, list[bytes]] = {}
+
+    def of_file(name: str) -> Target:
+        uses: dict[str, Callable[[], object]] = {
+            "tree": project.tree,
+            "bandit": lambda: _bandit(project),
+            "metrics": lambda: project.matrix().standing(),
+        }
+        part = name.split(".")[0].split("/")[0]
+        use = uses.get(part, lambda: _use(project))
+
+        def run(data: bytes) -> None:
+            project.name, project.data = name, data
+            try:
+                use()
+                if name.endswith("task.json"):
+                    _tree_settings(project, set())
+            except TreeLoraError:
+                pass
+
+        return run
+
+    last = project.state.tasks[-1].directory
+    names = [name for name in project.whole if "/" not in name or name.startswith((last, "metrics"))]
+    for name in names:
+        if name.endswith("adapter_config.json"):
+            continue  # written for peft, never read
+        found[name.rpartition("/")[2] if name.startswith(last) else name] = of_file(name)
+        seeds[name.rpartition("/")[2] if name.startswith(last) else name] = [project.whole[name]]
+    shared = "head.safetensors"
+    found["shared " + shared], seeds["shared " + shared] = of_file(shared), [project.whole[shared]]
+    found["state.json"], seeds["state.json"] = _state, [(root / "state.json").read_bytes()]
+    found["treelora.yaml"], seeds["treelora.yaml"] = _settings, [(root / "treelora.yaml").read_bytes()]
+    found["checkpoint.json"] = _Folder("run/checkpoint.json").checkpoint
+    record = {"task": "x", "step": 3, "file": "step-00000003.safetensors", "sha256": "0" * 64, "size": 1, "request": {}}
+    seeds["checkpoint.json"] = [json.dumps(record).encode()]
+    found["trash"] = _Folder("trash/0001-x.json").trash
+    entry = {"tasks": ["x"], "since": 1, "back_to": "0", "states": [(root / "state.json").read_text()]}
+    seeds["trash"] = [json.dumps(entry).encode()]
+    found["lock.json"] = _Folder("lock.json").lock
+    seeds["lock.json"] = [b'{"pid": 1, "host": "h", "command": "c", "since": 1}']
+    return found, seeds
+
+
+def _bandit(project: Project) -> None:
+    from treelora_cli.commands.inspect_tree import _bandit as shown
+
+    shown(project)
+
+
+def _state(data: bytes) -> None:
+    try:
+        state = parse_state(data)
+    except TreeLoraError:
+        return
+    assert parse_state(state.to_json()) == state
+    for name, record in state.files.items():
+        assert not name.startswith("/") and ".." not in name.split("/")
+        assert isinstance(record, FileRecord)
+
+
+def _settings(data: bytes) -> None:
+    with contextlib.suppress(TreeLoraError):
+        overlay(parse_config(data.decode("utf-8", "replace"), "treelora.yaml"), DEFAULTS)
+
+
+class _Folder:
+    """A ``.treelora`` directory with one file of arbitrary content."""
+
+    def __init__(self, name: str) -> None:
+        self.root = Path(tempfile.mkdtemp())
+        self.path = self.root / ".treelora" / name
+        self.path.parent.mkdir(parents=True)
+
+    def checkpoint(self, data: bytes) -> None:
+        self.path.write_bytes(data)
+        kept = Checkpoint(self.path.parent)
+        try:
+            facts = kept.facts()
+            if facts is not None:
+                str(facts["task"]), int(facts["step"]), facts["request"]
+                kept.tensors(facts)
+        except TreeLoraError:
+            pass
+
+    def trash(self, data: bytes) -> None:
+        from treelora_cli.project.history import History
+
+        self.path.write_bytes(data)
+        history = History(self.root)
+        try:
+            for entry in history.undone(b""):
+                assert entry.tasks and entry.states
+            history.drop_void(b"")
+            history.kept_states(b"")
+        except TreeLoraError:
+            pass
+
+    def lock(self, data: bytes) -> None:
+        from treelora_cli.project.lock import _describe
+
+        self.path.write_bytes(data)
+        assert _describe(self.path)

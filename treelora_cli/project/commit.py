@@ -1,0 +1,124 @@
+"""What one learned task adds to a project."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from treelora_cli.errors import TreeLoraError
+from treelora_cli.project.state import TaskEntry
+from treelora_cli.project.store import FileRecord
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from treelora_cli.metrics import ScoreMatrix
+    from treelora_cli.tree import Tree
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Everything one learned task adds to the project.
+
+    Attributes:
+        name: Task name.
+        record: Contents of ``task.json``.
+        labels: Class or answer names.
+        adapter_files: The task's PEFT directory, file name to content.
+        tensors: Kept with the task.
+        shared: Statistics shared by all tasks.
+        tree: Tree over all tasks, this one included.
+        bandit_arrays, bandit_meta: Statistics of this task's search; empty for the first task.
+        matrix: Scores, this task's row included.
+        merged: PEFT directories that replace those of merged tasks: newest member's name to
+            (members' names, files).
+    """
+
+    name: str
+    record: dict[str, Any]
+    labels: tuple[str, ...]
+    adapter_files: dict[str, bytes]
+    tensors: dict[str, Tensor]
+    shared: dict[str, Tensor]
+    tree: Tree
+    bandit_arrays: dict[str, np.ndarray[Any, Any]]
+    bandit_meta: dict[str, Any]
+    matrix: ScoreMatrix
+    merged: dict[str, tuple[tuple[str, ...], dict[str, bytes]]] = field(default_factory=dict)
+
+
+def check_finite(change: Commit) -> None:
+    """Raise ``TreeLoraError`` when a tensor holds NaN or infinity."""
+    from safetensors.torch import load
+
+    weights = [files["adapter_model.safetensors"] for files in (change.adapter_files, *_merged_files(change))]
+    for tensors in (change.tensors, change.shared, *map(load, weights)):
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise TreeLoraError(
+                    f"Training diverged: '{name}' of task '{change.name}' is not finite; nothing was committed."
+                    " Retry with a smaller --lr."
+                )
+
+
+def _merged_files(change: Commit) -> list[dict[str, bytes]]:
+    return [files for _, files in change.merged.values()]
+
+
+def to_json(value: Any) -> bytes:
+    """Render with sorted keys: the same value is the same bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def place_merged(
+    tasks: Sequence[TaskEntry],
+    files: Mapping[str, FileRecord],
+    contents: dict[str, bytes],
+    merged: Mapping[str, tuple[tuple[str, ...], dict[str, bytes]]],
+) -> tuple[tuple[TaskEntry, ...], dict[str, FileRecord], dict[str, bytes]]:
+    """Point merged tasks at their group's directory and drop the adapters they had."""
+    placed, kept, contents = {task.name: task for task in tasks}, dict(files), dict(contents)
+    for newest, (members, adapter_files) in merged.items():
+        home = placed[newest].directory
+        for member in members:
+            placed[member] = dataclasses.replace(placed[member], adapter=home)
+        contents |= {f"{home}/{name}": data for name, data in adapter_files.items()}
+    homes = {task.adapter for task in placed.values()}
+    for task in tasks:
+        if task.directory not in homes:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                kept.pop(f"{task.directory}/{name}", None)
+                contents.pop(f"{task.directory}/{name}", None)
+    return tuple(placed[task.name] for task in tasks), kept, contents
+
+
+def contents_of(change: Commit, directory: str) -> dict[str, bytes]:
+    """Return the files of a commit, by name in the project; the task's own lie in ``directory``."""
+    from safetensors.numpy import save as save_arrays
+    from safetensors.torch import save as save_tensors
+
+    contents = {f"{directory}/{name}": data for name, data in change.adapter_files.items()}
+    contents |= {
+        f"{directory}/head.safetensors": save_tensors(change.tensors),
+        f"{directory}/labels.json": to_json(list(change.labels)),
+        f"{directory}/task.json": to_json(change.record),
+        f"{directory}/signature.safetensors": save_arrays({"signature": change.tree.signatures[-1]}),
+        "head.safetensors": save_tensors(change.shared),
+        **tree_files(change.tree),
+        "metrics/matrix.json": to_json(change.matrix.to_json()),
+    }
+    if change.bandit_meta:
+        contents["bandit.safetensors"] = save_arrays(change.bandit_arrays)
+        contents["bandit.json"] = to_json(change.bandit_meta)
+    return contents
+
+
+def tree_files(tree: Tree) -> dict[str, bytes]:
+    """Return the files that hold a tree."""
+    from safetensors.numpy import save
+
+    return {"tree.json": to_json(tree.to_dict()), "tree.safetensors": save(tree.to_arrays())}

@@ -1,0 +1,53 @@
+"""What of a project still works, can be undone, and costs space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from treelora_cli.project.history import Undone
+from treelora_cli.project.project import STATE, Project
+from treelora_cli.project.state import parse_state
+
+
+def works(project: Project, damaged: Mapping[str, str]) -> dict[str, Any]:
+    """Return what is sure to work although some files are damaged.
+
+    Returns:
+        ``predict``: predictions over all tasks; ``export``: tasks whose adapter can be exported; ``rollback``:
+        tasks that can be rolled back to a state that is whole; ``inspect``: the tree can be shown.
+    """
+    of_tasks = {f"{task.directory}/{name}" for task in project.state.tasks for name in ("task.json", "labels.json")}
+    readable = not of_tasks & set(damaged)
+    whole = project.whole_tasks(project.state, damaged) if readable else []
+    names = [task.name for task in project.state.tasks]
+    predict = "head.safetensors" not in damaged and whole == names != []
+    before = {name: project.history.before(project.state, name) for name in project.history.reach(project.state)}
+    return {
+        "predict": predict,
+        # the newest adapter's classifier is solved from what all tasks share
+        "export": [name for name in whole if name != names[-1] or predict],
+        "rollback": [name for name, data in before.items() if not Project(project.root, parse_state(data)).damage()],
+        "inspect": not {"tree.json", "tree.safetensors"} & set(damaged),
+    }
+
+
+def trash(project: Project) -> list[tuple[Undone, int]]:
+    """Return what rollbacks left, oldest first, each with the bytes that emptying the trash would free."""
+    current = (project.root / STATE).read_bytes()
+    needed = _needed(project, project.history.copies())
+    entries = []
+    for entry in project.history.undone(current):
+        own = _needed(project, entry.states) - needed
+        entries.append((entry, project.store.object_bytes(own) + entry.path.stat().st_size))
+        needed |= own
+    return entries
+
+
+def history_bytes(project: Project) -> int:
+    """Return the bytes that earlier states cost, which rollback returns to."""
+    return project.store.object_bytes(_needed(project, project.history.earlier(project.state)))
+
+
+def _needed(project: Project, states: Sequence[bytes]) -> set[str]:
+    return project.store.needed(project.state.files, (parse_state(data).files for data in states))
