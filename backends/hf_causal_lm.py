@@ -43,9 +43,9 @@ class CausalLmBackend:
         """Return the paper's rank, scale and depth, and what measured best for the rest."""
         return Config(
             inference="routed",
-            adapter=AdapterConfig(rank=8, alpha=32.0, dropout=0.1, blocks=0),
+            adapter=AdapterConfig(rank=8, alpha=32.0, dropout=0.1),
             tree=TreeConfig(depth=64, probe_batches=8),
-            train=TrainConfig(epochs=2, lr=1e-3, batch_size=4, reg=0.5),
+            train=TrainConfig(epochs=2, lr=2e-3, batch_size=4, reg=0.5),
             head=HeadConfig(width=512),
         )
 

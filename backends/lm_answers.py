@@ -15,7 +15,7 @@ from treelora_cli.data.text import TextExample
 from treelora_cli.runtime import Runtime
 from treelora_cli.scores import score_text
 
-_TOKENS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 2048
 _LABEL_TOKENS = 128
 """A label set with more tokens than this beyond first ones is cheaper to generate from."""
 _TAIL = 24

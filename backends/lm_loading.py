@@ -217,7 +217,7 @@ def choose_layers(model: nn.Module, name: str, adapter: AdapterConfig) -> tuple[
         blocks = blocks_of(model)
     except (LookupError, AttributeError) as error:
         raise ModelError(f"{name}: its transformer blocks cannot be found.") from error
-    wanted = adapter.blocks or len(blocks)
+    wanted = (len(blocks) + 1) // 2 if adapter.blocks is None else adapter.blocks or len(blocks)
     if wanted > len(blocks):
         raise UsageError(f"--blocks {wanted}: {name} has {len(blocks)} blocks.")
     prefix = next(path for path, module in model.named_modules() if module is blocks)

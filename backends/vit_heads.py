@@ -77,12 +77,10 @@ class SharedHead:
         """Add one task's frozen features (n, F) with labels from 0 to ``classes`` - 1."""
         if self.map is None:
             self.map = self._fit(features, runtime)
-        fresh = RidgeStatistics.empty(self.map.width, classes, self.device)
-        for rows in torch.arange(len(features)).split(_CHUNK):
-            fresh.add(self.map(features[rows]), labels[rows])
-        gram = runtime.sum(fresh.gram)
-        self.gram = gram if self.gram is None else self.gram + gram
-        self._new_sums, self._new_counts = runtime.sum(fresh.sums), runtime.sum(fresh.counts)
+        rows = torch.arange(len(features)).split(_CHUNK)
+        parts = ((self.map(features[some]), labels[some]) for some in rows)
+        new = RidgeStatistics.extended(self.gram, parts, classes, runtime, self.map.width, self.device)
+        self.gram, self._new_sums, self._new_counts = new.gram, new.sums, new.counts
 
     def _fit(self, features: Tensor, runtime: Runtime) -> FeatureMap:
         """Standardise by all processes' features of the first task."""

@@ -2,7 +2,7 @@
 
 The frozen pass does three jobs at once: it fills the shared head's statistics, finds the class means that
 the probe's loss needs, and keeps the activations before the first adapted block, so that training starts
-there. Each image is seen plain and mirrored.
+there. Each image is seen plain and, by choice, mirrored.
 
 Symbols: ``n`` images, ``V`` views, ``L`` tokens, ``C`` width, ``F`` layered features, ``k`` classes.
 """
@@ -28,8 +28,6 @@ from treelora_cli.config import Config
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
 
-VIEWS = 2
-"""Plain and mirrored."""
 _CHUNK = 128
 _TEMPERATURE = 0.1
 _SMALLEST_PROBE = 8
@@ -66,6 +64,8 @@ class VitSession:
         self.batch_size: int = config.train.batch_size
         self.seed: int = config.seed * 10_007 + len(memory.tasks)
         self.config = config
+        assert config.head.views is not None
+        self.views: int = config.head.views
         own = self.runtime.share(list(range(task.train_size)))
         self.own = torch.tensor(own, dtype=torch.int64)
         self.labels = task.train.labels[self.own].to(self.device)
@@ -102,7 +102,7 @@ class VitSession:
                 layered.append(chunk[0])
                 tokens.append(chunk[1])
         features = torch.cat(layered)  # (n V, F)
-        repeated = self.labels.repeat_interleave(VIEWS)
+        repeated = self.labels.repeat_interleave(self.views)
         self.shared_head.add_task(features, repeated, len(self.task.labels), self.runtime)
         if self.solved is not None:
             self.solved.add_task(torch.cat(tokens), repeated, len(self.task.labels), self.runtime)
@@ -113,7 +113,7 @@ class VitSession:
         pixels = self.task.train.pixels[self.own[rows]].to(self.device)
         plain = self.base.preprocessing.normalise(pixels)
         layered, tokens = [], []
-        for view, images in enumerate((plain, plain.flip(-1))):
+        for view, images in enumerate((plain, plain.flip(-1))[: self.views]):
             with self.runtime.autocast():
                 cut = self.base.trunk.before(images)
                 features = self.base.trunk.after(cut)
@@ -126,13 +126,15 @@ class VitSession:
     def _keep(self, rows: slice, view: int, cut: Cut) -> None:
         if not hasattr(self, "kept"):
             count, (length, width) = len(self.own), cut.tokens.shape[1:]
-            self.kept = _Kept(room((count, VIEWS, length, width)), torch.zeros(count, VIEWS, cut.early.shape[1]))
+            self.kept = _Kept(
+                room((count, self.views, length, width)), torch.zeros(count, self.views, cut.early.shape[1])
+            )
         self.kept.tokens[rows, view] = cut.tokens.to(torch.bfloat16).cpu()
         self.kept.early[rows, view] = cut.early.cpu()
 
     def _set_prototypes(self, pooled_sum: Tensor) -> None:
         """Class means of the frozen features, centred: the head of the probe's loss."""
-        counts = torch.bincount(self.labels, minlength=len(self.task.labels)).float() * VIEWS
+        counts = torch.bincount(self.labels, minlength=len(self.task.labels)).float() * self.views
         pooled_sum, counts = self.runtime.sum(pooled_sum), self.runtime.sum(counts)
         means = pooled_sum / counts.clamp(min=1)[:, None]
         self.centre = means.mean(dim=0)
@@ -164,7 +166,7 @@ class VitSession:
         """Yield (rows, views) of each step, both (B,)."""
         generator = torch.Generator().manual_seed(self.seed * 104_729 + epoch)
         order = torch.randperm(len(self.own), generator=generator)
-        views = torch.randint(VIEWS, (len(self.own),), generator=generator)
+        views = torch.randint(self.views, (len(self.own),), generator=generator)
         for rows in order.tensor_split(self.steps_per_epoch):
             yield rows, views[rows]
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from treelora_cli.runtime import Runtime
 
+_CHUNK = 2048
 _RANDOM_LIMIT = 3072
 _WRITTEN_SHARE = 4
 """One direction in so many is given up for scores; more columns than that are written in their main directions."""
@@ -174,12 +175,10 @@ class SolvedBlocks:
         if self.features is None:
             seen = runtime.concatenate(tokens[: runtime.smallest(len(tokens))])
             self.features = SolvedFeatures.fit(seen, self.trunk, self.seed)
-        fresh = RidgeStatistics.empty(self.features.width, classes, self.device)
-        for rows in torch.arange(len(tokens)).split(512):
-            fresh.add(self.features(tokens[rows]), labels[rows])
-        gram = runtime.sum(fresh.gram)
-        self.gram = gram if self.gram is None else self.gram + gram
-        self._new = RidgeStatistics(gram, runtime.sum(fresh.sums), runtime.sum(fresh.counts))
+        rows = torch.arange(len(tokens)).split(_CHUNK)
+        parts = ((self.features(tokens[some]), labels[some]) for some in rows)
+        self._new = RidgeStatistics.extended(self.gram, parts, classes, runtime, self.features.width, self.device)
+        self.gram = self._new.gram
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """Return the part that all tasks share."""

@@ -102,6 +102,7 @@ class HeadConfig:
     ridge: float | None = _setting(
         None, "ridge penalty at one feature per example, as a share of the mean eigenvalue", low=0
     )
+    views: int | None = _setting(None, "views of an image that are learned from: itself, and mirrored", low=1, high=2)
     merged: str | None = _setting(
         None, "the merged network: solved blocks on the base, or the mean of all updates", choices=("solved", "mean")
     )
@@ -170,7 +171,7 @@ DEFAULTS = Config(
         precision="auto",
         grad_checkpointing=False,
     ),
-    head=HeadConfig(width=2000, ridge=0.36, merged="solved"),
+    head=HeadConfig(width=2000, ridge=0.36, views=2, merged="solved"),
 )
 """The lowest level of precedence; a backend's own defaults stand above it."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,10 +86,10 @@ class RidgeStatistics:
     counts: Tensor
 
     @classmethod
-    def empty(cls, width: int, columns: int, device: torch.device) -> RidgeStatistics:
-        """Return statistics of nothing."""
+    def empty(cls, width: int, columns: int, device: torch.device, gram: Tensor | None = None) -> RidgeStatistics:
+        """Return statistics of nothing, or of no column yet but with ``gram`` (W, W) to add to."""
         return cls(
-            torch.zeros(width, width, device=device),
+            torch.zeros(width, width, device=device) if gram is None else gram,
             torch.zeros(columns, width, device=device),
             torch.zeros(columns, device=device),
         )
@@ -99,6 +99,35 @@ class RidgeStatistics:
         _add_gram_(self.gram, phi)
         self.sums.index_add_(0, columns, phi)
         self.counts.index_add_(0, columns, torch.ones_like(columns, dtype=self.counts.dtype))
+
+    @classmethod
+    def extended(
+        cls,
+        gram: Tensor | None,
+        phi: Iterable[tuple[Tensor, Tensor]],
+        columns: int,
+        runtime: Runtime,
+        width: int,
+        device: torch.device,
+    ) -> RidgeStatistics:
+        """Count a task in, over all processes; returns the new columns with the Gram matrix of everything so far.
+
+        Args:
+            gram: Of what came before, (W, W), changed in place; ``None`` at first.
+            phi: This process's examples in parts: (n, W) and the column index of each, (n,).
+            columns: New columns.
+            runtime: Sums over processes.
+            width: W.
+            device: Where the sums are kept.
+        """
+        alone = gram is not None and runtime.accelerator.num_processes == 1
+        fresh = cls.empty(width, columns, device, gram if alone else None)
+        for part, labels in phi:
+            fresh.add(part, labels)
+        total = fresh.gram if runtime.accelerator.num_processes == 1 else runtime.sum(fresh.gram)
+        if gram is not None and not alone:
+            total = gram + total
+        return cls(total, runtime.sum(fresh.sums), runtime.sum(fresh.counts))
 
     def solve(self, ridge: float) -> LinearHead:
         """Solve centred ridge regression with all classes weighted alike in prior but not in error.

@@ -1,0 +1,248 @@
+"""Sequential LoRA as a competent user writes it: transformers' Trainer and peft, nothing of treelora.
+
+    python tests/benchmarks/outside_reference.py images DATA --model DIR [--per-class 500] [--tasks 10] [--epochs 3]
+    python tests/benchmarks/outside_reference.py texts DATA --model DIR [--gguf FILE] [--examples 256] [--epochs 1]
+
+``images``: DATA holds ``train/CLASS/*``, ``test/CLASS/*`` and ``tasks.json``; one linear head over all classes, LoRA on
+the attention of every block of a timm model. ``texts``: DATA holds O-LoRA's folders; LoRA on query and value
+projections. Prints one JSON document: seconds of training, peak memory above the loaded base, OP, forgetting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+TEXT_TASKS = {"sst-2": "SC/SST-2", "agnews": "TC/agnews", "boolqa": "BoolQA/BoolQA", "rte": "NLI/RTE"}
+
+
+def resident(key: str) -> int:
+    """Return VmRSS or VmHWM of this process in bytes (Linux)."""
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def train(model: nn.Module, data: Any, collator: Any, options: argparse.Namespace) -> float:
+    """Train on one task; returns the seconds it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=options.batch_size,
+            num_train_epochs=options.epochs,
+            learning_rate=options.lr,
+            lr_scheduler_type="cosine",
+            bf16=options.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            seed=options.seed,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
+        started = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - started
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+class ImageSet(torch.utils.data.Dataset[dict[str, Any]]):
+    """Images in memory, mirrored at random."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.pixels[index]
+        return {"images": image.flip(-1) if torch.rand(()) < 0.5 else image, "labels": self.labels[index]}
+
+
+class Classifier(nn.Module):
+    """A timm model with LoRA and one head over all classes of the stream."""
+
+    def __init__(self, body: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(width, classes)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return loss and logits."""
+        logits = self.head(self.body(images)).float()
+        loss = nn.functional.cross_entropy(logits, labels) if labels is not None else logits.new_zeros(())
+        return {"loss": loss, "logits": logits}
+
+
+def read_images(data: Path, part: str, names: list[str], most: int, transform: Any) -> tuple[Tensor, Tensor]:
+    """Return transformed images (n, 3, H, W) of some classes and their places among ``names``."""
+    from PIL import Image
+
+    found = [
+        (path, place) for place, name in enumerate(names) for path in sorted((data / part / name).iterdir())[:most]
+    ]
+    return (
+        torch.stack([transform(Image.open(path).convert("RGB")) for path, _ in found]),
+        torch.tensor([place for _, place in found]),
+    )
+
+
+def images(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the stream of images."""
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    tasks = json.loads((options.data / "tasks.json").read_text())["tasks"][: options.tasks]
+    names = [name for task in tasks for name in task]
+    body = timm.create_model(f"local-dir:{options.model}", pretrained=True, num_classes=0)
+    transform = create_transform(**resolve_model_data_config(body), is_training=False)
+    lora = get_peft_model(body, LoraConfig(r=8, lora_alpha=16, target_modules=["qkv", "attn.proj"]))
+    model = Classifier(lora, body.num_features, len(names))
+    base = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    seconds, matrix = 0.0, []
+    for index, task in enumerate(tasks):
+        pixels, places = read_images(options.data, "train", task, options.per_class, transform)
+        own = torch.tensor([names.index(name) for name in task])[places]
+        seconds += train(model, ImageSet(pixels, own), None, options)
+        model.eval()
+        row = []
+        for seen in tasks[: index + 1]:
+            pixels, places = read_images(options.data, "test", seen, options.per_class, transform)
+            wanted = torch.tensor([names.index(name) for name in seen])[places]
+            with torch.no_grad():
+                known = len(task) + sum(map(len, tasks[:index]))
+                logits = torch.cat([model(part)["logits"] for part in pixels.split(256)])[:, :known]
+            row.append(float((logits.argmax(dim=1) == wanted).float().mean()))
+        matrix.append(row)
+    return summary(matrix, seconds, resident("VmHWM") - base)
+
+
+# -- texts -----------------------------------------------------------------------------------------
+
+
+def read_texts(folder: Path, part: str, most: int) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return (prompt, answer) pairs and the labels of one of O-LoRA's folders."""
+    labels = json.loads((folder / "labels.json").read_text())
+    rows = json.loads((folder / f"{part}.json").read_text())
+    rows = rows.get("Instances", rows) if isinstance(rows, dict) else rows
+    return [
+        (f"{one['sentence']}\nOptions: {', '.join(labels)}\nAnswer:", f" {one['label']}") for one in rows[:most]
+    ], labels
+
+
+def texts(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the stream of texts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": options.gguf} if options.gguf else {}
+    tokenizer = AutoTokenizer.from_pretrained(options.model, **source)
+    body = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, **source)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    lora = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(body, lora)
+    base = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    seconds, matrix = 0.0, []
+    chosen = list(TEXT_TASKS.values())[: options.tasks]
+    for index, name in enumerate(chosen):
+        pairs, _ = read_texts(options.data / name, "train", options.examples)
+        rows = []
+        for prompt, answer in pairs:
+            head = tokenizer(prompt)["input_ids"]
+            tail = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            head = head[: options.max_length - len(tail)]
+            rows.append({"input_ids": head + tail, "labels": [-100] * len(head) + tail})
+        seconds += train(model, rows, lambda batch: padded(batch, tokenizer.pad_token_id), options)
+        model.eval()
+        matrix.append([accuracy(model, tokenizer, options, options.data / one) for one in chosen[: index + 1]])
+    return summary(matrix, seconds, resident("VmHWM") - base)
+
+
+def padded(batch: list[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
+    """Pad a batch on the right."""
+    width = max(len(row["input_ids"]) for row in batch)
+    fill = {"input_ids": pad_id, "labels": -100}
+    made = {
+        key: torch.tensor([row[key] + [value] * (width - len(row[key])) for row in batch])
+        for key, value in fill.items()
+    }
+    made["attention_mask"] = torch.tensor(
+        [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch]
+    )
+    return made
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, tokenizer: Any, options: argparse.Namespace, folder: Path) -> float:
+    """Return the share of test examples whose own label is the likeliest."""
+    pairs, labels = read_texts(folder, "test", options.test_examples)
+    right = 0
+    for prompt, answer in pairs:
+        head = tokenizer(prompt)["input_ids"][: options.max_length]
+        tails = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"] for label in labels]
+        batch = padded(
+            [{"input_ids": head + t, "labels": [-100] * len(head) + t} for t in tails], tokenizer.pad_token_id
+        )
+        scores = (
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+        )
+        wanted = batch["labels"][:, 1:]
+        found = scores.gather(2, wanted.clamp(min=0)[:, :, None])[:, :, 0] * (wanted >= 0)
+        right += labels[int(found.sum(dim=1).argmax())] == answer.strip()
+    return right / len(pairs)
+
+
+def summary(matrix: list[list[float]], seconds: float, above: int) -> dict[str, Any]:
+    """Return the figures, scores as shares."""
+    last = matrix[-1]
+    dropped = [matrix[index][index] - last[index] for index in range(len(last) - 1)]
+    return {
+        "op": sum(last) / len(last),
+        "forgetting": sum(dropped) / len(dropped) if dropped else None,
+        "train_seconds": round(seconds, 2),
+        "peak_mib_above_base": round(above / 2**20),
+        "matrix": matrix,
+    }
+
+
+def main() -> None:
+    """Read the options and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("kind", choices=["images", "texts"])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--gguf")
+    parser.add_argument("--tasks", type=int, default=10)
+    parser.add_argument("--per-class", type=int, default=500)
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--test-examples", type=int, default=200)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.batch_size = options.batch_size or (64 if options.kind == "images" else 4)
+    torch.manual_seed(options.seed)
+    run = images if options.kind == "images" else texts
+    print(json.dumps(run(options), indent=1))
+
+
+if __name__ == "__main__":
+    main()
