@@ -178,6 +178,7 @@ def features_by_class(base: VitBase, data: Path, name: str) -> dict[str, Tensor]
 
 def test_the_plain_session_sees_the_data_in_the_order_of_ours(weights: Path, data: Path) -> None:
     base, config = load_vit(weights)
+    config = replace(config, head=replace(config.head, views=2))
     task = base.read_task(DataRequest(path=data / "warm"))
     table = ClassTable()
     table.add([task])

@@ -56,7 +56,11 @@ class AdapterConfig:
     alpha: float | None = _setting(None, "LoRA alpha; updates are scaled by alpha / rank", low=0)
     dropout: float | None = _setting(None, "LoRA dropout probability", low=0, high=0.95)
     targets: str | None = _setting(None, "'auto', 'all-linear' or comma-separated module names")
-    blocks: int | None = _setting(None, "adapt only the last so many blocks; none: half of them, 0: all", low=0)
+    blocks: int | None = _setting(
+        None,
+        "adapt only the last so many blocks; 0: all; none: the backend's choice",
+        low=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ DEFAULTS = Config(
         precision="auto",
         grad_checkpointing=False,
     ),
-    head=HeadConfig(width=2000, ridge=0.36, views=2, merged="solved"),
+    head=HeadConfig(width=2000, ridge=0.36, views=1, merged="solved"),
 )
 """The lowest level of precedence; a backend's own defaults stand above it."""
 
