@@ -47,7 +47,7 @@ def commit_of(project: Project, name: str = "next", *, merge: bool = False) -> C
         shared=shared,
         tree=tree.insert(np.asarray(tree.signatures[0])),
         bandit_arrays={key: np.ascontiguousarray(value) for key, value in arrays.items()},
-        bandit_meta={**facts, "task": name},
+        bandit_meta={**facts, "task": name} if facts else {},
         matrix=project.matrix().with_row(name, [0.5] * (len(project.state.tasks) + 1)),
         merged={members[-1]: (members, files)} if merge else {},
     )
