@@ -131,7 +131,7 @@ def record_bad_input(done: Result) -> None:
     """Remember a refused command for ``--bad-input-table``; temporary directories are left out."""
     typed = " ".join(shlex.quote(part) if part else "''" for part in done.arguments)
     line = done.err.splitlines()[-1].removeprefix("Error: ")
-    short = [re.sub(r"/tmp/[^\s:'\"]*/", "", text).replace("|", "/") for text in (typed, line)]
+    short = [re.sub(r"/tmp/[^\s:'\"]*/", "", text).replace("|", "/").replace("\n", "\\n") for text in (typed, line)]
     BAD_INPUTS[f"treelora {short[0]}", done.code, short[1]] = None
 
 

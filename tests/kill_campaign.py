@@ -146,10 +146,11 @@ def make_campaign(folder: Path, seed: int) -> Campaign:
     options += ["--rank", "4", "--targets", "qkv", "--blocks", "0", "--epochs", "1", "--batch-size", "8"]
     for key, value in MODEL_ARGS.items():
         options += ["--model-arg", f"{key}={value}"]
-    assert finish(lambda _: run_command(["-q", "init", str(root), *options, "--device", "cpu"])) == 0
+    # in this process, so that those forked from it have every library at hand
+    assert run_command(["-q", "init", str(root), *options, "--device", "cpu"]) == 0
     for name, classes in (("warm", ("red", "yellow")), ("cold", ("blue", "green"))):
         images = make_images(folder / name, classes)
-        assert finish(lambda _, images=images: run_command(["-q", "-C", str(root), "train-task", str(images)])) == 0
+        assert run_command(["-q", "-C", str(root), "train-task", str(images), "--device", "cpu"]) == 0
     return Campaign(root, make_images(folder / "more", ["pink", "brown"]), seed)
 
 

@@ -21,7 +21,7 @@ from conftest import FAULT_STEP, tree_hash
 from treelora_cli.errors import DamagedError, LockedError, ResourceError, TreeLoraError, UsageError
 from treelora_cli.project import Commit, Project
 from treelora_cli.project.lock import exclusive_lock
-from treelora_cli.project.state import parse_state
+from treelora_cli.project.state import parse_state, seal
 from treelora_cli.project.store import Store, check_inner_name, record_of, write_file
 
 EVENTS = ("replace", "link", "fsync", "fchmod", "unlink", "mkdir", "rmdir", "open")
@@ -47,7 +47,7 @@ def commit_of(project: Project, name: str = "next", *, merge: bool = False) -> C
         shared=shared,
         tree=tree.insert(np.asarray(tree.signatures[0])),
         bandit_arrays={key: np.ascontiguousarray(value) for key, value in arrays.items()},
-        bandit_meta={**facts, "task": name},
+        bandit_meta={**facts, "task": name} if facts else {},
         matrix=project.matrix().with_row(name, [0.5] * (len(project.state.tasks) + 1)),
         merged={members[-1]: (members, files)} if merge else {},
     )
@@ -365,7 +365,7 @@ def test_names_that_escape_are_refused(learned_project: Path, name: str) -> None
     record = json.loads((learned_project / "state.json").read_text())
     record["files"][name] = {"sha256": "0" * 64, "size": 0}
     with pytest.raises(DamagedError, match=r"not allowed|is damaged"):
-        parse_state(json.dumps(record).encode())
+        parse_state(seal(record))
 
 
 def test_lock_excludes_and_is_released(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from conftest import FAULT_STEP, Cli, child_environment, learned_hashes, make_im
 from test_bad_input import check_error
 from test_project import hooked
 
+from treelora_cli.errors import DamagedError, ProjectError
 from treelora_cli.project import Project
+from treelora_cli.project.state import parse_state
 
 
 def state_hash(root: Path) -> dict[str, str]:
@@ -182,9 +185,51 @@ def test_the_same_seed_gives_the_same_hashes_and_another_does_not(
     assert found[0][name] != found[2][name]
 
 
+def test_one_flipped_bit_or_a_cut_anywhere_in_any_file_is_noticed(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = Project.open(project)
+    generator = random.Random(0)
+    flips = cuts = 0
+    for name, record in opened.state.files.items():
+        whole = opened.read(name)
+        for _ in range(60):
+            place = generator.randrange(8 * len(whole))
+            changed = bytearray(whole)
+            changed[place // 8] ^= 1 << place % 8
+            (project / name).write_bytes(changed)
+            with pytest.raises(DamagedError, match=rf"^{name}: hash mismatch"):
+                opened.store.read(name, record)
+            flips += 1
+        for length in {0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(10))}:
+            (project / name).write_bytes(whole[:length])
+            with pytest.raises(DamagedError, match=rf"^{name}: hash mismatch"):
+                opened.store.read(name, record)
+            cuts += 1
+        (project / name).write_bytes(whole)
+    text = (project / "state.json").read_bytes()
+    state_flips = 0
+    for place in range(0, 8 * len(text), 3):
+        changed = bytearray(text)
+        changed[place // 8] ^= 1 << place % 8
+        try:
+            found = parse_state(bytes(changed))
+        except ProjectError:
+            pass
+        else:
+            assert found == opened.state, "only white space between values may differ"
+        state_flips += 1
+    for length in range(0, len(text) - 1, 7):
+        with pytest.raises(DamagedError, match=r"state\.json is damaged"):
+            parse_state(text[:length])
+        cuts += 1
+    with capsys.disabled():
+        print(f"{flips} flipped bits of files and {state_flips} of state.json, {cuts} cuts: all noticed")
+
+
 @pytest.mark.slow
 def test_a_full_disk_at_every_write_of_a_command(
-    cli: Cli, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole command this time: lock, checkpoint and commit."""
     more = make_images(tmp_path / "more", ["pink", "brown"], train=4, test=2)
@@ -222,4 +267,6 @@ def test_a_full_disk_at_every_write_of_a_command(
         outcomes.append(done.code)
         shutil.rmtree(root)
     assert set(outcomes) == {0, 6}
-    print(f"{len(outcomes)} of {len(events)} writes failed: {outcomes.count(6)} refused, {outcomes.count(0)} committed")
+    refused = outcomes.count(6)
+    with capsys.disabled():
+        print(f"{len(outcomes)} of {len(events)} writes failed: {refused} refused, the others committed")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from treelora_cli.errors import DamagedError, ProjectError, UsageError
 from treelora_cli.project import State, TaskEntry, check_task_name
-from treelora_cli.project.state import SCHEMA, parse_state
+from treelora_cli.project.state import SCHEMA, parse_state, seal
 from treelora_cli.project.store import FileRecord
 
 
@@ -22,7 +22,7 @@ def test_task_entries_that_escape_are_refused(learned_project: Path, change: dic
     record = json.loads((learned_project / "state.json").read_text())
     record["tasks"][0].update(change)
     with pytest.raises(DamagedError, match=r"not allowed|is damaged"):
-        parse_state(json.dumps(record).encode())
+        parse_state(seal(record))
 
 
 @given(st.text(max_size=70))
@@ -88,7 +88,7 @@ def test_a_state_with_one_value_changed_is_read_or_refused(learned_project: Path
         target = target[key]
     target[key] = data.draw(_JSON)
     try:
-        state = parse_state(json.dumps(record).encode())
+        state = parse_state(seal(record))
     except ProjectError:
         return
     assert state.generation >= 0 and all(isinstance(task.name, str) for task in state.tasks)

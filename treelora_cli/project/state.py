@@ -13,6 +13,7 @@ from treelora_cli.project.store import FileRecord, check_inner_name
 
 SCHEMA = 1
 """Version of the project layout this program writes."""
+_CHECKSUM = "checksum"
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class State:
 
     def to_json(self) -> bytes:
         """Render with sorted keys: the same state is the same bytes."""
-        record = {"schema": SCHEMA, **asdict(self)}
-        return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+        return seal({"schema": SCHEMA, **asdict(self)})
 
     def digest(self) -> str:
         """Return the SHA-256 of ``state.json``: it stands for every file of the project."""
@@ -64,6 +64,13 @@ class State:
     def task(self, name: str) -> TaskEntry | None:
         """Return the task called ``name``."""
         return next((task for task in self.tasks if task.name == name), None)
+
+
+def seal(record: dict[str, Any]) -> bytes:
+    """Render ``record`` with the checksum of everything else in it: no file holds the hash of ``state.json``."""
+    body = {key: value for key, value in record.items() if key != _CHECKSUM}
+    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**body, _CHECKSUM: checksum}, indent=1, sort_keys=True) + "\n").encode()
 
 
 @functools.lru_cache(maxsize=16)  # a commit looks at the same few earlier states several times
@@ -81,6 +88,8 @@ def parse_state(data: bytes) -> State:
             raise ProjectError(f"state.json has schema {schema}; this treelora reads up to {SCHEMA}. Upgrade treelora.")
         if schema != SCHEMA:
             raise ValueError("schema")
+        if json.loads(seal({"schema": schema, **record}))[_CHECKSUM] != record.pop(_CHECKSUM):
+            raise ValueError("checksum")
         return _build(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"state.json is damaged ({type(error).__name__}). Run treelora doctor.") from error
