@@ -71,6 +71,7 @@ class TreeBandit:
         search: Search = "lcb",
         smoothness: float = 1.0,
         seed: int | np.random.Generator = 0,
+        arms: SearchArms | None = None,
     ) -> None:
         """Start a search with no pulls.
 
@@ -81,6 +82,7 @@ class TreeBandit:
                 arm, every step) and "random" (a uniform arm).
             smoothness: factor on every node's spread; 1 is the rule of the paper.
             seed: for "random"; a passed generator is used as it is.
+            arms: the tree's search nodes where they are known; made anew if not given.
 
         Raises:
             ValueError: no tasks, or an unknown choice.
@@ -96,7 +98,7 @@ class TreeBandit:
         self.step_count = 0
         self.distance_computations = 0
         self.node_visits = 0
-        self._adopt(search_arms(tree))
+        self._adopt(search_arms(tree) if arms is None else arms)
         layers, nodes = tree.layer_count, self.arms.tasks.size
         self._counts = np.zeros((layers, nodes), dtype=np.int64)
         self._sums = np.zeros((layers, nodes))
@@ -110,6 +112,9 @@ class TreeBandit:
         self.arms = arms
         self._slack = np.ascontiguousarray(self.smoothness * arms.spreads.T)  # (D, N)
         self._rows = np.arange(self.tree.layer_count)
+        nodes = np.arange(arms.tasks.size)
+        self._offset = self._rows[:, None] * nodes.size  # (D, 1)
+        self._below = np.where(arms.tasks[:, None] < 0, arms.children, nodes[:, None])  # (N, 2), an arm is below itself
 
     def step(self, query: NDArray[np.floating]) -> IntArray:
         """Pull once in every layer and return the tasks pulled.
@@ -145,41 +150,53 @@ class TreeBandit:
 
     def _walk(self) -> IntArray:
         """Nodes from the root to the chosen arm, `(D, depth + 1)`; a short path repeats its arm."""
+        doubled = 2.0 * self.sigma()[:, None]
         cursor = np.zeros(self._rows.size, dtype=np.int64)
         path = [cursor]
-        while (inner := self.arms.tasks[cursor] < 0).any():
-            pair = np.where(inner[:, None], self.arms.children[cursor], cursor[:, None])  # (D, 2)
-            value, _ = self._evaluate(pair)
-            self.node_visits += 2 * int(inner.sum())
+        while (self.arms.tasks[cursor] < 0).any():
+            pair = self._below[cursor]  # (D, 2)
+            nodes = np.concatenate([pair, self._witness[self._rows[:, None], pair]], axis=1)
+            bound = self._own_bound(nodes, doubled)  # (D, 4)
+            value = np.maximum(bound[:, :2], bound[:, 2:])
             cursor = np.where(value[:, 1] < value[:, 0], pair[:, 1], pair[:, 0])
             path.append(cursor)
         return np.stack(path, axis=1)
 
-    def _evaluate(self, nodes: IntArray) -> tuple[FloatArray, IntArray]:
-        """LCB of nodes `(D, k)` and the nodes whose own bound attained it, both `(D, k)`."""
-        witness = self._witness[self._rows[:, None], nodes]
-        bound = self._own_bound(np.concatenate([nodes, witness], axis=1))  # (D, 2 k)
-        own, below = np.split(bound, 2, axis=1)
-        return np.maximum(own, below), np.where(own >= below, nodes, witness)
-
-    def _own_bound(self, nodes: IntArray) -> FloatArray:
-        """Own bound `b_k` of nodes `(D, k)`, -inf where unpulled."""
-        rows = self._rows[:, None]
-        count = self._counts[rows, nodes]
+    def _own_bound(self, nodes: IntArray, doubled: FloatArray) -> FloatArray:
+        """Own bound `b_k` of nodes `(D, k)`, -inf where unpulled; `doubled` is `2 sigma`, `(D, 1)`."""
+        place = nodes + self._offset  # in the arrays read flat, which is much faster than by two indices
+        count = self._counts.take(place)
         pulled = np.maximum(count, 1)
-        width = 2.0 * self.sigma()[:, None] * np.sqrt(np.log(max(self.step_count, 1)) / pulled)
-        bound = self._sums[rows, nodes] / pulled - width - self._slack[rows, nodes]
+        width = doubled * np.sqrt(np.log(max(self.step_count, 1)) / pulled)
+        bound = self._sums.take(place) / pulled - width - self._slack.take(place)
         return np.where(count > 0, bound, -np.inf)
 
     def _refresh(self, path: IntArray) -> None:
-        """Give the path's inner nodes their witnesses, from the arm up."""
-        for node in path[:, -2::-1].T:  # (D,) at a time
-            inner = self.arms.tasks[node] < 0
-            pair = np.where(inner[:, None], self.arms.children[node], node[:, None])
-            value, attained = self._evaluate(pair)
-            self.node_visits += 2 * int(inner.sum())
-            best = np.where(value[:, 1] < value[:, 0], attained[:, 1], attained[:, 0])
-            self._witness[self._rows, node] = np.where(inner, best, node)
+        """Give the path's inner nodes their witnesses, from the arm up.
+
+        A node on the path differs from before in its own bound and in what the path's next node has become; the
+        other child is as it was. All bounds are therefore evaluated at once. Where a short path repeats its
+        arm, every choice is between the arm and itself.
+        """
+        depth = path.shape[1] - 1
+        parents, chosen = path[:, :-1], path[:, 1:]  # (D, depth)
+        self.node_visits += 4 * int((self.arms.tasks[parents] < 0).sum())  # two on the way down, two up
+        pair = self._below[parents]  # (D, depth, 2)
+        second = pair[:, :, 1] == chosen
+        other = np.where(second, pair[:, :, 0], pair[:, :, 1])
+        witness = self._witness[self._rows[:, None], other]
+        bound = self._own_bound(np.concatenate([path, other, witness], axis=1), 2.0 * self.sigma()[:, None])
+        own, other_own, other_below = np.split(bound, [depth + 1, 2 * depth + 1], axis=1)
+        other_value = np.maximum(other_own, other_below)
+        other_attained = np.where(other_own >= other_below, other, witness)
+        value, attained = own[:, -1], path[:, -1]
+        for level in range(depth - 1, -1, -1):  # the first child wins a tie
+            rival = other_value[:, level]
+            wins = np.where(second[:, level], value < rival, value <= rival)
+            below, best = np.where(wins, value, rival), np.where(wins, attained, other_attained[:, level])
+            self._witness[self._rows, parents[:, level]] = best
+            value = np.maximum(own[:, level], below)
+            attained = np.where(own[:, level] >= below, parents[:, level], best)
 
     def _path_up(self, arm: IntArray) -> IntArray:
         """Nodes from the arms `(D,)` to the root, which repeats where a path is short."""
@@ -191,7 +208,8 @@ class TreeBandit:
     def _flat_arm(self) -> IntArray:
         """Arm of least LCB in each layer, the lower task of equals."""
         arms = self.arms.arm_of
-        bound = self._own_bound(np.broadcast_to(arms, (self._rows.size, arms.size)))
+        nodes = np.broadcast_to(arms, (self._rows.size, arms.size))
+        bound = self._own_bound(nodes, 2.0 * self.sigma()[:, None])
         self.node_visits += bound.size
         return np.asarray(arms[bound.argmin(axis=1)])
 
@@ -249,7 +267,7 @@ class TreeBandit:
     def lower_bounds(self) -> FloatArray:
         """The exact LCB of every search node, float64 `(D, N)`; its cost grows with `T`."""
         nodes = np.broadcast_to(np.arange(self.arms.tasks.size), self._counts.shape)
-        bound = self._own_bound(nodes)
+        bound = self._own_bound(nodes, 2.0 * self.sigma()[:, None])
         for level in self.arms.levels:
             least = bound[:, self.arms.children[level]].min(axis=2)
             bound[:, level] = np.maximum(bound[:, level], least)
@@ -346,11 +364,11 @@ class TreeBandit:
             raise ValueError(f"bandit: version {meta['version']!r}, expected {FORMAT_VERSION}")
         choices = meta["width"], meta["search"], meta["smoothness"]
         _check_choices(*choices)
-        bandit = cls(tree, width=choices[0], search=choices[1], smoothness=choices[2])
+        arms = SearchArms.from_arrays(arrays, tree)
+        bandit = cls(tree, width=choices[0], search=choices[1], smoothness=choices[2], arms=arms)
         bandit.rng = _generator(meta["rng"])
         for name in _COUNTERS:
             setattr(bandit, name, read_count(meta[name], f"bandit {name}"))
-        bandit._adopt(SearchArms.from_arrays(arrays, tree))
         bandit._restore(arrays)
         return bandit
 

@@ -36,11 +36,15 @@ def inspect_tree(
     if layer is not None and layer >= len(layers):
         raise UsageError(f"--layer {layer}: this project adapts {len(layers)} layers, 0 to {len(layers) - 1}.")
     names = [task.name for task in project.state.tasks]
-    document = task_tree.tree_document(tree, names, layers)
-    views: list[RenderableType] = [task_tree.tree_view(tree, names, layers, depth)]
-    if len(names) > 1:
-        views.append(task_tree.distance_table(tree, names, layer, layers))
-    if layer is not None:
+    # Of 1,000 tasks either takes seconds, so that only what is shown is made.
+    as_json = session.output.as_json
+    document = task_tree.tree_document(tree, names, layers) if as_json else {}
+    views: list[RenderableType] = []
+    if not as_json or svg is not None:
+        views.append(task_tree.tree_view(tree, names, layers, depth))
+        if len(names) > 1:
+            views.append(task_tree.distance_table(tree, names, layer, layers))
+    if as_json and layer is not None:
         document["layer"] = {"name": layers[layer], "distances": task_tree.distances(tree, layer).tolist()}
     shared = [f"{task.name} uses {task.adapter}" for task in project.state.tasks if task.adapter != task.directory]
     if shared:

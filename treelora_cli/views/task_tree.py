@@ -10,7 +10,11 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
-from treelora_cli.tree import Tree
+from treelora_cli.tree import Tree, l1_distance
+
+_MANY = 30
+"""Tasks beyond which neither a line that names all of them nor a table with a column for each can be read."""
+_NAMED = 8
 
 
 def tree_view(tree: Tree, names: Sequence[str], layers: Sequence[str], max_depth: int | None) -> RichTree:
@@ -33,6 +37,8 @@ def _node_line(tree: Tree, index: int, names: Sequence[str], layers: Sequence[st
     if not node.children:
         inside = "" if len(node.members) == 1 else f"  (spread {tree.spreads[index].mean():.3f})"
         return f"● {members}{inside}"
+    if len(node.members) > _MANY:  # the leaves below name them all
+        members = ", ".join(names[task] for task in node.members[:_NAMED]) + ", ..."
     return (
         f"{len(node.members)} tasks: {members}\n"
         f"split on {layers[node.layer]} at {node.threshold:.3f}, spread {tree.spreads[index, node.layer]:.3f}"
@@ -59,24 +65,39 @@ def tree_document(tree: Tree, names: Sequence[str], layers: Sequence[str]) -> di
 def distances(tree: Tree, layer: int | None) -> np.ndarray[Any, Any]:
     """Scaled L1 distances between all tasks, (T, T): of one layer, or the mean over layers."""
     count = tree.task_count
+    chosen = range(tree.layer_count) if layer is None else [layer]
     found = np.zeros((count, count))
-    from treelora_cli.tree import l1_distance
-
-    for task in range(count):
-        per_layer = l1_distance(tree.signatures, tree.signatures[task])  # (T, D)
-        found[task] = per_layer.mean(axis=1) if layer is None else per_layer[:, layer]
-    return found
+    for one in chosen:
+        rows = np.ascontiguousarray(tree.signatures[:, one])  # (T, m), small enough to stay in the cache
+        for task in range(count - 1):  # the upper triangle; the lower one is its mirror
+            found[task, task + 1 :] += l1_distance(rows[task + 1 :], rows[task])
+    return (found + found.T) / len(chosen)
 
 
 def distance_table(tree: Tree, names: Sequence[str], layer: int | None, layers: Sequence[str]) -> Table:
-    """Table of ``distances``."""
+    """Table of ``distances``; of many tasks, each one's nearest."""
     where = "mean over layers" if layer is None else layers[layer]
+    if len(names) > _MANY:
+        return _nearest_table(tree, names, layer, where)
     table = Table(title=f"L1 distance of gradient signatures, {where}")
     table.add_column("task")
     for name in names:
         table.add_column(name, justify="right")
     for name, row in zip(names, distances(tree, layer), strict=True):
         table.add_row(name, *(f"{value:.3f}" for value in row))
+    return table
+
+
+def _nearest_table(tree: Tree, names: Sequence[str], layer: int | None, where: str) -> Table:
+    """Table of each task's nearest other task."""
+    table = Table(title=f"Nearest task by L1 distance of gradient signatures, {where}")
+    for heading in ("task", "nearest", "distance"):
+        table.add_column(heading, justify="right" if heading == "distance" else "left")
+    pairs = distances(tree, layer)
+    np.fill_diagonal(pairs, np.inf)
+    for name, row in zip(names, pairs, strict=True):
+        nearest = int(row.argmin())
+        table.add_row(name, names[nearest], f"{row[nearest]:.3f}")
     return table
 
 
