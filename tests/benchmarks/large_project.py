@@ -29,6 +29,7 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 from scale import DEPTH, LAYERS, clustered_signatures
 
+from treelora_cli.backend import DataRequest
 from treelora_cli.bandit import TreeBandit
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project import Commit, Project
@@ -51,7 +52,9 @@ def adapter_files(seed: int) -> dict[str, bytes]:
 
 
 def record_of(name: str) -> dict[str, Any]:
-    return {"name": name, "metric": "accuracy", "train_examples": 100, "nearest": None}
+    data = DataRequest(Path("simulated")).to_json()
+    told = {"name": name, "metric": "accuracy", "precision": "fp32", "device": "cpu"}
+    return {**told, "train_examples": 100, "nearest": None, "data": data}
 
 
 def write_project(root: Path, tasks: int) -> Project:
@@ -92,7 +95,7 @@ def write_project(root: Path, tasks: int) -> Project:
         "bandit.json": json.dumps(facts, indent=1, sort_keys=True).encode(),
     }
     with mock.patch.object(os, "fsync", return_value=None):  # a simulated past need not survive a power cut
-        return project._advance(tuple(entries), {}, contents)
+        return project.advance(tuple(entries), {}, contents)
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
