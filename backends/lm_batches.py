@@ -15,6 +15,8 @@ from treelora_backends.lm_render import Encoded, Ids
 
 T = TypeVar("T")
 
+TOKENS_AT_ONCE = 4096
+"""Tokens of a batch of inputs that are only read."""
 _BUCKET_BATCHES = 16
 """Batches whose examples are sorted by length together."""
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from treelora_backends.lm_batches import collate, shuffled_batches
 from treelora_backends.lm_memory import describe
 from treelora_backends.lm_predictor import LmPredictor
+from treelora_backends.lm_steps import LmSteps
 from treelora_backends.lm_task import LmTask
 
 from treelora_cli import adapters
@@ -20,7 +21,7 @@ from treelora_cli.backend import Learned, Memory, Score, TaskMemory
 from treelora_cli.config import Config
 from treelora_cli.contender_heads import AlignSettings, Gaussian, align, covariance_root
 from treelora_cli.data.text import TextExample
-from treelora_cli.errors import DataError, UsageError
+from treelora_cli.errors import DataError
 from treelora_cli.heads import LinearHead
 
 if TYPE_CHECKING:
@@ -29,13 +30,12 @@ if TYPE_CHECKING:
     from treelora_cli.backend import ContenderModel
 
 _FLOAT = 4
-_TRIAL_EXAMPLES = 4
 _SHRINKAGE = 0.1
 """Share of the mean variance in the routing covariance: features outnumber examples."""
 _ROUTING = AlignSettings(epochs=20)
 
 
-class PlainLmSession:
+class PlainLmSession(LmSteps):
     """Meets ``Session``: whole batches through the whole model; the loss is on the answers.
 
     Args:
@@ -47,26 +47,20 @@ class PlainLmSession:
 
     def __init__(self, base: CausalLmBase, tasks: Sequence[LmTask], config: Config, index: int) -> None:
         assert config.train.batch_size is not None and config.seed is not None
-        self.base = base
         self.tasks = tasks
-        self.batch_size: int = config.train.batch_size
-        self.seed: int = config.seed * 10_007 + index  # as LmSession's, so that everyone sees the same order
         self.examples = [one for task in tasks for one in task.train]
         if not self.examples:
             raise DataError("No training examples.")
-        self.lengths = [len(one) for one in self.examples]
+        lengths = [len(one) for one in self.examples]
+        seed = config.seed * 10_007 + index  # as LmSession's, so that everyone sees the same order
+        super().__init__(base, lengths, len(lengths), config.train.batch_size, seed)
         if config.train.grad_checkpointing:
-            try:
-                base.lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-            except ValueError as error:
-                raise UsageError(f"grad_checkpointing: {error}") from error
+            self.checkpoint_gradients("grad_checkpointing")
 
     def trial_loss(self) -> Tensor:
         """Return the loss of a few examples of middling length."""
         self.base.network.eval()
-        order = sorted(range(len(self.examples)), key=lambda place: self.lengths[place])
-        middle = max(0, len(order) // 2 - _TRIAL_EXAMPLES // 2)
-        return self._loss(order[middle : middle + _TRIAL_EXAMPLES])
+        return self.loss_of(self.trial_places())
 
     def prepare(self) -> None:
         """Nothing is computed ahead."""
@@ -76,32 +70,14 @@ class PlainLmSession:
         self.base.network.eval()
         batches = shuffled_batches(self.lengths, self.steps_per_epoch, self.seed * 7919)
         for places, _ in zip(batches, range(count), strict=False):
-            yield self._loss(places)
+            yield self.loss_of(places)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass."""
-        return -(-len(self.examples) // self.batch_size)
-
-    def batches(self, epoch: int) -> Iterator[list[int]]:
-        """Yield the places of each step's examples, in the order of ``LmSession``."""
-        yield from shuffled_batches(self.lengths, self.steps_per_epoch, self.seed * 104_729 + epoch)
-
-    def loss(self, batch: list[int]) -> Tensor:
-        """Mean cross-entropy over the answers' tokens."""
-        if not self.base.network.training:
-            self.base.network.train()
-        return self._loss(batch)
-
-    def _loss(self, places: Sequence[int]) -> Tensor:
+    def loss_of(self, places: Sequence[int]) -> Tensor:
+        """Return the mean loss over the labels of some examples, with dropout as it is set."""
         chosen = [self.examples[place] for place in places]
         labelled = collate(chosen, self.base.encoder.pad_id).to(self.base.lm.device)
         with self.base.runtime.autocast():
             return self.base.lm.loss(labelled)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Nothing is trained beyond the adapter."""
-        return []
 
     def finish(self) -> Learned:
         """Nothing is handed over: the contender reads what it needs."""
@@ -140,7 +116,7 @@ class AnswerContender:
 
     def kept_bytes(self) -> int:
         """One adapter."""
-        return _adapter_bytes(self.base)
+        return adapters.slot_bytes(self.base.network, self.base.layers)
 
 
 class RoutedLmContender:
@@ -215,7 +191,9 @@ class RoutedLmContender:
         """All adapters, the head, the means and the pooled scatter."""
         heads = self.identity.weight.numel() + self.identity.bias.numel() + sum(len(mean) for mean in self.means)
         scatter = self.scatter.numel() * self.scatter.element_size()
-        return _adapter_bytes(self.base) * len(self.memory.tasks) + _FLOAT * heads + scatter
+        return (
+            adapters.slot_bytes(self.base.network, self.base.layers) * len(self.memory.tasks) + _FLOAT * heads + scatter
+        )
 
 
 def _nothing() -> Memory:
@@ -231,11 +209,6 @@ def _with_tasks(base: CausalLmBase, memory: Memory, tasks: Sequence[LmTask]) -> 
         one = TaskMemory(name, task.labels, task.metric, lambda: trained, lambda tensors=tensors: tensors)
         memory = memory.with_task(one, {})
     return memory
-
-
-def _adapter_bytes(base: CausalLmBase) -> int:
-    pairs = adapters.slot_parameters(base.network, base.layers)
-    return _FLOAT * sum(down.numel() + up.numel() for down, up in pairs)
 
 
 _HEADS: dict[str, Callable[[CausalLmBase], ContenderModel]] = {"answer": AnswerContender, "routed": RoutedLmContender}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from treelora_backends.lm_batches import by_length, pad
+from treelora_backends.lm_batches import TOKENS_AT_ONCE, by_length, pad
 from treelora_backends.lm_network import LmNetwork
 from treelora_backends.lm_render import Encoder
 
@@ -25,7 +25,6 @@ from treelora_cli.heads import FeatureMap, RidgeStatistics, pack_symmetric, unpa
 from treelora_cli.runtime import Runtime
 
 _CPU = torch.device("cpu")
-_TOKENS_AT_ONCE = 4096
 _CACHED_BYTES = 64 * 1024**2
 _RIDGE = 0.1
 """Ridge penalty, as a share of the mean eigenvalue."""
@@ -48,7 +47,7 @@ class FeatureReader:
         found = {content: self._known[precision, content] for content in wanted if (precision, content) in self._known}
         fresh = [content for content in wanted if content not in found]
         ids = [self.encoder.content_ids(content) for content in fresh]
-        batches = list(by_length(ids, len, _TOKENS_AT_ONCE))
+        batches = list(by_length(ids, len, TOKENS_AT_ONCE))
         self.wrapped.eval()
         with adapters.base_only(self.wrapped):
             for rows in self.runtime.reporter.track(batches, description, len(batches)):

@@ -9,18 +9,20 @@ Symbols: ``B`` examples, ``T`` tokens, ``C`` width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from treelora_backends.kept import room
-from treelora_backends.lm_batches import LabelledBatch, by_length, collate, pad, shuffled_batches
+from treelora_backends.lm_batches import TOKENS_AT_ONCE, LabelledBatch, by_length, collate, pad, shuffled_batches
 from treelora_backends.lm_memory import describe
+from treelora_backends.lm_render import Ids
 from treelora_backends.lm_router import TaskRouter
+from treelora_backends.lm_steps import LmSteps
 from treelora_backends.lm_task import LmTask
 
 from treelora_cli.backend import Learned, Memory
@@ -30,42 +32,33 @@ from treelora_cli.errors import DataError, UsageError
 if TYPE_CHECKING:
     from treelora_backends.hf_causal_lm import CausalLmBase
 
-_TRIAL_EXAMPLES = 4
-_TOKENS_AT_ONCE = 4096
-"""Tokens of a batch without gradients."""
 _TOKENS_KEPT = {"cpu": 1024}
 _TOKENS_KEPT_ELSEWHERE = 16_384
 """Tokens whose activations are kept for the backward pass; those of a larger batch are computed twice."""
 
 
-class LmSession:
+class LmSession(LmSteps):
     """Meets ``Session``."""
 
     def __init__(self, base: CausalLmBase, task: LmTask, memory: Memory, config: Config) -> None:
         if not task.train:
             raise DataError("No training examples.")
-        self.base = base
+        assert config.train.batch_size is not None and config.seed is not None
         self.task = task
         self.runtime = base.runtime
-        assert config.train.batch_size is not None and config.seed is not None
-        self.batch_size: int = config.train.batch_size
-        self.seed: int = config.seed * 10_007 + len(memory.tasks)
         self.own = self.runtime.share(list(range(task.train_size)))
+        lengths = [len(task.train[index]) for index in self.own]
+        seed = config.seed * 10_007 + len(memory.tasks)
+        super().__init__(base, lengths, task.train_size, config.train.batch_size, seed)
         processes = self.runtime.accelerator.num_processes
         if self.steps_per_epoch > task.train_size // processes:
-            raise UsageError(f"--batch-size {self.batch_size} leaves some of {processes} processes without an example.")
-        self.lengths = [len(task.train[index]) for index in self.own]
+            raise UsageError(
+                f"--batch-size {config.train.batch_size} leaves some of {processes} processes without an example."
+            )
         self.router = TaskRouter.restore(memory, config)
         self._entering: list[Tensor] = []
-        self._set_checkpointing(bool(config.train.grad_checkpointing))
-
-    def _set_checkpointing(self, wanted: bool) -> None:
-        if not wanted:
-            return
-        try:
-            self.base.lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-        except ValueError as error:
-            raise UsageError(f"--grad-checkpointing: {error}") from error
+        if config.train.grad_checkpointing:
+            self.checkpoint_gradients("--grad-checkpointing")
 
     def _collated(self, places: list[int]) -> LabelledBatch:
         """Return this process's examples at ``places``, padded, on the device."""
@@ -77,9 +70,7 @@ class LmSession:
     def trial_loss(self) -> Tensor:
         """Return the loss of a few examples of middling length."""
         self.base.network.eval()
-        order = sorted(range(len(self.own)), key=lambda place: self.lengths[place])
-        middle = max(0, len(order) // 2 - _TRIAL_EXAMPLES // 2)
-        return self.base.lm.loss(self._collated(order[middle : middle + _TRIAL_EXAMPLES]))
+        return self.base.lm.loss(self._collated(self.trial_places()))
 
     def prepare(self) -> None:
         """Run the frozen blocks once: features by which this task's inputs will be told, and where training enters."""
@@ -96,9 +87,8 @@ class LmSession:
         """Keep the states that enter the adapted blocks; returns the features found on the way, by place."""
         lm, encoder = self.base.lm, self.base.encoder
         tokens = [np.concatenate([one.prompt, one.answer]) for one in (self.task.train[index] for index in self.own)]
-        inputs = [encoder.content_ids(self.task.listing.train[index].content) for index in self.own]
-        whole = [bool(np.array_equal(ids[: len(given)], given)) for ids, given in zip(tokens, inputs, strict=True)]
-        batches = list(by_length(tokens, len, _TOKENS_AT_ONCE))
+        inputs = self._leading_inputs(tokens) if lm.read_once else {}
+        batches = list(by_length(tokens, len, TOKENS_AT_ONCE))
         features: dict[int, Tensor] = {}
         starts = np.cumsum([0, *(len(ids) for ids in tokens)])
         kept: Tensor | None = None
@@ -115,10 +105,19 @@ class LmSession:
             for row, place in enumerate(places):
                 self._entering[place].copy_(states[row, : len(tokens[place])])
             if reading is not None:
-                lengths = torch.tensor([min(len(inputs[p]), len(tokens[p])) for p in places], device=lm.device)
+                lengths = torch.tensor([inputs.get(place, 1) for place in places], device=lm.device)
                 found = lm.features(reading, lengths).cpu()
-                features |= {place: found[row] for row, place in enumerate(places) if whole[place]}
+                features |= {place: found[row] for row, place in enumerate(places) if place in inputs}
         return features
+
+    def _leading_inputs(self, tokens: Sequence[Ids]) -> dict[int, int]:
+        """Return the length of each input with which its rendered example begins, by place."""
+        found = {}
+        for place, ids in enumerate(tokens):
+            given = self.base.encoder.content_ids(self.task.listing.train[self.own[place]].content)
+            if np.array_equal(ids[: len(given)], given):
+                found[place] = len(given)
+        return found
 
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield language-model losses of mini-batches, without dropout."""
@@ -130,40 +129,25 @@ class LmSession:
                 if drawn == count:
                     return
                 drawn += 1
-                yield self._loss(places)
+                yield self.loss_of(places)
 
     # -- training -------------------------------------------------------------------------------------
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass."""
-        return -(-self.task.train_size // self.batch_size)
-
-    def batches(self, epoch: int) -> Iterator[list[int]]:
-        """Yield places in this process's share for each step."""
-        yield from shuffled_batches(self.lengths, self.steps_per_epoch, self.seed * 104_729 + epoch)
-
-    def loss(self, batch: list[int]) -> Tensor:
-        """Mean cross-entropy over the answers' tokens."""
-        if not self.base.network.training:
-            self.base.network.train()
-        return self._loss(batch)
-
-    def _loss(self, places: list[int]) -> Tensor:
+    def loss_of(self, places: list[int]) -> Tensor:
         """Return the mean loss over a batch's labels; of a large one, parts are kept in memory in turn."""
         most = _TOKENS_KEPT.get(self.base.lm.device.type, _TOKENS_KEPT_ELSEWHERE)
         parts = [[places[row] for row in rows] for rows in by_length(places, lambda one: self.lengths[one], most)]
         with self.runtime.autocast():
             if len(parts) == 1:
-                return self._loss_of(parts[0])
+                return self._loss_of_part(parts[0])
             labels = sum(len(self.task.train[self.own[place]].answer) for place in places)
             losses = []
             for part in parts:
                 share = sum(len(self.task.train[self.own[place]].answer) for place in part) / labels
-                losses.append(checkpoint(self._loss_of, part, use_reentrant=False) * share)
+                losses.append(checkpoint(self._loss_of_part, part, use_reentrant=False) * share)
             return torch.stack(losses).sum()
 
-    def _loss_of(self, places: list[int]) -> Tensor:
+    def _loss_of_part(self, places: list[int]) -> Tensor:
         """Return the mean loss over the labels of some examples, from where training enters."""
         labelled = self._collated(places)
         if not self._entering:
@@ -171,10 +155,6 @@ class LmSession:
         states = pad_sequence([self._entering[place] for place in places], batch_first=True)
         with self.base.lm.entered(states.to(self.base.lm.device, self.base.lm.state_dtype)):
             return self.base.lm.loss(labelled)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Nothing is trained beyond the adapter."""
-        return []
 
     # -- after training -------------------------------------------------------------------------------
 

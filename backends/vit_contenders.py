@@ -86,7 +86,9 @@ class LinearContender:
 
     def kept_bytes(self) -> int:
         """One adapter and the head."""
-        return _adapter_bytes(self.base) + _FLOAT * (self.head.weight.numel() + self.head.bias.numel())
+        return adapters.slot_bytes(self.base.network, self.base.layers) + _FLOAT * (
+            self.head.weight.numel() + self.head.bias.numel()
+        )
 
 
 class AlignedContender:
@@ -199,9 +201,9 @@ class RoutedContender:
 
     def kept_bytes(self) -> int:
         """All adapters, the heads, and each class's two means and covariances."""
-        shared = self.linear.kept_bytes() - _adapter_bytes(self.base)
+        shared = self.linear.kept_bytes() - adapters.slot_bytes(self.base.network, self.base.layers)
         heads = sum(_FLOAT * (head.weight.numel() + head.bias.numel()) for head in (self.identity, self.prediction))
-        adapted = _adapter_bytes(self.base) * len(self.adapters)
+        adapted = adapters.slot_bytes(self.base.network, self.base.layers) * len(self.adapters)
         return shared + heads + adapted + _gaussian_bytes([*self.bare, *self.adapted])
 
 
@@ -254,7 +256,9 @@ class RidgeContender:
     def kept_bytes(self) -> int:
         """One adapter, the projection, the Gram matrix and the classes' sums."""
         tensors = (self.ridge.projection, self.ridge.gram, self.ridge.sums)
-        return _adapter_bytes(self.base) + _FLOAT * sum(tensor.numel() for tensor in tensors)
+        return adapters.slot_bytes(self.base.network, self.base.layers) + _FLOAT * sum(
+            tensor.numel() for tensor in tensors
+        )
 
 
 class MeanContender:
@@ -298,11 +302,6 @@ class MeanContender:
     def kept_bytes(self) -> int:
         """The means."""
         return _FLOAT * self.means.numel()
-
-
-def _adapter_bytes(base: VitBase) -> int:
-    pairs = adapters.slot_parameters(base.network, base.layers)
-    return _FLOAT * sum(down.numel() + up.numel() for down, up in pairs)
 
 
 def _gaussian_bytes(gaussians: Iterable[Gaussian]) -> int:

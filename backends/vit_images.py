@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +120,15 @@ class ImageTask:
     def test_size(self) -> int:
         """Held-out images."""
         return len(self.test)
+
+
+def shuffled_views(count: int, views: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (rows, views) of each step of an epoch, both (B,): every image once, each in one view drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    drawn = torch.randint(views, (count,), generator=generator)
+    for rows in order.tensor_split(steps):
+        yield rows, drawn[rows]
 
 
 def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter: Reporter) -> ImageTask:

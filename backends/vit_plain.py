@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from treelora_backends.vit_images import ImageTask, Pictures
+from treelora_backends.vit_images import ImageTask, Pictures, shuffled_views
 
 from treelora_cli.backend import Learned, Score
 from treelora_cli.config import Config
@@ -131,11 +131,8 @@ class PlainSession:
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of each step, both (B,), in the order of ``VitSession``."""
-        generator = torch.Generator().manual_seed(self.seed * 104_729 + epoch)
-        order = torch.randperm(len(self.pictures), generator=generator)
-        views = torch.randint(_VIEWS, (len(self.pictures),), generator=generator)
-        for rows in order.tensor_split(self.steps_per_epoch):
-            yield rows, views[rows]
+        seed = self.seed * 104_729 + epoch
+        yield from shuffled_views(len(self.pictures), _VIEWS, self.steps_per_epoch, seed)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the tasks' own classes."""

@@ -16,6 +16,7 @@ Scores of all classes seen so far come from one linear head whose earlier rows a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -59,7 +60,7 @@ class PromptSettings:
     expert_blocks: tuple[int, ...] = (2, 3, 4)
 
 
-class PromptLearner:
+class PromptLearner(ABC):
     """What both methods share: queries, the head, the loop, scores.
 
     Args:
@@ -127,21 +128,21 @@ class PromptLearner:
 
     # -- what each method says ------------------------------------------------------------------------
 
+    @abstractmethod
     def _begin(self) -> None:
         """Prepare for one more task."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _trained(self) -> list[nn.Parameter]:
         """Prompts and keys that the current task trains."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _kept(self) -> list[nn.Parameter]:
         """All prompts and keys."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prompted(self, images: Tensor, queries: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
         """Features (B, C) of the prompted network and the mean distance of queries to their chosen keys."""
-        raise NotImplementedError
 
     # -- the frozen network ---------------------------------------------------------------------------
 

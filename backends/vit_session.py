@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from treelora_backends.kept import room
 from treelora_backends.vit_heads import SharedHead, columns_of
-from treelora_backends.vit_images import ImageTask
+from treelora_backends.vit_images import ImageTask, shuffled_views
 from treelora_backends.vit_single import extended_statistics, solved_blocks
 from treelora_backends.vit_trunk import Cut
 
@@ -164,11 +164,7 @@ class VitSession:
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of each step, both (B,)."""
-        generator = torch.Generator().manual_seed(self.seed * 104_729 + epoch)
-        order = torch.randperm(len(self.own), generator=generator)
-        views = torch.randint(self.views, (len(self.own),), generator=generator)
-        for rows in order.tensor_split(self.steps_per_epoch):
-            yield rows, views[rows]
+        yield from shuffled_views(len(self.own), self.views, self.steps_per_epoch, self.seed * 104_729 + epoch)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the task's own classes."""

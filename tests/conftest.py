@@ -44,6 +44,29 @@ _COLOURS = {
 }
 
 
+_TWO_TASKS = """# Two small tasks.
+backend: vit
+base:
+  model: {model}
+  weights: {weights}
+  model_args: {arguments}
+adapter: {adapter}
+head: {{width: 64, merged: mean}}
+train: {{epochs: 1, batch_size: 8, precision: fp32}}
+stream:
+  data: {data}
+  tasks:
+    - {{name: warm, path: warm}}
+    - {{name: cold, path: cold, epochs: 2}}
+"""
+
+
+def two_task_recipe(weights: Path, data: Path, *, adapter: str) -> str:
+    """A recipe of the tasks ``warm`` and ``cold`` under ``data``; ``adapter`` is the section in YAML."""
+    arguments = json.dumps(MODEL_ARGS)
+    return _TWO_TASKS.format(model=MODEL, weights=weights, arguments=arguments, adapter=adapter, data=data)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command left: exit code, standard output, standard error."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MODEL, MODEL_ARGS, Cli, make_images, run_python
+from conftest import Cli, make_images, run_python, two_task_recipe
 from test_bad_input import check_error
 from test_causal_lm import save_model
 
@@ -22,29 +22,13 @@ from treelora_cli.methods.catalogue import CONTENDERS
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.views.comparison import size
 
-_RECIPE = """# Two small tasks.
-backend: vit
-base:
-  model: {model}
-  weights: {weights}
-  model_args: {arguments}
-adapter: {{rank: 2, alpha: 4}}
-head: {{width: 64, merged: mean}}
-train: {{epochs: 1, batch_size: 8, precision: fp32}}
-stream:
-  data: {data}
-  tasks:
-    - {{name: warm, path: warm}}
-    - {{name: cold, path: cold, epochs: 2}}
-"""
-
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
     root = tmp_path_factory.mktemp("recipe")
     make_images(root / "data" / "warm", ("red", "yellow"))
     make_images(root / "data" / "cold", ("blue", "green", "cyan"))
-    text = _RECIPE.format(model=MODEL, weights=weights, arguments=json.dumps(MODEL_ARGS), data=root / "data")
+    text = two_task_recipe(weights, root / "data", adapter="{rank: 2, alpha: 4}")
     (root / "small.yaml").write_text(text)
     return root / "small.yaml"
 

@@ -6,33 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import MODEL, MODEL_ARGS, Cli, learned_hashes, make_images
+from conftest import Cli, learned_hashes, make_images, two_task_recipe
 from test_bad_input import check_error
 
 from treelora_cli.trainer import Trainer
 
 _DIRECTORIES = ("001-warm", "002-cold")
-_RECIPE = """# Two small tasks.
-backend: vit
-base:
-  model: {model}
-  weights: {weights}
-  model_args: {arguments}
-adapter: {{rank: 4, alpha: 8}}
-head: {{width: 64, merged: mean}}
-train: {{epochs: 1, batch_size: 8, precision: fp32}}
-stream:
-  data: {data}
-  tasks:
-    - {{name: warm, path: warm}}
-    - {{name: cold, path: cold, epochs: 2}}
-"""
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, weights: Path, data: Path) -> Path:
     path = tmp_path / "small.yaml"
-    text = _RECIPE.format(model=MODEL, weights=weights, arguments=json.dumps(MODEL_ARGS), data=data)
+    text = two_task_recipe(weights, data, adapter="{rank: 4, alpha: 8}")
     path.write_text(text)
     return path
 

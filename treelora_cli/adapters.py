@@ -121,6 +121,11 @@ def slot_parameters(network: nn.Module, layers: Sequence[str]) -> list[tuple[nn.
     return pairs
 
 
+def slot_bytes(network: nn.Module, layers: Sequence[str]) -> int:
+    """Return the bytes of one adapter in float32."""
+    return 4 * sum(down.numel() + up.numel() for down, up in slot_parameters(network, layers))
+
+
 def read_slot(network: nn.Module, layers: Sequence[str], scale: float) -> AdapterWeights:
     """Copy the slot's weights to the CPU in float32."""
     pairs = slot_parameters(network, layers)

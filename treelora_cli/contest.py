@@ -24,18 +24,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from treelora_cli import adapters
 from treelora_cli.comparison import Run, write_result
 from treelora_cli.config import AdapterConfig, Config, TrainConfig, load_config, overlay, resolve
 from treelora_cli.errors import UsageError
+from treelora_cli.methods.base import TaskContext
 from treelora_cli.methods.catalogue import CONTENDERS, OURS, choose_head
 from treelora_cli.metrics import ScoreMatrix
+from treelora_cli.records import peak_bytes, versions
+from treelora_cli.registry import load_backend
+from treelora_cli.runtime import Runtime, choose_precision, open_runtime
 from treelora_cli.stream import PlannedTask, StreamRequest, plan_stream, run_stream
+from treelora_cli.trainer import Trainer, TrainSettings
+from treelora_cli.views.console import Output
+from treelora_cli.workspace import load_base
 
 if TYPE_CHECKING:
     from treelora_cli.backend import Base, ContenderModel, Session, TaskData
     from treelora_cli.learn import TaskReport
-    from treelora_cli.methods.base import Contender, TaskContext
-    from treelora_cli.runtime import Runtime
+    from treelora_cli.methods.base import Contender
     from treelora_cli.trainer import TrainReport
 
 _NOT_TRAINING = ("read", "evaluate")
@@ -54,10 +63,8 @@ class MemoryWatch:
 
     def start(self) -> None:
         """Note what is held now; where the system lets it, forget the peak of loading."""
-        import torch
-
         gc.collect()
-        self.base_bytes = _status("VmRSS") or _peak_bytes()
+        self.base_bytes = _status("VmRSS") or peak_bytes()
         with suppress(OSError):  # where that fails the peak includes loading, which only overstates it
             Path("/proc/self/clear_refs").write_text("5")
         if self.runtime.device.type == "cuda":
@@ -66,9 +73,7 @@ class MemoryWatch:
 
     def peaks(self) -> dict[str, int | None]:
         """Return the peaks as the result file names them, in bytes."""
-        import torch
-
-        peak = _status("VmHWM") or _peak_bytes()
+        peak = _status("VmHWM") or peak_bytes()
         cuda = torch.cuda.max_memory_allocated() - self._cuda_base if self.runtime.device.type == "cuda" else None
         return {"base_bytes": self.base_bytes, "peak_bytes": max(0, peak - self.base_bytes), "cuda_peak_bytes": cuda}
 
@@ -80,12 +85,6 @@ def _status(key: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
-
-
-def _peak_bytes() -> int:
-    from treelora_cli.records import peak_bytes
-
-    return peak_bytes()
 
 
 # -- the two kinds of run --------------------------------------------------------------------------
@@ -106,7 +105,7 @@ def run_project(run: Run, request: StreamRequest, runtime: Runtime) -> dict[str,
         "seconds": seconds,
         "task_seconds": {report.name: _training(report.seconds) for report in reports},
         "train_seconds": _training(seconds),
-        "kept_bytes": sum(file.size for file in project.state.files.values()),
+        "kept_bytes": project.total_bytes(),
         "trained_parameters": max(record["trained_parameters"] for record in records),
         "steps": sum(report.steps for report in reports),
         "precision": records[-1]["precision"],
@@ -173,16 +172,18 @@ class Contest:
         return self.model.evaluate(task).value if task.test_size else None
 
     def _train(self, data: Sequence[TaskData], config: Config) -> TrainReport:
-        from treelora_cli import adapters
-        from treelora_cli.trainer import Trainer
-
         session = self.model.session(data, config)
         session.prepare()
         context = self._context(session)
         if self._index == 0:
-            self._choose_precision(session, context)
+            adapters.write_slot(self.base.network, context.fresh)
+            ups = [up for _, up in context.slot]
+            wanted = str(self.config.train.precision)
+            self.runtime.precision = choose_precision(self.runtime, wanted, session.trial_loss, ups)
         adapters.write_slot(self.base.network, self.strategy.begin(context))
-        trainer = Trainer(session, self.strategy, context.slot, self._train_settings(config), self.runtime)
+        trainer = Trainer(
+            session, self.strategy, context.slot, TrainSettings.of(config.train, self._seed()), self.runtime
+        )
         report = trainer.run(lambda _step, _tensors: None)
         self.strategy.end(context)
         self.model.learned()
@@ -190,9 +191,6 @@ class Contest:
         return report
 
     def _context(self, session: Session) -> TaskContext:
-        from treelora_cli import adapters
-        from treelora_cli.methods.base import TaskContext
-
         assert self.config.adapter.rank is not None and self.config.adapter.alpha is not None
         scale = self.config.adapter.alpha / self.config.adapter.rank
         network, layers = self.base.network, self.base.layers
@@ -210,33 +208,6 @@ class Contest:
         assert self.config.seed is not None
         return self.config.seed * 10_007 + self._index
 
-    def _choose_precision(self, session: Session, context: TaskContext) -> None:
-        """Choose the arithmetic as ``treelora`` does: as told, or the one that measures faster."""
-        import torch
-
-        from treelora_cli import adapters
-        from treelora_cli.runtime import measure_precision
-
-        wanted = str(self.config.train.precision)
-        if wanted != "auto":
-            self.runtime.precision = wanted
-            return
-        adapters.write_slot(self.base.network, context.fresh)
-        ups = [up for _, up in context.slot]
-
-        def step() -> None:
-            torch.autograd.grad(session.trial_loss(), ups)
-
-        self.runtime.precision = measure_precision(self.runtime, step)
-
-    def _train_settings(self, config: Config) -> Any:
-        from treelora_cli.trainer import TrainSettings
-
-        train = config.train
-        assert train.epochs is not None and train.lr is not None
-        assert train.weight_decay is not None and train.batch_size is not None
-        return TrainSettings(train.epochs, train.lr, train.weight_decay, train.batch_size, self._seed())
-
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Add the time of what is inside to ``name``; queued work on an accelerator is waited for."""
@@ -248,15 +219,11 @@ class Contest:
 
     def _wait(self) -> None:
         if self.runtime.device.type == "cuda":
-            import torch
-
             torch.cuda.synchronize()
 
 
 def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[str, Any]:
     """Run a contender over the stream and return the result's record."""
-    from treelora_cli.registry import load_backend
-
     recipe = load_config(run.recipe)
     backend = load_backend(overlay(run.flags, recipe).backend or "vit")
     entry = CONTENDERS[run.variant.method]
@@ -264,7 +231,7 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
     config = contender_config(run, resolve(run.flags, recipe, backend.defaults()), head)
     config = dataclasses.replace(config, base=backend.resolve_base(config.base, offline=runtime.offline))
     tasks = plan_stream(request)
-    base = backend.load(config, runtime)
+    base = load_base(backend, config, runtime)
     watch = MemoryWatch(runtime)
     watch.start()
     contest = Contest(base, base.contender(head, config), entry.make(len(tasks)), config, runtime)
@@ -304,10 +271,6 @@ def contender_config(run: Run, config: Config, head: str) -> Config:
 
 def perform(run: Run) -> None:
     """Do a run and write its result."""
-    from treelora_cli.records import versions
-    from treelora_cli.runtime import open_runtime
-    from treelora_cli.views.console import Output
-
     started = time.perf_counter()
     runtime = open_runtime(run.device, offline=run.offline, reporter=Output(as_json=False, quiet=False))
     request = StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False)

@@ -124,7 +124,7 @@ class RidgeStatistics:
         fresh = cls.empty(width, columns, device, gram if alone else None)
         for part, labels in phi:
             fresh.add(part, labels)
-        total = fresh.gram if runtime.accelerator.num_processes == 1 else runtime.sum(fresh.gram)
+        total = runtime.sum(fresh.gram)
         if gram is not None and not alone:
             total = gram + total
         return cls(total, runtime.sum(fresh.sums), runtime.sum(fresh.counts))

@@ -27,7 +27,7 @@ from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project import Commit, Project
 from treelora_cli.records import adapter_files, peak_bytes, versions
-from treelora_cli.runtime import Runtime, measure_precision
+from treelora_cli.runtime import Runtime, choose_precision
 from treelora_cli.signature import SignatureAccumulator, SketchSpec
 from treelora_cli.trainer import Trainer, TrainReport, TrainSettings
 from treelora_cli.tree import Tree, extend_tree
@@ -170,6 +170,7 @@ class _Learner:
         self.scale = config.adapter.alpha / config.adapter.rank
         self.seed: int = config.seed
         self.memory: Memory = project.memory()
+        self.task_seed = self.seed * 10_007 + len(self.memory.tasks)
         self.tree = project.tree()
         self.method: TreeLora
         self.signature: np.ndarray[Any, Any]
@@ -193,7 +194,7 @@ class _Learner:
         )
         adapters.write_slot(self.base.network, self.method.initial_adapter())
         self.clock.lap("search")
-        trainer = Trainer(session, self.method, slot, self._train_settings(), self.runtime)
+        trainer = Trainer(session, self.method, slot, TrainSettings.of(self.config.train, self.task_seed), self.runtime)
         if resume:
             self._resume(trainer)
         report = trainer.run(lambda step, tensors: self._save_checkpoint(step, tensors, request))
@@ -204,18 +205,10 @@ class _Learner:
         return learned, report
 
     def _choose_precision(self, session: Session, slot: list[Any]) -> None:
-        wanted = self.config.train.precision
-        if wanted != "auto":
-            self.runtime.precision = str(wanted)
-            return
-        ups = [up for _, up in slot]
-
-        def step() -> None:
-            with self.runtime.autocast():
-                loss = session.trial_loss()
-            torch.autograd.grad(loss, ups)
-
-        self.runtime.precision = self._precision_of_last_task() or measure_precision(self.runtime, step)
+        wanted = str(self.config.train.precision)
+        if wanted == "auto":
+            wanted = self._precision_of_last_task() or wanted
+        self.runtime.precision = choose_precision(self.runtime, wanted, session.trial_loss, [up for _, up in slot])
 
     def _precision_of_last_task(self) -> str | None:
         """Return what was measured before on this kind of device: one project, one arithmetic."""
@@ -248,19 +241,7 @@ class _Learner:
             warm_start=str(train.warm_start),
             search=cast("Search", tree.search),
             width=cast("Width", tree.width),
-            seed=self.seed * 10_007 + len(self.memory.tasks),
-        )
-
-    def _train_settings(self) -> TrainSettings:
-        train = self.config.train
-        assert train.epochs is not None and train.lr is not None
-        assert train.weight_decay is not None and train.batch_size is not None
-        return TrainSettings(
-            epochs=train.epochs,
-            lr=train.lr,
-            weight_decay=train.weight_decay,
-            batch_size=train.batch_size,
-            seed=self.seed * 10_007 + len(self.memory.tasks),
+            seed=self.task_seed,
         )
 
     # -- checkpoint -----------------------------------------------------------------------------------

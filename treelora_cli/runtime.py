@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -118,6 +118,22 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
 
 _WORTH_IT = 0.85
 """bf16 is taken when it needs at most this share of the time; a tie must not flip from run to run."""
+
+
+def choose_precision(
+    runtime: Runtime, wanted: str, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]
+) -> str:
+    """Return the arithmetic asked for; for ``auto``, the one in which the gradients of ``loss`` come faster."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    def step() -> None:
+        with runtime.autocast():
+            value = loss()
+        torch.autograd.grad(value, parameters)
+
+    return measure_precision(runtime, step)
 
 
 def measure_precision(runtime: Runtime, step: Callable[[], None]) -> str:

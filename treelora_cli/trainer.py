@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from treelora_cli.backend import Session
+from treelora_cli.config import TrainConfig
 from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError, is_out_of_memory
 from treelora_cli.methods.base import Method, StepView
 from treelora_cli.runtime import Runtime
@@ -46,6 +47,13 @@ class TrainSettings:
     weight_decay: float
     batch_size: int
     seed: int
+
+    @classmethod
+    def of(cls, train: TrainConfig, seed: int) -> TrainSettings:
+        """Return the settings of a complete configuration."""
+        assert train.epochs is not None and train.lr is not None
+        assert train.weight_decay is not None and train.batch_size is not None
+        return cls(train.epochs, train.lr, train.weight_decay, train.batch_size, seed)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def make_project(root: Path, flags: Config, recipe_text: str | None, source: str
     config = resolve(flags, recipe, backend.defaults())
     resolved = backend.resolve_base(config.base, offline=runtime.offline)
     config = dataclasses.replace(config, backend=backend.name, base=resolved)
-    base = _load(backend, config, runtime)
+    base = load_base(backend, config, runtime)
     record = {
         "fingerprint": base.fingerprint,
         "layers": list(base.layers),
@@ -74,13 +74,18 @@ def open_base(project: Project, config: Config, runtime: Runtime) -> Base:
     """
     backend = load_backend(project.state.backend)
     resolved = backend.resolve_base(config.base, offline=runtime.offline)
-    base = _load(backend, dataclasses.replace(config, base=resolved), runtime)
+    base = load_base(backend, dataclasses.replace(config, base=resolved), runtime)
     check_base(project, base)
     return base
 
 
-def _load(backend: Backend, config: Config, runtime: Runtime) -> Base:
-    """Load the base; neither its repository's code nor a pickle is run, also when a recipe or a project asks for it."""
+def load_base(backend: Backend, config: Config, runtime: Runtime) -> Base:
+    """Load a base; neither its repository's code nor a pickle is run, also when a recipe or a project asks for it.
+
+    Raises:
+        ConfigError: A model argument would run code.
+        ModelError: The weights would be unpickled, are missing, or do not fit.
+    """
     refused = sorted(_RUNS_CODE & set(config.base.model_args))
     if refused:
         raise ConfigError(f"model argument '{refused[0]}' is not allowed: code that comes with a model is never run.")

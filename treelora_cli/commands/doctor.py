@@ -48,19 +48,19 @@ def doctor(
 
 
 def _show(session: Session, project: Project, facts: dict[str, Any], report: Repair | None, notes: list[str]) -> None:
-    from treelora_cli.project import trash, works
+    from treelora_cli.project import trash, whole_tasks, works
 
     damaged = project.damage()
-    usable, thrown = works(project, damaged), trash(project)
+    usable, thrown, trash_damaged = works(project, damaged), trash(project), project.history.damage()
     document: dict[str, Any] = {
         "machine": facts,
         "project": str(project.root),
         "files": len(project.state.files),
         "damaged": damaged,
-        "tasks_whole": project.whole_tasks(project.state, damaged),
+        "tasks_whole": whole_tasks(project.state, damaged),
         "works": usable,
         "trash": [{"tasks": list(e.tasks), "since": e.since, "bytes": size} for e, size in thrown],
-        "trash_damaged": project.history.damage(),
+        "trash_damaged": trash_damaged,
         "repair": None if report is None else {k: v for k, v in vars(report).items() if k != "notes"},
         "notes": notes + ([] if report is None else report.notes),
     }
@@ -69,7 +69,7 @@ def _show(session: Session, project: Project, facts: dict[str, Any], report: Rep
         parts = {"Restored": report.restored, "Rebuilt": report.rebuilt, "Dropped": report.dropped}
         lines += [f"{verb}: {', '.join(names)}" for verb, names in parts.items() if names] or ["Nothing to repair."]
     lines += [f"{name}: {problem}" for name, problem in damaged.items()] or ["Every file is whole."]
-    lines += [f"{name}: unreadable; nothing of the trash is deleted." for name in project.history.damage()]
+    lines += [f"{name}: unreadable; nothing of the trash is deleted." for name in trash_damaged]
     for entry, size in thrown:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.since))
         lines.append(f"In the trash since {when}: {', '.join(entry.tasks)} ({size / 2**20:.1f} MiB).")

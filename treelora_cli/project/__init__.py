@@ -1,7 +1,7 @@
 """The project directory: the only package that reads or writes it."""
 
 from treelora_cli.project.commit import Commit
-from treelora_cli.project.health import history_bytes, trash, works
+from treelora_cli.project.health import history_bytes, trash, whole_tasks, works
 from treelora_cli.project.project import Project, check_task_name
 from treelora_cli.project.repair import Repair, find_lost_state, repair, restore_state
 from treelora_cli.project.state import State, TaskEntry
@@ -18,5 +18,6 @@ __all__ = [
     "repair",
     "restore_state",
     "trash",
+    "whole_tasks",
     "works",
 ]

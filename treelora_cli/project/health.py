@@ -7,7 +7,13 @@ from typing import Any
 
 from treelora_cli.project.history import Undone
 from treelora_cli.project.project import STATE, Project
-from treelora_cli.project.state import parse_state
+from treelora_cli.project.state import State, parse_state
+
+
+def whole_tasks(state: State, damaged: Mapping[str, str]) -> list[str]:
+    """Return the tasks whose own files, adapter included, are not among the damaged."""
+    folders = [(task.name, (f"{task.directory}/", f"{task.adapter}/adapter_")) for task in state.tasks]
+    return [name for name, prefixes in folders if not any(file.startswith(prefixes) for file in damaged)]
 
 
 def works(project: Project, damaged: Mapping[str, str]) -> dict[str, Any]:
@@ -19,7 +25,7 @@ def works(project: Project, damaged: Mapping[str, str]) -> dict[str, Any]:
     """
     of_tasks = {f"{task.directory}/{name}" for task in project.state.tasks for name in ("task.json", "labels.json")}
     readable = not of_tasks & set(damaged)
-    whole = project.whole_tasks(project.state, damaged) if readable else []
+    whole = whole_tasks(project.state, damaged) if readable else []
     names = [task.name for task in project.state.tasks]
     predict = "head.safetensors" not in damaged and whole == names != []
     before = {name: project.history.before(project.state, name) for name in project.history.reach(project.state)}

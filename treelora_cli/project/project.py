@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from treelora_cli import __version__
 from treelora_cli.config import DEFAULTS, Config, load_config
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from treelora_cli.adapters import AdapterWeights
     from treelora_cli.backend import Memory, TaskMemory
     from treelora_cli.tree import Tree
+
+T = TypeVar("T")
 
 _TASK_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
 _DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt") for n in range(10))}
@@ -280,12 +282,6 @@ class Project:
                 found[name] = "hash mismatch" if "mismatch" in str(error) else "missing"
         return found
 
-    @staticmethod
-    def whole_tasks(state: State, damaged: Mapping[str, str]) -> list[str]:
-        """Return the tasks whose own files, adapter included, are not among the damaged."""
-        folders = [(task.name, (f"{task.directory}/", f"{task.adapter}/adapter_")) for task in state.tasks]
-        return [name for name, prefixes in folders if not any(file.startswith(prefixes) for file in damaged)]
-
     def lock_holder(self) -> str | None:
         """Return who is writing this project, ``None`` when nobody is."""
         return lock_holder(self.root / ".treelora")
@@ -295,18 +291,18 @@ class Project:
         return sum(record.size for record in self.state.files.values())
 
     def _read_tensors(self, name: str) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
         from safetensors.torch import load
 
-        try:
-            return load(self.read(name))
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise DamagedError(f"{name}: {error}. Run treelora doctor.") from error
+        return self._parsed(name, load)
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
         """Return the verified arrays of one of the project's safetensors files."""
-        from safetensors import SafetensorError
         from safetensors.numpy import load
+
+        return self._parsed(name, load)
+
+    def _parsed(self, name: str, load: Callable[[bytes], dict[str, T]]) -> dict[str, T]:
+        from safetensors import SafetensorError
 
         try:
             return load(self.read(name))
