@@ -277,7 +277,7 @@ def _misfit(model: str, error: Exception) -> str:
 def _choose_layers(vit: Any, config: Config) -> tuple[str, ...]:
     """Return the modules to adapt, in network order, in the chosen blocks."""
     count = len(vit.blocks)
-    wanted = -(-count // 3) if config.adapter.blocks is None else config.adapter.blocks or count
+    wanted = -(-count // 6) if config.adapter.blocks is None else config.adapter.blocks or count
     if wanted > count:
         raise UsageError(f"--blocks {wanted}: {config.base.model} has {count} blocks.")
     chosen = []
