@@ -30,7 +30,7 @@ class Entry:
     Attributes:
         strategy: Class in ``treelora_cli.methods``, as ``module:Class``.
         heads: Kinds of head it works with; the first that the backend offers is taken.
-        lr_share: Learning rate of the adapter as a share of the recipe's, by head; 1 where none is named.
+        lr_share: Learning rate of what is trained, as a share of the recipe's, by head; 1 where none is named.
         settings: Settings that the method's paper fixes.
         at_once: All tasks are learned as one.
         counts_tasks: The strategy is made with ``tasks=`` the stream's length; others are made without arguments.
@@ -67,6 +67,8 @@ CONTENDERS: dict[str, Entry] = {
     "inflora": Entry("inflora:InfLora", lr_share=_CALM, counts_tasks=True),
     "gem": Entry("gem:Gem", lr_share=_CALM),
     "ogd": Entry("ogd:Ogd", lr_share=_CALM),
+    "l2p": Entry("frozen:Frozen", heads=("l2p",)),
+    "dualprompt": Entry("frozen:Frozen", heads=("dualprompt",)),
     "joint": Entry("seqlora:SeqLora", at_once=True),
 }
 
