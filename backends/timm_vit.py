@@ -36,7 +36,7 @@ class VitBackend:
     """Registered as ``vit``."""
 
     name = "vit"
-    contender_heads = ("linear", "aligned", "routed", "ridge", "mean")
+    contender_heads = ("linear", "aligned", "routed", "ridge", "mean", "l2p", "dualprompt")
 
     def defaults(self) -> Config:
         """Return what measured best for image streams (see recipes/RESULTS.md)."""

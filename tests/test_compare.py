@@ -138,8 +138,9 @@ def test_a_language_model_is_compared_too(cli: Cli, tmp_path: Path) -> None:
     assert [len(row) for row in routed["matrix"]["rows"]] == [1, 2]
     assert joint["matrix"]["rows"][0] == [None] and joint["steps"] == routed["steps"] == 4
     assert done.json["methods"][1]["forgetting"] is None and done.json["methods"][1]["op"] is not None
-    refused = cli("compare", recipe, "--methods", "treelora,slca", *options)
-    check_error(refused, 2, "'slca' does not work with the causal-lm backend")
+    for method in ("slca", "l2p", "dualprompt"):
+        refused = cli("compare", recipe, "--methods", f"treelora,{method}", *options)
+        check_error(refused, 2, f"'{method}' does not work with the causal-lm backend")
 
 
 @pytest.mark.parametrize(

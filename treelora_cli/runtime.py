@@ -123,7 +123,10 @@ _WORTH_IT = 0.85
 def choose_precision(
     runtime: Runtime, wanted: str, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]
 ) -> str:
-    """Return the arithmetic asked for; for ``auto``, the one in which the gradients of ``loss`` come faster."""
+    """Return the arithmetic asked for; for ``auto``, the one in which the gradients of ``loss`` come faster.
+
+    Parameters that the loss does not reach cost nothing.
+    """
     if wanted != "auto":
         return wanted
     import torch
@@ -131,7 +134,7 @@ def choose_precision(
     def step() -> None:
         with runtime.autocast():
             value = loss()
-        torch.autograd.grad(value, parameters)
+        torch.autograd.grad(value, parameters, allow_unused=True)
 
     return measure_precision(runtime, step)
 
