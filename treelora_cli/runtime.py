@@ -142,24 +142,44 @@ def choose_precision(
 def measure_precision(runtime: Runtime, step: Callable[[], None]) -> str:
     """Run ``step`` in fp32 and under bf16 autocast and return the faster: ``fp32`` or ``bf16``.
 
-    With several processes the main one's measurement decides for all.
+    Where one matrix product alone is slower in bf16, ``step`` is not run: a processor without such instructions takes
+    minutes for what fp32 does in a second. With several processes the main one's measurement decides for all.
     """
     import torch
 
-    seconds: dict[str, float] = {}
     before = runtime.precision
-    for precision in ("fp32", "bf16"):
+
+    def seconds(precision: str) -> float:
         runtime.precision = precision
-        step()
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            step()
-            if runtime.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        seconds[precision] = min(times)
+        return _least_seconds(step, runtime.device)
+
+    pays = bf16_multiplies_well(runtime.device) and seconds("bf16") < _WORTH_IT * seconds("fp32")
     runtime.precision = before
-    prefer = torch.tensor([float(seconds["bf16"] < _WORTH_IT * seconds["fp32"])], device=runtime.device)
-    votes = runtime.concatenate(prefer)
+    votes = runtime.concatenate(torch.tensor([float(pays)], device=runtime.device))
     return "bf16" if float(votes[0]) > 0.5 else "fp32"
+
+
+def bf16_multiplies_well(device: torch.device) -> bool:
+    """Return whether a small matrix product in bf16 is no slower than twice the same in fp32."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((64, 512), (512, 256)))
+        return _least_seconds(lambda: left @ right, device)
+
+    return seconds(torch.bfloat16) <= 2 * seconds(torch.float32)
+
+
+def _least_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the shortest of three runs of ``work`` after one that is not counted."""
+    import torch
+
+    work()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
