@@ -30,7 +30,7 @@ from treelora_cli.heads import LinearHead
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
 
-_CHUNK = 128
+_CHUNK = 64
 ANCHOR_SHARPNESS = 16.0
 """Factor on ridge scores, which lie between about 0 and 1, before the softmax."""
 LEAF_SHARE = 0.5

@@ -26,7 +26,7 @@ from treelora_cli.config import Config
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
 
-_CHUNK = 128
+_CHUNK = 64
 _TEMPERATURE = 0.1
 _SMALLEST_PROBE = 8
 """Images in a mini-batch of the probe, at least; otherwise the probe sees no image twice."""
@@ -155,7 +155,7 @@ class VitSession:
             "head.bias": self.head.bias.detach().cpu().clone(),
         }
         trained = adapters.read_slot(self.base.network, self.base.layers, self.base.scale)
-        shared = self.shared_head.to_tensors() | extended_statistics(self, trained)
+        shared = extended_statistics(self, trained) | self.shared_head.to_tensors()
         facts: dict[str, Any] = {
             "classes": len(self.task.labels),
             "columns": len(columns_of(self.memory)) + len(self.task.labels),

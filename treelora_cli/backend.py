@@ -129,7 +129,12 @@ class TaskMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """All learned tasks in order of arrival, and the statistics they share."""
+    """All learned tasks in order of arrival, and the statistics they share.
+
+    Attributes:
+        tasks: The tasks.
+        shared: Reads the statistics, anew at each call.
+    """
 
     tasks: tuple[TaskMemory, ...]
     shared: Callable[[], Tensors]

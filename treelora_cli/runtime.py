@@ -112,8 +112,38 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
         raise UsageError(f"--device is one of {', '.join(present)}; got {device!r}.")
     if not present[wanted]:
         raise UsageError(f"--device {device}: not present on this machine. Leave it out to use the best.")
+    _map_large_blocks()
     accelerator = Accelerator(cpu=wanted == "cpu")
     return Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
+
+
+_LARGE_BLOCK = 8 * 2**20
+_MALLOC_TRIM, _MALLOC_MMAP = -1, -3
+"""Names of glibc's mallopt for the free memory it keeps and for the size from which a block is mapped by itself."""
+
+
+def _c_library() -> Any:
+    import ctypes
+
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None  # not a system whose allocator can be spoken to
+
+
+def _map_large_blocks() -> None:
+    """Have memory of large tensors returned as soon as they are freed: glibc by itself begins to keep it."""
+    mallopt = getattr(_c_library(), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MALLOC_MMAP, _LARGE_BLOCK)
+        mallopt(_MALLOC_TRIM, 2 * _LARGE_BLOCK)
+
+
+def return_free_memory() -> None:
+    """Give what one phase freed back to the system before the next one asks for other sizes."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 _WORTH_IT = 0.85
