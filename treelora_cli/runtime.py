@@ -136,6 +136,28 @@ def choose_precision(
     return measure_precision(runtime, step)
 
 
+_EMULATED = 2.0
+"""A type whose products take so many times float32's is not computed with by this processor."""
+
+
+def _emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether one matrix product says enough: a whole trial step in an emulated type would cost seconds."""
+    import torch
+
+    def least(kind: torch.dtype) -> float:
+        a, b = torch.ones(128, 512, dtype=kind, device=device), torch.ones(512, 512, dtype=kind, device=device)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return least(dtype) > _EMULATED * least(torch.float32)
+
+
 def measure_precision(runtime: Runtime, step: Callable[[], None]) -> str:
     """Run ``step`` in fp32 and under bf16 autocast and return the faster: ``fp32`` or ``bf16``.
 
@@ -143,8 +165,10 @@ def measure_precision(runtime: Runtime, step: Callable[[], None]) -> str:
     """
     import torch
 
-    seconds: dict[str, float] = {}
     before = runtime.precision
+    if runtime.concatenate(torch.tensor([_emulated(torch.bfloat16, runtime.device)], device=runtime.device))[0]:
+        return "fp32"
+    seconds: dict[str, float] = {}
     for precision in ("fp32", "bf16"):
         runtime.precision = precision
         step()
