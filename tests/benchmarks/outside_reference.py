@@ -204,7 +204,8 @@ def texts(options: argparse.Namespace) -> dict[str, Any]:
         model.eval()
         with peaks.of("score"):
             matrix.append([accuracy(model, tokenizer, options, options.data / one) for one in chosen[: index + 1]])
-        print(json.dumps({"task": name, "train_seconds": asdict(seconds), "row": matrix[-1]}), file=sys.stderr, flush=True)
+        so_far = {"task": name, "train_seconds": asdict(seconds), "row": matrix[-1]}
+        print(json.dumps(so_far), file=sys.stderr, flush=True)
     return summary(matrix, seconds, peaks, base)
 
 
