@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from treelora_backends.kept import room
-from treelora_backends.lm_batches import TOKENS_AT_ONCE, LabelledBatch, by_length, collate, pad, shuffled_batches
+from treelora_backends.lm_batches import LabelledBatch, by_length, collate, pad, shuffled_batches, tokens_at_once
 from treelora_backends.lm_memory import describe
 from treelora_backends.lm_render import Ids
 from treelora_backends.lm_router import TaskRouter
@@ -92,7 +92,7 @@ class LmSession(LmSteps):
         lm, encoder = self.base.lm, self.base.encoder
         tokens = [np.concatenate([one.prompt, one.answer]) for one in (self.task.train[index] for index in self.own)]
         inputs = self._leading_inputs(tokens) if lm.read_once else {}
-        batches = list(by_length(tokens, len, TOKENS_AT_ONCE))
+        batches = list(by_length(tokens, len, tokens_at_once(lm.device)))
         features: dict[int, Tensor] = {}
         starts = np.cumsum([0, *(len(ids) for ids in tokens)])
         kept: Tensor | None = None
