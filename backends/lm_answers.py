@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from treelora_backends.lm_batches import by_length, collate, pad
+from treelora_backends.lm_batches import by_length, collate, pad, tokens_at_once
 from treelora_backends.lm_network import LmNetwork
 from treelora_backends.lm_render import Encoder, Ids, cut_middle
 
@@ -15,7 +15,6 @@ from treelora_cli.data.text import TextExample
 from treelora_cli.runtime import Runtime
 from treelora_cli.scores import score_text
 
-_TOKENS_AT_ONCE = 2048
 _LABEL_TOKENS = 128
 """A label set with more tokens than this beyond first ones is cheaper to generate from."""
 _TAIL = 24
@@ -88,7 +87,8 @@ class Answerer:
         keys = [(self.weights, self.runtime.precision, manner, one.ids.tobytes()) for one in prompts]
         fresh = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self.known}
         new_keys, asked = list(fresh), list(fresh.values())
-        batches = list(by_length(asked, lambda one: len(one) + manner.most_new, _TOKENS_AT_ONCE))
+        most = tokens_at_once(self.lm.device)
+        batches = list(by_length(asked, lambda one: len(one) + manner.most_new, most))
         short = manner.by_label and self._labels_are_short(prompts[0], manner)
         ask = self._by_label if short else self._by_generation
         for rows in self.runtime.reporter.track(batches, "Answering", len(batches)):
@@ -151,7 +151,7 @@ class Answerer:
     def _token_hits(self, examples: Sequence[TextExample]) -> tuple[float, float]:
         encoded = [self.encoder.encode(one, "text", ()) for one in examples]
         right = count = 0
-        for rows in by_length(encoded, len, _TOKENS_AT_ONCE):
+        for rows in by_length(encoded, len, tokens_at_once(self.lm.device)):
             labelled = collate([encoded[row] for row in rows], self.encoder.pad_id).to(self.lm.device)
             with self.runtime.autocast(), torch.no_grad():
                 right += self.lm.correct(labelled)

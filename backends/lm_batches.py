@@ -15,8 +15,7 @@ from treelora_backends.lm_render import Encoded, Ids
 
 T = TypeVar("T")
 
-TOKENS_AT_ONCE = 4096
-"""Tokens of a batch of inputs that are only read."""
+_AT_ONCE, _AT_ONCE_ELSEWHERE = {"cpu": 512}, 4096
 _BUCKET_BATCHES = 16
 """Batches whose examples are sorted by length together."""
 
@@ -108,6 +107,11 @@ def shuffled_batches(lengths: Sequence[int], count: int, seed: int) -> Iterator[
     batches = [part.tolist() for part in torch.tensor(sorted_order, dtype=torch.int64).tensor_split(count)]
     for index in torch.randperm(count, generator=generator).tolist():
         yield batches[index]
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """Return the padded tokens of a batch that is only read: on a CPU what stays in its caches is faster than more."""
+    return _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE)
 
 
 def by_length(items: Sequence[T], length: Callable[[T], int], most_tokens: int) -> Iterator[list[int]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from treelora_backends.lm_batches import Batch, LabelledBatch
+from treelora_backends.lm_narrow import feed_forwards, narrowed, read_places, tail_places
 
 _LOSS_CHUNK = 512
 """Positions whose logits are in memory at a time."""
@@ -67,6 +68,8 @@ class LmNetwork:
         self.cut = _first_adapted(model, self.blocks, layers)
         if self.cut and not self._skips_exactly():
             self.cut = 0
+        self._narrow: list[nn.Module | None] = []
+        self._narrow = self._narrowable([model.get_submodule(layer) for layer in layers])
 
     @property
     def device(self) -> torch.device:
@@ -115,9 +118,15 @@ class LmNetwork:
         states = self._states(self._run(batch.ids, batch.mask, use_cache=False))
         return self._logits(states[rows, columns])
 
-    def loss(self, labelled: LabelledBatch) -> Tensor:
-        """Return the mean cross-entropy over the labelled positions."""
-        states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
+    def loss(self, labelled: LabelledBatch, tail: int = 0) -> Tensor:
+        """Return the mean cross-entropy over the labelled positions.
+
+        Args:
+            labelled: Texts.
+            tail: Last tokens of a prompt through whose feed-forward layers gradients pass; 0 for every token.
+        """
+        with self._narrowed(labelled, tail):
+            states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
         chosen, targets = states[labelled.rows, labelled.columns], labelled.targets  # (M, C)
         if len(targets) <= _LOSS_CHUNK:
             return nn.functional.cross_entropy(self._logits(chosen), targets)
@@ -137,6 +146,32 @@ class LmNetwork:
         chosen = states[labelled.rows, labelled.columns]
         pairs = zip(chosen.split(_LOSS_CHUNK), labelled.targets.split(_LOSS_CHUNK), strict=True)
         return sum(int((self._logits(some).argmax(dim=1) == wanted).sum()) for some, wanted in pairs)
+
+    # -- feed-forward layers --------------------------------------------------------------------------
+
+    def _narrowed(self, labelled: LabelledBatch, tail: int) -> AbstractContextManager[None]:
+        """Return the context in which feed-forward layers do no more than the loss needs."""
+        recomputed = bool(getattr(self.model, "is_gradient_checkpointing", False))  # outside of any context
+        if not self._narrow or recomputed:
+            return nullcontext()
+        return narrowed(self._narrow, read_places(labelled), tail_places(labelled, tail) if tail else None)
+
+    def _narrowable(self, layers: Sequence[nn.Module]) -> list[nn.Module | None]:
+        """Return the adapted blocks' feed-forward layers; none when the loss is another through them."""
+        ids = torch.arange(_TRIAL_TOKENS, device=self.device).repeat(2, 1)
+        mask = torch.ones_like(ids)
+        mask[1, -1] = 0
+        ends = torch.tensor([_TRIAL_TOKENS - 2, _TRIAL_TOKENS - 3], device=self.device)
+        labelled = LabelledBatch(Batch(ids, mask), torch.arange(2, device=self.device), ends, ids[0, :2])
+        found = feed_forwards(self.blocks[self.cut :], layers)
+        with torch.no_grad():
+            plain = self.loss(labelled)
+            try:
+                with narrowed(found, read_places(labelled), tail_places(labelled, 1)):
+                    ours = self.loss(labelled)
+            except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
+                return []  # layers that take or give more than states
+        return found if bool(torch.allclose(plain, ours, rtol=1e-4, atol=1e-5)) else []
 
     # -- frozen blocks --------------------------------------------------------------------------------
 

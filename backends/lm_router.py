@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from treelora_backends.lm_batches import TOKENS_AT_ONCE, by_length, pad
+from treelora_backends.lm_batches import by_length, pad, tokens_at_once
 from treelora_backends.lm_network import LmNetwork
 from treelora_backends.lm_render import Encoder
 
@@ -47,7 +47,7 @@ class FeatureReader:
         found = {content: self._known[precision, content] for content in wanted if (precision, content) in self._known}
         fresh = [content for content in wanted if content not in found]
         ids = [self.encoder.content_ids(content) for content in fresh]
-        batches = list(by_length(ids, len, TOKENS_AT_ONCE))
+        batches = list(by_length(ids, len, tokens_at_once(self.lm.device)))
         self.wrapped.eval()
         with adapters.base_only(self.wrapped):
             for rows in self.runtime.reporter.track(batches, description, len(batches)):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from treelora_backends.kept import room
-from treelora_backends.lm_batches import TOKENS_AT_ONCE, LabelledBatch, by_length, collate, pad, shuffled_batches
+from treelora_backends.lm_batches import LabelledBatch, by_length, collate, pad, shuffled_batches, tokens_at_once
 from treelora_backends.lm_memory import describe
 from treelora_backends.lm_render import Ids
 from treelora_backends.lm_router import TaskRouter
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _TOKENS_KEPT = {"cpu": 1024}
 _TOKENS_KEPT_ELSEWHERE = 16_384
 """Tokens whose activations are kept for the backward pass; those of a larger batch are computed twice."""
+_LIGHTER = 2
+"""With gradients through few tokens' feed-forward layers a token keeps less than half as much."""
 
 
 class LmSession(LmSteps):
@@ -44,6 +46,8 @@ class LmSession(LmSteps):
         if not task.train:
             raise DataError("No training examples.")
         assert config.train.batch_size is not None and config.seed is not None
+        assert config.train.prompt_tail is not None
+        self.tail: int = config.train.prompt_tail
         self.task = task
         self.runtime = base.runtime
         self.own = self.runtime.share(list(range(task.train_size)))
@@ -88,7 +92,7 @@ class LmSession(LmSteps):
         lm, encoder = self.base.lm, self.base.encoder
         tokens = [np.concatenate([one.prompt, one.answer]) for one in (self.task.train[index] for index in self.own)]
         inputs = self._leading_inputs(tokens) if lm.read_once else {}
-        batches = list(by_length(tokens, len, TOKENS_AT_ONCE))
+        batches = list(by_length(tokens, len, tokens_at_once(lm.device)))
         features: dict[int, Tensor] = {}
         starts = np.cumsum([0, *(len(ids) for ids in tokens)])
         kept: Tensor | None = None
@@ -135,7 +139,7 @@ class LmSession(LmSteps):
 
     def loss_of(self, places: list[int]) -> Tensor:
         """Return the mean loss over a batch's labels; of a large one, parts are kept in memory in turn."""
-        most = _TOKENS_KEPT.get(self.base.lm.device.type, _TOKENS_KEPT_ELSEWHERE)
+        most = _TOKENS_KEPT.get(self.base.lm.device.type, _TOKENS_KEPT_ELSEWHERE) * (_LIGHTER if self.tail else 1)
         parts = [[places[row] for row in rows] for rows in by_length(places, lambda one: self.lengths[one], most)]
         with self.runtime.autocast():
             if len(parts) == 1:
@@ -151,10 +155,10 @@ class LmSession(LmSteps):
         """Return the mean loss over the labels of some examples, from where training enters."""
         labelled = self._collated(places)
         if not self._entering:
-            return self.base.lm.loss(labelled)
+            return self.base.lm.loss(labelled, self.tail)
         states = pad_sequence([self._entering[place] for place in places], batch_first=True)
         with self.base.lm.entered(states.to(self.base.lm.device, self.base.lm.state_dtype)):
-            return self.base.lm.loss(labelled)
+            return self.base.lm.loss(labelled, self.tail)
 
     # -- after training -------------------------------------------------------------------------------
 

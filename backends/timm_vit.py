@@ -131,7 +131,13 @@ class VitBase:
         return VitSession(self, cast("ImageTask", task), memory, config)
 
     def predictor(self, memory: Memory, inference: str) -> VitPredictor:
-        """Return a predictor over everything in ``memory``."""
+        """Return a predictor over everything in ``memory``.
+
+        Raises:
+            UsageError: The untouched model is asked for, which knows none of the classes.
+        """
+        if inference == "base":
+            raise UsageError("--inference base is for language models: an untouched image model knows no class.")
         return VitPredictor(self, memory, inference)
 
     def contender(self, head: str, config: Config) -> ContenderModel:

@@ -435,6 +435,27 @@ def test_other_inference_runs(project, inference, capsys):
     assert document(capsys)["tasks"]["moods"]["routed"] is None
 
 
+def test_eval_of_the_untouched_model(project, llama, data, tmp_path, capsys):
+    assert run("-C", project, "eval", "--inference", "base") == 0
+    shown = capsys.readouterr().out
+    assert "untouched" in shown and "forgetting" not in shown
+    assert run("--json", "-C", project, "eval", "--inference", "base") == 0
+    found = document(capsys)
+    assert (found["inference"], found["forgetting"], found["bwt"]) == ("base", None, None)
+    assert found["op"] < 0.9
+    assert run("init", tmp_path / "p", "--backend", "causal-lm", "--model", llama, "--blocks", "0") == 0
+    for name in ("colours", "moods"):
+        assert run("-C", tmp_path / "p", "train-task", data / f"{name}.jsonl", "--epochs", "0") == 0
+    capsys.readouterr()
+    assert run("--json", "-C", tmp_path / "p", "eval") == 0
+    untrained = document(capsys)  # adapters that were never trained change nothing
+    assert {name: one["score"] for name, one in untrained["tasks"].items()} == {
+        name: one["score"] for name, one in found["tasks"].items()
+    }
+    assert run("-C", project, "eval", "--inference", "base", "--max-forgetting", "5") == 2
+    assert "says nothing of the untouched model" in capsys.readouterr().err
+
+
 def test_predict_chooses_task_and_answer(project, capsys):
     assert run("--json", "-C", project, "predict", "What colour is the frog?", "Tom is sick and late") == 0
     first, second = document(capsys)["predictions"]

@@ -263,6 +263,12 @@ def test_eval_of_some_tasks_with_a_limit(cli: Cli, learned_project: Path, infere
     assert all((one["routed"] is not None) == (inference == "routed") for one in done["tasks"].values())
 
 
+def test_an_untouched_image_model_cannot_be_scored(cli: Cli, learned_project: Path) -> None:
+    done = cli("-C", learned_project, "eval", "--inference", "base", "--device", "cpu")
+    assert done.code == 2
+    assert "--inference base is for language models" in done.err
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

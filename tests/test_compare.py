@@ -72,6 +72,7 @@ def test_rows_hold_what_the_runs_measured(compared: tuple[Path, dict[str, Any], 
         run = next(one for one in document["runs"] if one["method"] == row["method"])
         assert row["op"] == pytest.approx(sum(run["matrix"]["rows"][-1]) / 2)
         assert row["train_seconds"] == run["train_seconds"] > 0
+        assert row["train_cpu_seconds"] == run["train_cpu_seconds"] > 0
         assert row["peak_bytes"] == run["peak_bytes"] > 0
         assert row["train_seconds_ratio"] == pytest.approx(row["train_seconds"] / ours["train_seconds"])
         assert row["op_spread"] is None and row["cuda_peak_bytes"] is None
@@ -268,7 +269,9 @@ def test_an_interrupted_process_stops_the_whole_comparison(recipe: Path, tmp_pat
 
 def outcome(label: str, seed: int, rows: tuple[Any, ...], seconds: float, peak: int = 100, data: str = "d") -> Outcome:
     matrix = ScoreMatrix(("a", "b"), rows)
-    return Outcome(label, seed, matrix, seconds, peak, None, 50, 7, {"base_sha256": "b", "data_sha256": data})
+    return Outcome(
+        label, seed, matrix, seconds, seconds / 2, peak, None, 50, 7, {"base_sha256": "b", "data_sha256": data}
+    )
 
 
 def test_results_on_other_data_are_not_put_side_by_side(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -298,7 +301,7 @@ def test_rows_are_means_spreads_and_ratios() -> None:
     assert x.seconds_to_target is None  # the first seed ended at 0.5
     assert y.seconds_to_target == Figure(60.0, None)
     assert y.forgetting is None and y.bwt is None
-    assert y.ratios == {"train_seconds": 3.0, "peak_bytes": 0.5, "kept_bytes_per_task": 1.0}
+    assert y.ratios == {"train_seconds": 3.0, "train_cpu_seconds": 3.0, "peak_bytes": 0.5, "kept_bytes_per_task": 1.0}
     flat = flat_row(y)
     assert (flat["kept_bytes_per_task"], flat["forgetting"], flat["train_seconds_ratio"]) == (25.0, None, 3.0)
 

@@ -312,7 +312,15 @@ class Base(Protocol):
         """Open a task for learning."""
 
     def predictor(self, memory: Memory, inference: str) -> Predictor:
-        """Return a predictor over everything in ``memory``."""
+        """Return a predictor over everything in ``memory``.
+
+        Args:
+            memory: Everything learned.
+            inference: One of the configuration's, or ``base``: the model without any adapter.
+
+        Raises:
+            UsageError: The backend cannot answer so.
+        """
 
     def contender(self, head: str, config: Config) -> ContenderModel:
         """Return the network under one of the backend's ``contender_heads``.

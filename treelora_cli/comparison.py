@@ -233,6 +233,8 @@ class Outcome:
         seed: Its seed.
         matrix: Scores after each task; of ``joint`` only the last row is known.
         train_seconds: All work for the tasks but reading data and scoring held-out examples.
+        train_cpu_seconds: Processor time of the same, which other work on the machine does not lengthen; ``None`` in
+            results of older versions.
         peak_bytes: Largest resident memory of the process above what it was right after the base was loaded.
         cuda_peak_bytes: The same of CUDA memory; ``None`` where there is none.
         kept_bytes: All that is kept after the last task, the base aside.
@@ -244,6 +246,7 @@ class Outcome:
     seed: int
     matrix: ScoreMatrix
     train_seconds: float
+    train_cpu_seconds: float | None
     peak_bytes: int
     cuda_peak_bytes: int | None
     kept_bytes: int
@@ -292,6 +295,7 @@ def read_outcome(run: Run) -> Outcome | None:
         seed=run.seed,
         matrix=ScoreMatrix.from_json(record["matrix"]),
         train_seconds=record["train_seconds"],
+        train_cpu_seconds=record.get("train_cpu_seconds"),
         peak_bytes=record["peak_bytes"],
         cuda_peak_bytes=record["cuda_peak_bytes"],
         kept_bytes=record["kept_bytes"],

@@ -38,13 +38,12 @@ class Row:
         label: The method.
         seeds: Seeds that have a result.
         op, forgetting, bwt: In [0, 1], see ``metrics``.
-        train_seconds: See ``Outcome``.
+        train_seconds, train_cpu_seconds: See ``Outcome``.
         seconds_to_target: Training time, where every seed ended at the target OP.
         peak_bytes, cuda_peak_bytes: See ``Outcome``.
         kept_bytes_per_task: What is kept, divided by the number of tasks.
         trained_parameters: See ``Outcome``.
-        ratios: Of ``train_seconds``, ``peak_bytes``, ``cuda_peak_bytes`` and ``kept_bytes_per_task`` to the
-            baseline's; what has no ratio is left out.
+        ratios: Of the measures in ``RATIOS`` to the baseline's; what has no ratio is left out.
     """
 
     label: str
@@ -53,6 +52,7 @@ class Row:
     forgetting: Figure | None
     bwt: Figure | None
     train_seconds: Figure | None
+    train_cpu_seconds: Figure | None
     seconds_to_target: Figure | None
     peak_bytes: Figure | None
     cuda_peak_bytes: Figure | None
@@ -62,7 +62,7 @@ class Row:
 
 
 MEASURES = tuple(spec.name for spec in dataclasses.fields(Row) if spec.name not in ("label", "seeds", "ratios"))
-RATIOS = ("train_seconds", "peak_bytes", "cuda_peak_bytes", "kept_bytes_per_task")
+RATIOS = ("train_seconds", "train_cpu_seconds", "peak_bytes", "cuda_peak_bytes", "kept_bytes_per_task")
 
 
 def summarise(labels: Sequence[str], outcomes: Sequence[Outcome], baseline: str, target: float | None) -> list[Row]:
@@ -87,6 +87,7 @@ def _row(label: str, own: Sequence[Outcome], target: float | None) -> Row:
         forgetting=Figure.over(one.forgetting for one in own),
         bwt=Figure.over(one.bwt for one in own),
         train_seconds=Figure.over(one.train_seconds for one in own),
+        train_cpu_seconds=Figure.over(one.train_cpu_seconds for one in own),
         seconds_to_target=None if target is None else Figure.over(one.seconds_to(target) for one in own),
         peak_bytes=Figure.over(one.peak_bytes for one in own),
         cuda_peak_bytes=Figure.over(one.cuda_peak_bytes for one in own),

@@ -91,6 +91,9 @@ class TrainConfig:
     update: str | None = _setting(None, "eq. 3 as a subgradient term or a proximal step", choices=("penalty", "prox"))
     warm_start: str | None = _setting(None, "where a new adapter starts", choices=("nearest", "latest", "none"))
     max_length: int | None = _setting(None, "longest input, in tokens", low=8)
+    prompt_tail: int | None = _setting(
+        None, "last tokens of a prompt through whose feed-forward layers gradients pass; 0: every token's", low=0
+    )
     precision: str | None = _setting(None, "arithmetic of the forward pass", choices=("auto", "fp32", "bf16"))
     grad_checkpointing: bool | None = _setting(None, "recompute activations to save memory")
 
@@ -172,6 +175,7 @@ DEFAULTS = Config(
         update="penalty",
         warm_start="nearest",
         max_length=512,
+        prompt_tail=0,
         precision="auto",
         grad_checkpointing=False,
     ),

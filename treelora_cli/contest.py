@@ -99,12 +99,14 @@ def run_project(run: Run, request: StreamRequest, runtime: Runtime) -> dict[str,
     for report in reports:
         for phase, value in report.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + value
+    cpu = sum(_training(report.cpu_seconds) for report in reports)
     records = [project.task_record(report.name) for report in reports]
     return {
         "matrix": project.matrix().to_json(),
         "seconds": seconds,
         "task_seconds": {report.name: _training(report.seconds) for report in reports},
         "train_seconds": _training(seconds),
+        "train_cpu_seconds": cpu,
         "kept_bytes": project.total_bytes(),
         "trained_parameters": max(record["trained_parameters"] for record in records),
         "steps": sum(report.steps for report in reports),
@@ -140,6 +142,7 @@ class Contest:
         self.runtime = runtime
         self.matrix = ScoreMatrix()
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
         self.task_seconds: dict[str, float] = {}
         self.trained_parameters = 0
         self.steps = 0
@@ -213,10 +216,11 @@ class Contest:
     def _phase(self, name: str) -> Iterator[None]:
         """Add the time of what is inside to ``name``; queued work on an accelerator is waited for."""
         self._wait()
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         yield
         self._wait()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - cpu_started
 
     def _wait(self) -> None:
         if self.runtime.device.type == "cuda":
@@ -244,6 +248,7 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
         "seconds": contest.seconds,
         "task_seconds": contest.task_seconds,
         "train_seconds": contest.seconds["train"],
+        "train_cpu_seconds": contest.cpu_seconds["train"],
         "kept_bytes": contest.model.kept_bytes() + contest.strategy.kept_bytes(),
         "trained_parameters": contest.trained_parameters,
         "steps": contest.steps,

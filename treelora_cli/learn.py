@@ -49,6 +49,7 @@ class TaskReport:
         parent: Task whose adapter the new one started from; ``None`` for a cold start.
         nearest: Task the search found nearest; ``None`` for the first.
         seconds: Time by phase.
+        cpu_seconds: This process's processor time by phase, which others on the machine do not lengthen.
         steps: Optimizer steps.
         peak_bytes: Largest resident memory of the process.
         notes: Lines for the user.
@@ -60,22 +61,25 @@ class TaskReport:
     parent: str | None
     nearest: str | None
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
     steps: int
     peak_bytes: int
     notes: tuple[str, ...]
 
 
 class _Clock:
-    """Seconds by phase."""
+    """Seconds and processor seconds by phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.cpu_seconds: dict[str, float] = {}
+        self._last = time.perf_counter(), time.process_time()
 
     def lap(self, phase: str) -> None:
         return_free_memory()
-        now = time.perf_counter()
-        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + now - self._last, 3)
+        now = time.perf_counter(), time.process_time()
+        for total, before, after in zip((self.seconds, self.cpu_seconds), self._last, now, strict=True):
+            total[phase] = round(total.get(phase, 0.0) + after - before, 3)
         self._last = now
 
 
@@ -148,6 +152,7 @@ def learn_task(
         parent=None if parent is None else names[parent],
         nearest=None if nearest is None else names[nearest],
         seconds=clock.seconds,
+        cpu_seconds=clock.cpu_seconds,
         steps=report.steps,
         peak_bytes=peak_bytes(),
         notes=task.notes,
@@ -369,6 +374,7 @@ class _Learner:
             "last_loss": report.last_loss,
             "trained_parameters": report.trained_parameters,
             "seconds": dict(self.clock.seconds),
+            "cpu_seconds": dict(self.clock.cpu_seconds),
             "facts": learned.facts,
             "versions": versions(),
         }

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from treelora_cli.commands import options
-from treelora_cli.commands.context import session_of
+from treelora_cli.commands.context import Session, session_of
 from treelora_cli.errors import CheckError, DataError, UsageError
+
+if TYPE_CHECKING:
+    from treelora_cli.backend import Score
+    from treelora_cli.evaluation import HeldOut
+    from treelora_cli.metrics import Standing
+
+
+BASE = "base"
+"""Names the model without any adapter, as a way to answer that only scoring offers."""
 
 
 def evaluate(
     context: typer.Context,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, comma-separated.")] = None,
-    inference: options.Inference = None,
+    inference: Annotated[
+        str | None,
+        typer.Option(help="routed, latest or merged; base: the untouched model on the same prompts (language models)."),
+    ] = None,
     limit: options.Limit = None,
     fail_under: Annotated[
         float | None, typer.Option(min=0, max=100, help="Exit with 7 when OP, in percent, is below this.")
@@ -27,9 +39,11 @@ def evaluate(
     """Score the held-out data of every task over everything learned so far."""
     from treelora_cli.config import from_flags
     from treelora_cli.evaluation import read_held_out, score_tasks
-    from treelora_cli.views.scores import FORMULAS, standing_table
     from treelora_cli.workspace import open_base, project_config
 
+    untouched = inference == BASE
+    if untouched and max_forgetting is not None:
+        raise UsageError("--max-forgetting says nothing of the untouched model. Leave it out with --inference base.")
     session = session_of(context)
     project = session.project()
     if not project.state.tasks:
@@ -37,7 +51,7 @@ def evaluate(
     wanted = [task.name for task in project.state.tasks]
     if tasks is not None:
         wanted = [project.entry(name.strip()).name for name in tasks.split(",")]
-    config = project_config(project, from_flags(inference=inference))
+    config = project_config(project, from_flags(inference=None if untouched else inference))
     runtime = session.runtime(device)
     base = open_base(project, config, runtime)
     runtime.precision = str(project.task_record(project.state.tasks[-1].name)["precision"])
@@ -47,13 +61,23 @@ def evaluate(
             session.output.note(f"Task '{one.name}' is not scored: {one.problem}")
     if not any(one.data for one in held_out):
         raise DataError(f"No task can be scored. {held_out[0].name}: {held_out[0].problem}")
-    scores = score_tasks(base, project.memory(), str(config.inference), held_out)
+    scores = score_tasks(base, project.memory(), BASE if untouched else str(config.inference), held_out)
     standing = project.matrix().standing({name: score.value for name, score in scores.items()}, wanted)
+    _show(session, BASE if untouched else str(config.inference), standing, scores, held_out)
+    _check(standing.overall(), fail_under, standing.forgetting(), max_forgetting)
+
+
+def _show(
+    session: Session, inference: str, standing: Standing, scores: dict[str, Score], held_out: list[HeldOut]
+) -> None:
+    from treelora_cli.views.scores import FORMULAS, standing_table, untouched_table
+
+    untouched = inference == BASE
     document = {
-        "inference": config.inference,
+        "inference": inference,
         "op": standing.overall(),
-        "forgetting": standing.forgetting(),
-        "bwt": standing.backward_transfer(),
+        "forgetting": None if untouched else standing.forgetting(),
+        "bwt": None if untouched else standing.backward_transfer(),
         "tasks": {
             name: {"score": score.value, "examples": score.count, "routed": score.routed}
             for name, score in scores.items()
@@ -61,8 +85,8 @@ def evaluate(
         "not_scored": {one.name: one.problem for one in held_out if one.data is None},
     }
     routed = {name: score.routed for name, score in scores.items()}
-    session.output.result(document, f"Inference: {config.inference}", standing_table(standing, routed), FORMULAS)
-    _check(standing.overall(), fail_under, standing.forgetting(), max_forgetting)
+    shown = [untouched_table(standing)] if untouched else [standing_table(standing, routed), FORMULAS]
+    session.output.result(document, f"Inference: {inference}", *shown)
 
 
 def _check(op: float | None, floor: float | None, forgetting: float | None, ceiling: float | None) -> None:

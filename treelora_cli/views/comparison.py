@@ -14,9 +14,10 @@ from treelora_cli.views.scores import FORMULAS, percent
 
 NOTES = (
     f"{FORMULAS}\n"
-    "Training time: all work for the tasks but loading the base, reading data and scoring.  Peak memory: of the"
-    " process, above the loaded base.\nKept: bytes beside the base after the last task, by the number of tasks."
-    "  Trained: most parameters trained for one task.  (x): ratio to the baseline.  ±: standard deviation over seeds."
+    "Training time: all work for the tasks but loading the base, reading data and scoring.  CPU time: the processor's"
+    " for the same.\nPeak memory: of the process, above the loaded base.  Kept: bytes beside the base after the last"
+    " task, by the number of tasks.\nTrained: most parameters trained for one task.  (x): ratio to the baseline.  ±:"
+    " standard deviation over seeds."
 )
 
 
@@ -25,7 +26,7 @@ def comparison_table(rows: Sequence[Row], baseline: str, target: float | None) -
     table = Table(title=f"Methods side by side; baseline {baseline}")
     cuda = any(row.cuda_peak_bytes for row in rows)
     table.add_column("method")
-    headings = ["seeds", "OP", "forgetting", "BWT", "training time"]
+    headings = ["seeds", "OP", "forgetting", "BWT", "training time", "CPU time"]
     headings += [] if target is None else [f"time to OP {100 * target:g}"]
     headings += ["peak memory", *(["CUDA memory"] if cuda else []), "kept per task", "trained"]
     for heading in headings:
@@ -33,6 +34,7 @@ def comparison_table(rows: Sequence[Row], baseline: str, target: float | None) -
     for row in rows:
         cells = [str(len(row.seeds)), *(_cell(one, percent, "") for one in (row.op, row.forgetting, row.bwt))]
         cells.append(_cell(row.train_seconds, _seconds, _ratio(row, "train_seconds")))
+        cells.append(_cell(row.train_cpu_seconds, _seconds, _ratio(row, "train_cpu_seconds")))
         cells += [] if target is None else [_cell(row.seconds_to_target, _seconds, "")]
         cells.append(_cell(row.peak_bytes, size, _ratio(row, "peak_bytes")))
         cells += [_cell(row.cuda_peak_bytes, size, _ratio(row, "cuda_peak_bytes"))] if cuda else []

@@ -33,6 +33,18 @@ def standing_table(standing: Standing, routed: Mapping[str, float | None]) -> Ta
     return table
 
 
+def untouched_table(standing: Standing) -> Table:
+    """What the base model alone scores on each task, and what the task's training added when it was learned."""
+    table = Table(title="Scores of the untouched base model in percent, same prompts")
+    for heading in ("task", "untouched", "when learned", "gain"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task, learned, now in zip(standing.tasks, standing.learned, standing.now, strict=True):
+        gain = "-" if now is None or learned is None else f"{100 * (learned - now):+.1f}"
+        table.add_row(task, percent(now), percent(learned), gain)
+    table.caption = f"Mean {percent(standing.overall())}"
+    return table
+
+
 def summary(standing: Standing) -> str:
     """One line of the figures read off the scores."""
     return (
