@@ -132,7 +132,7 @@ def test_a_cut_after_a_process_was_killed_and_the_next_commit_began(
 
 def test_a_cut_while_a_checkpoint_is_saved(project: Path, tmp_path: Path) -> None:
     opened = Project.open(project)
-    opened.checkpoint.save({"task": "x", "request": {}, "step": 3}, {"a": torch.full((2,), 3.0)})
+    opened.checkpoint.save({"task": "x", "state": "", "request": {}, "step": 3}, {"a": torch.full((2,), 3.0)})
     disk, steps = Disk(project), set()
 
     def cut() -> None:
@@ -144,7 +144,7 @@ def test_a_cut_while_a_checkpoint_is_saved(project: Path, tmp_path: Path) -> Non
             steps.add(facts["step"])
 
     with disk.watched(cut):
-        opened.checkpoint.save({"task": "x", "request": {}, "step": 6}, {"a": torch.full((2,), 6.0)})
+        opened.checkpoint.save({"task": "x", "state": "", "request": {}, "step": 6}, {"a": torch.full((2,), 6.0)})
     assert steps == {3, 6}
 
 

@@ -328,7 +328,9 @@ def test_checkpoint_round_trip_and_damage(project: Path) -> None:
     opened = Project.open(project)
     assert opened.checkpoint.facts() is None
     for step in (3, 6):
-        opened.checkpoint.save({"task": "x", "request": {}, "step": step}, {"a": torch.full((2,), float(step))})
+        opened.checkpoint.save(
+            {"task": "x", "state": "", "request": {}, "step": step}, {"a": torch.full((2,), float(step))}
+        )
     facts = opened.checkpoint.facts()
     assert facts is not None and facts["step"] == 6
     assert torch.equal(opened.checkpoint.tensors(facts)["a"], torch.tensor([6.0, 6.0]))
