@@ -118,6 +118,8 @@ def run_command(given: list[str]) -> int:
     output = Output(as_json="--json" in given, quiet=False)
     try:
         result = app(args=given, standalone_mode=False, obj=output)
+        if result == Interrupted.exit_code:  # what the parser makes of Ctrl-C, without a word
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:

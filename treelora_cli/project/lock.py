@@ -69,5 +69,5 @@ def _describe(holder: Path) -> str:
         facts = json.loads(holder.read_text(encoding="utf-8"))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(facts["since"])))
         return f"'treelora {facts['command']}' (process {int(facts['pid'])} on {facts['host']}, since {since})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "another process"
