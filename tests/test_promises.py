@@ -238,7 +238,7 @@ def test_a_full_disk_at_every_write_of_a_command(
     counted, events = Path(shutil.copytree(project, tmp_path / "counted")), []
 
     def is_write(name: str) -> bool:
-        return name in ("replace", "link", "fsync", "mkdir")
+        return name in ("replace", "link", "fsync", "mkdir", "write")
 
     with hooked(lambda name: events.append(name) if is_write(name) else None):
         assert cli("-C", counted, *learn).code == 0
