@@ -217,7 +217,7 @@ def ridge_share(ridge: float, width: int, examples: float) -> float:
         width: Features W.
         examples: Examples counted in.
     """
-    return min(1.0, ridge * float(width / max(examples, 1.0)) ** _SHARE_EXPONENT)
+    return min(1.0, ridge * math.pow(width / max(examples, 1.0), _SHARE_EXPONENT))
 
 
 @dataclass(frozen=True)
