@@ -418,16 +418,21 @@ class Project:
             contents: New files, by name.
         """
         current = self._prepare()
-        records = {name: self.store.put(data) for name, data in contents.items()}
-        state = dataclasses.replace(
-            self.state,
-            tasks=tasks,
-            files={**kept, **records},
-            generation=self.state.generation + 1,
-            written_by=__version__,
-        )
-        self.history.keep(current)
-        return self._enter(state.to_json())
+        try:
+            records = {name: self.store.put(data) for name, data in contents.items()}
+            state = dataclasses.replace(
+                self.state,
+                tasks=tasks,
+                files={**kept, **records},
+                generation=self.state.generation + 1,
+                written_by=__version__,
+            )
+            self.history.keep(current)
+            return self._enter(state.to_json())
+        except ResourceError:
+            with suppress(OSError, ProjectError):  # nothing was committed: what was written takes room that is wanted
+                self._drop_unneeded(self.state)
+            raise
 
     def _prepare(self) -> bytes:
         """Finish what a killed process left undone; returns ``state.json``, verbatim.
@@ -472,9 +477,13 @@ class Project:
 
     def _clean_up(self, state: State) -> None:
         self.history.prune(state, self._tasks_kept())
+        self._drop_unneeded(state)
+        self.store.sweep([*state.files, STATE, *(f".treelora/{name}/x" for name in ("history", "trash", "run"))])
+
+    def _drop_unneeded(self, state: State) -> None:
+        """Delete the objects of no state that is kept."""
         kept = self.history.kept_states(_read_state(self.root))
         self.store.keep_only(self.store.needed(state.files, (one.files for one in kept)))
-        self.store.sweep([*state.files, STATE, *(f".treelora/{name}/x" for name in ("history", "trash", "run"))])
 
     def _tasks_kept(self) -> int:
         """Return the setting ``history``; a file that is being edited must not stop a commit."""
