@@ -338,6 +338,8 @@ def test_a_signal_outside_training_ends_with_130_and_leaves_no_lock(
         stderr=subprocess.PIPE,
         text=True,
         env=child_environment(),
+        # a suite that a shell runs in the background ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "reading\n"
