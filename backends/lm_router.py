@@ -21,7 +21,7 @@ from treelora_cli import adapters
 from treelora_cli.backend import Memory
 from treelora_cli.config import Config
 from treelora_cli.data.text import TextExample
-from treelora_cli.heads import FeatureMap, RidgeStatistics, pack_symmetric, unpack_symmetric
+from treelora_cli.heads import FeatureMap, RidgeStatistics, pack_upper, unpack_upper
 from treelora_cli.runtime import Runtime
 
 _CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ class TaskRouter:
         if memory.tasks:
             tensors = memory.shared()
             router.map = FeatureMap.from_tensors(tensors, router.width, router.seed, _CPU)
-            router.gram = unpack_symmetric(tensors["route.gram"], router.width, _CPU)
+            router.gram = unpack_upper(tensors["route.gram"], router.width, _CPU)
         return router
 
     def _project(self, features: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class TaskRouter:
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the part that all tasks share."""
         assert self.map is not None and self.gram is not None
-        return {**self.map.to_tensors(), "route.gram": pack_symmetric(self.gram)}
+        return {**self.map.to_tensors(), "route.gram": pack_upper(self.gram)}
 
     def task_tensors(self) -> dict[str, Tensor]:
         """Return the new task's part."""

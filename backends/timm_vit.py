@@ -36,7 +36,7 @@ class VitBackend:
     """Registered as ``vit``."""
 
     name = "vit"
-    contender_heads = ("linear", "aligned", "routed", "ridge", "mean")
+    contender_heads = ("linear", "aligned", "routed", "ridge", "mean", "l2p", "dualprompt")
 
     def defaults(self) -> Config:
         """Return what measured best for image streams (see recipes/RESULTS.md)."""
@@ -283,7 +283,7 @@ def _misfit(model: str, error: Exception) -> str:
 def _choose_layers(vit: Any, config: Config) -> tuple[str, ...]:
     """Return the modules to adapt, in network order, in the chosen blocks."""
     count = len(vit.blocks)
-    wanted = -(-count // 3) if config.adapter.blocks is None else config.adapter.blocks or count
+    wanted = -(-count // 6) if config.adapter.blocks is None else config.adapter.blocks or count
     if wanted > count:
         raise UsageError(f"--blocks {wanted}: {config.base.model} has {count} blocks.")
     chosen = []

@@ -12,6 +12,15 @@ import torch
 from torch import Tensor, nn
 from treelora_backends.vit_images import ImageTask
 from treelora_backends.vit_plain import ClassTable, PlainSession, features_of, score_images
+from treelora_backends.vit_prompts import (
+    L2P,
+    DualPrompt,
+    DualPromptSettings,
+    L2PSettings,
+    PromptedVit,
+    PromptSession,
+    bare,
+)
 
 from treelora_cli import adapters
 from treelora_cli.adapters import AdapterWeights
@@ -86,9 +95,11 @@ class LinearContender:
 
     def kept_bytes(self) -> int:
         """One adapter and the head."""
-        return adapters.slot_bytes(self.base.network, self.base.layers) + _FLOAT * (
-            self.head.weight.numel() + self.head.bias.numel()
-        )
+        return adapters.slot_bytes(self.base.network, self.base.layers) + self.head_bytes()
+
+    def head_bytes(self) -> int:
+        """Return the bytes of the head alone."""
+        return _FLOAT * (self.head.weight.numel() + self.head.bias.numel())
 
 
 class AlignedContender:
@@ -201,10 +212,10 @@ class RoutedContender:
 
     def kept_bytes(self) -> int:
         """All adapters, the heads, and each class's two means and covariances."""
-        shared = self.linear.kept_bytes() - adapters.slot_bytes(self.base.network, self.base.layers)
-        heads = sum(_FLOAT * (head.weight.numel() + head.bias.numel()) for head in (self.identity, self.prediction))
+        heads = self.linear.head_bytes()
+        heads += sum(_FLOAT * (head.weight.numel() + head.bias.numel()) for head in (self.identity, self.prediction))
         adapted = adapters.slot_bytes(self.base.network, self.base.layers) * len(self.adapters)
-        return shared + heads + adapted + _gaussian_bytes([*self.bare, *self.adapted])
+        return heads + adapted + _gaussian_bytes([*self.bare, *self.adapted])
 
 
 class RidgeContender:
@@ -304,6 +315,48 @@ class MeanContender:
         return _FLOAT * self.means.numel()
 
 
+class PromptContender:
+    """``l2p`` and ``dualprompt``: a frozen network with prompts that an image's own features choose, one linear head.
+
+    The head grows and is trained as under ``linear``. The adapter slot is switched off throughout.
+
+    Source: see ``vit_prompts``.
+
+    Args:
+        base: The loaded network.
+        prompts: The method's prompts.
+    """
+
+    def __init__(self, base: VitBase, prompts: PromptedVit) -> None:
+        self.base = base
+        self.prompts = prompts
+        self.linear = LinearContender(base)
+
+    def session(self, tasks: Sequence[ImageTask], config: Config) -> PromptSession:
+        """Open tasks with the prompts ready for them."""
+        self.prompts.begin()
+        return PromptSession(self.linear.session(tasks, config), self.prompts)
+
+    def learned(self) -> None:
+        """Write the head's rows back; prompts were trained in place."""
+        self.linear.learned()
+
+    def evaluate(self, task: ImageTask) -> Score:
+        """Score over all classes seen."""
+        return score_images(self.base, self.linear.table, task, lambda x: self.scores(x).argmax(dim=1))
+
+    @torch.no_grad()
+    def scores(self, images: Tensor) -> Tensor:
+        """Return the logits of all classes seen for normalised images (B, 3, H, W), task unknown: (B, K)."""
+        with bare(self.base):
+            features, _ = self.prompts.prompted(images, self.prompts.query(images), training=False)
+        return self.linear.head(features.float())
+
+    def kept_bytes(self) -> int:
+        """Prompts, keys and the head; the unused slot is nobody's."""
+        return self.prompts.kept_bytes() + self.linear.head_bytes()
+
+
 def _gaussian_bytes(gaussians: Iterable[Gaussian]) -> int:
     return _FLOAT * sum(one.mean.numel() + one.root.numel() for one in gaussians)
 
@@ -313,12 +366,25 @@ def _ridge(base: VitBase, config: Config) -> RidgeContender:
     return RidgeContender(base, config.head.width, config.seed)
 
 
+def _l2p(base: VitBase, config: Config) -> PromptContender:
+    assert config.seed is not None
+    return PromptContender(base, L2P(base.trunk.vit, L2PSettings(), config.seed))
+
+
+def _dualprompt(base: VitBase, config: Config) -> PromptContender:
+    assert config.seed is not None
+    settings = DualPromptSettings.of_depth(len(base.trunk.blocks))
+    return PromptContender(base, DualPrompt(base.trunk.vit, settings, config.seed))
+
+
 _HEADS: dict[str, Callable[[VitBase, Config], ContenderModel]] = {
     "linear": lambda base, _: LinearContender(base),
     "aligned": lambda base, _: AlignedContender(base),
     "routed": lambda base, _: RoutedContender(base),
     "ridge": _ridge,
     "mean": lambda base, _: MeanContender(base),
+    "l2p": _l2p,
+    "dualprompt": _dualprompt,
 }
 
 

@@ -1,7 +1,7 @@
 """The heads of the vit backend: what each needs is kept with the project, never an image.
 
 Symbols: ``K`` columns, one per (task, class) in order of arrival; ``C`` width; ``F`` layered features;
-``W`` expanded features.
+``W`` features of the head.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from treelora_backends.vit_solved import SolvedFeatures, fits, grow, solved_statistics
+from treelora_backends.vit_trunk import Features, Trunk
 
 from treelora_cli.backend import Memory
 from treelora_cli.config import Config
-from treelora_cli.heads import FeatureMap, LinearHead, RidgeStatistics, pack_symmetric, ridge_share, unpack_symmetric
+from treelora_cli.heads import FeatureMap, LinearHead, RidgeStatistics, pack_upper, ridge_share, unpack_upper
 from treelora_cli.runtime import Runtime
 
-_CHUNK = 2048
+_FIRST_LOOK = 512
+"""Images, drawn at random from a project's first task, by which features are standardised."""
 
 
 @dataclass(frozen=True)
@@ -49,59 +52,150 @@ def class_of_column(columns: Sequence[Column]) -> Tensor:
     return torch.tensor([index[column.label] for column in columns])
 
 
-class SharedHead:
-    """The anchor: one ridge head over frozen features of the last blocks and all classes ever seen."""
+class HeadFeatures:
+    """What the shared head sees of an image, (n, W): standardised tokens of the last blocks, then random features.
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    Where the architecture can carry solved blocks (``vit_solved``), the random features are those of the blocks, so
+    that one set of sums serves the shared head and the merged network. Elsewhere they are projections of all tokens.
+
+    Attributes:
+        plain: Standardises; draws the random features where ``solved`` is ``None``.
+        solved: Random features of the class token.
+    """
+
+    def __init__(self, plain: FeatureMap, solved: SolvedFeatures | None) -> None:
+        self.plain = plain
+        self.solved = solved
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.plain.width + (0 if self.solved is None else self.solved.projection.shape[0])
+
+    def __call__(self, features: Features) -> Tensor:
+        """Return phi, (n, W)."""
+        seen = self.plain(features.layered)
+        return seen if self.solved is None else torch.cat([seen, self.solved(features.token)], dim=1)
+
+
+class SharedHead:
+    """The anchor: one ridge head over frozen features of the last blocks and all classes ever seen.
+
+    Args:
+        trunk: The network.
+        config: Settings.
+        runtime: Device and processes.
+    """
+
+    def __init__(self, trunk: Trunk, config: Config, runtime: Runtime) -> None:
         assert config.head.width is not None and config.seed is not None and config.head.ridge is not None
+        self.trunk = trunk
         self.random: int = config.head.width
         self.seed: int = config.seed
         self.ridge: float = config.head.ridge
-        self.device = device
-        self.map: FeatureMap | None = None
+        self.runtime = runtime
+        self.device = runtime.device
+        self.carries_blocks = config.head.merged == "solved" and fits(trunk)
+        self.features: HeadFeatures | None = None
         self.gram: Tensor | None = None
-        self._new_sums: Tensor
-        self._new_counts: Tensor
+        self._waiting: list[tuple[Features, Tensor]] = []
+        self._classes = 0
+        self._new: RidgeStatistics
 
     @classmethod
-    def restore(cls, memory: Memory, config: Config, device: torch.device) -> SharedHead:
+    def restore(cls, memory: Memory, trunk: Trunk, config: Config, runtime: Runtime) -> SharedHead:
         """Rebuild the head's shared part from the project's memory."""
-        head = cls(config, device)
+        head = cls(trunk, config, runtime)
         if memory.tasks:
             tensors = memory.shared()
-            head.map = FeatureMap.from_tensors(tensors, head.random, head.seed, device)
-            head.gram = unpack_symmetric(tensors["anchor.gram"], head.map.width, device)
+            solved = None
+            if head.carries_blocks:
+                solved = SolvedFeatures.restore(tensors, trunk, head.random, head.seed)
+            plain = FeatureMap.from_tensors(tensors, head._drawn, head.seed, head.device)
+            head.features = HeadFeatures(plain, solved)
+            head.gram = unpack_upper(tensors["anchor.gram"], head.features.width, head.device)
         return head
 
-    def add_task(self, features: Tensor, labels: Tensor, classes: int, runtime: Runtime) -> None:
-        """Add one task's frozen features (n, F) with labels from 0 to ``classes`` - 1."""
-        if self.map is None:
-            self.map = self._fit(features, runtime)
-        rows = torch.arange(len(features)).split(_CHUNK)
-        parts = ((self.map(features[some]), labels[some]) for some in rows)
-        new = RidgeStatistics.extended(self.gram, parts, classes, runtime, self.map.width, self.device)
-        self.gram, self._new_sums, self._new_counts = new.gram, new.sums, new.counts
+    @property
+    def _drawn(self) -> int:
+        return 0 if self.carries_blocks else self.random
 
-    def _fit(self, features: Tensor, runtime: Runtime) -> FeatureMap:
-        """Standardise by all processes' features of the first task."""
-        count = runtime.sum(torch.tensor([float(len(features))], device=self.device))
-        mean = runtime.sum(features.sum(dim=0)) / count
-        variance = runtime.sum((features - mean).square().sum(dim=0)) / count
-        return FeatureMap.of_moments(mean, variance.sqrt(), self.random, self.seed)
+    # -- a new task -----------------------------------------------------------------------------------
+
+    def open_task(self, classes: int) -> None:
+        """Begin a task of so many classes."""
+        self._classes = classes
+        self._begin_sums()
+
+    def _begin_sums(self) -> None:
+        if self.features is not None:
+            alone = self.runtime.accelerator.num_processes == 1
+            self._new = RidgeStatistics.empty(
+                self.features.width, self._classes, self.device, self.gram if alone else None
+            )
+
+    def add(self, features: Features, labels: Tensor) -> None:
+        """Count images in, (n,) labels from 0; the project's first images, in random order, fix the standard."""
+        if self.features is not None:
+            self._new.add(self.features(features), labels)
+            return
+        self._waiting.append((features, labels))
+        if sum(len(some) for _, some in self._waiting) >= _FIRST_LOOK:
+            self._settle()
+
+    def close_task(self) -> None:
+        """Sum over processes; the head then holds the new task."""
+        if self.features is None:
+            self._settle()
+        self._new = self._new.over_processes(self.gram, self.runtime)
+        self.gram = self._new.gram
+
+    def _settle(self) -> None:
+        """Standardise by all processes' first images, and count them in."""
+        layered = torch.cat([one.layered for one, _ in self._waiting])
+        tokens = torch.cat([one.token for one, _ in self._waiting])
+        count = self.runtime.sum(torch.tensor([float(len(layered))], device=self.device))
+        mean = self.runtime.sum(layered.sum(dim=0)) / count
+        variance = self.runtime.sum((layered - mean).square().sum(dim=0)) / count
+        solved = None
+        if self.carries_blocks:
+            seen = self.runtime.concatenate(tokens[: self.runtime.smallest(len(tokens))])
+            solved = SolvedFeatures.fit(seen, self.trunk, self.random, self.seed)
+        self.features = HeadFeatures(FeatureMap.of_moments(mean, variance.sqrt(), self._drawn, self.seed), solved)
+        self._begin_sums()
+        for one, labels in self._waiting:
+            self._new.add(self.features(one), labels)
+        self._waiting.clear()
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the part that all tasks share."""
-        assert self.map is not None and self.gram is not None
-        return {**self.map.to_tensors(), "anchor.gram": pack_symmetric(self.gram)}
+        assert self.features is not None and self.gram is not None
+        solved = {} if self.features.solved is None else self.features.solved.to_tensors()
+        return {**self.features.plain.to_tensors(), **solved, "anchor.gram": pack_upper(self.gram)}
 
     def task_tensors(self) -> dict[str, Tensor]:
         """Return the new task's columns."""
-        return {"anchor.sums": self._new_sums.cpu(), "anchor.counts": self._new_counts.cpu()}
+        return {"anchor.sums": self._new.sums.cpu(), "anchor.counts": self._new.counts.cpu()}
 
-    def solve(self, memory: Memory) -> LinearHead:
-        """Solve for the columns of every task in ``memory``."""
+    # -- answers --------------------------------------------------------------------------------------
+
+    def _statistics(self, memory: Memory) -> RidgeStatistics:
         assert self.gram is not None
         sums = torch.cat([task.tensors()["anchor.sums"] for task in memory.tasks]).to(self.device)
         counts = torch.cat([task.tensors()["anchor.counts"] for task in memory.tasks]).to(self.device)
-        share = ridge_share(self.ridge, self.gram.shape[0], float(counts.sum()))
-        return RidgeStatistics(self.gram, sums, counts).solve(share)
+        return RidgeStatistics(self.gram, sums, counts)
+
+    def solve_(self, memory: Memory) -> LinearHead:
+        """Solve for the columns of every task in ``memory``; uses up the Gram matrix."""
+        statistics = self._statistics(memory)
+        share = ridge_share(self.ridge, statistics.gram.shape[0], float(statistics.counts.sum()))
+        self.gram = None
+        return statistics.solve_(share)
+
+    def grow_blocks(self, vit: nn.Module, memory: Memory, class_of: Tensor, classes: int) -> None:
+        """Append blocks that hold every task in ``memory`` to a frozen ``vit``, see ``vit_solved.grow``."""
+        assert self.features is not None and self.features.solved is not None
+        plain, solved, width = self.features.plain, self.features.solved, self.trunk.width
+        statistics = solved_statistics(self._statistics(memory), solved, plain.scale[-width:])
+        share = ridge_share(self.ridge, statistics.gram.shape[0], float(statistics.counts.sum()))
+        grow(vit, solved, statistics, share, plain.mean[-width:], class_of, classes)

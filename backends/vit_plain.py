@@ -16,8 +16,9 @@ from treelora_cli.contender_heads import Gaussian
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
 
-_CHUNK = 256
-_VIEWS = 2
+CHUNK = 256
+"""Images run at a time where no gradient is needed."""
+VIEWS = 2
 """Plain and mirrored, one of them drawn for each image and epoch, as in ``VitSession`` with
 ``head.views: 2``; a plain pass costs the same for either."""
 
@@ -65,9 +66,9 @@ def score_images(base: VitBase, table: ClassTable, task: ImageTask, answer: Call
     device = base.runtime.device
     truth = table.truth(task).to(device)
     right = 0
-    for start in range(0, len(task.test), _CHUNK):
-        pixels = task.test.pixels[start : start + _CHUNK].to(device)
-        labels = task.test.labels[start : start + _CHUNK].to(device)
+    for start in range(0, len(task.test), CHUNK):
+        pixels = task.test.pixels[start : start + CHUNK].to(device)
+        labels = task.test.labels[start : start + CHUNK].to(device)
         right += int((answer(base.preprocessing.normalise(pixels)) == truth[labels]).sum())
     return Score(right / max(1, len(task.test)), len(task.test), None)
 
@@ -118,11 +119,14 @@ class PlainSession:
 
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield losses of the first plain mini-batches of one shuffle, the same at every call."""
-        assert self.layer is not None
+        yield from (self.loss(batch) for batch in self.probe_batches(count))
+
+    def probe_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows, views) of those mini-batches, both (B,)."""
         generator = torch.Generator().manual_seed(self.seed * 7919)
         order = torch.randperm(len(self.pictures), generator=generator)
         for rows in order.split(self.batch_size)[:count]:
-            yield self.loss((rows, torch.zeros_like(rows)))
+            yield rows, torch.zeros_like(rows)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -132,13 +136,17 @@ class PlainSession:
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of each step, both (B,), in the order of ``VitSession``."""
         seed = self.seed * 104_729 + epoch
-        yield from shuffled_views(len(self.pictures), _VIEWS, self.steps_per_epoch, seed)
+        yield from shuffled_views(len(self.pictures), VIEWS, self.steps_per_epoch, seed)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the tasks' own classes."""
-        assert self.layer is not None
         rows, views = batch
-        logits = self.layer(self._features(rows, views)) * self.rate
+        return self.misfit(self._features(rows, views), rows)
+
+    def misfit(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Cross-entropy of the layer's answers to the features (B, C) of images ``rows`` (B,)."""
+        assert self.layer is not None
+        logits = self.layer(features) * self.rate
         return nn.functional.cross_entropy(logits, self.labels[rows].to(logits.device))
 
     def parameters(self) -> list[nn.Parameter]:
@@ -154,7 +162,7 @@ class PlainSession:
     @torch.no_grad()
     def features(self) -> Tensor:
         """Return the pooled features of all training images, plain, by the network as it is, (n, C)."""
-        parts = torch.arange(len(self.pictures)).split(_CHUNK)
+        parts = torch.arange(len(self.pictures)).split(CHUNK)
         return torch.cat([self._features(rows, torch.zeros_like(rows)) for rows in parts])
 
     def classes(self) -> Tensor:
@@ -167,10 +175,13 @@ class PlainSession:
         return {one: Gaussian.measure(features[classes == one]) for one in self.own.tolist()}
 
     def _features(self, rows: Tensor, views: Tensor) -> Tensor:
+        return features_of(self.base, self.images(rows, views))
+
+    def images(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Return chosen views of training images, normalised, (B, 3, H, W)."""
         images = self.base.preprocessing.normalise(self.pictures.take(rows).to(self.base.runtime.device))
         mirrored = (views == 1).to(images.device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        return features_of(self.base, images)
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
 class _Joined:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from treelora_backends.vit_heads import SharedHead, class_names, class_of_column, columns_of
+from treelora_backends.vit_heads import HeadFeatures, SharedHead, class_names, class_of_column, columns_of
 from treelora_backends.vit_images import ImageTask, Pictures
 from treelora_backends.vit_single import SingleNetwork
 from treelora_backends.vit_trunk import Cut
@@ -25,12 +25,12 @@ from treelora_cli import adapters
 from treelora_cli.backend import Memory, Prediction, Score
 from treelora_cli.data.images import open_image
 from treelora_cli.data.paths import existing
-from treelora_cli.heads import FeatureMap, LinearHead
+from treelora_cli.heads import LinearHead
 
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
 
-_CHUNK = 256
+_CHUNK = 64
 ANCHOR_SHARPNESS = 16.0
 """Factor on ridge scores, which lie between about 0 and 1, before the softmax."""
 LEAF_SHARE = 0.5
@@ -109,10 +109,10 @@ class VitPredictor:
     # -- routed ---------------------------------------------------------------------------------------
 
     @cached_property
-    def _anchor(self) -> tuple[FeatureMap, LinearHead]:
-        head = SharedHead.restore(self.memory, self.base.config, self.device)
-        assert head.map is not None
-        return head.map, head.solve(self.memory)
+    def _anchor(self) -> tuple[HeadFeatures, LinearHead]:
+        head = SharedHead.restore(self.memory, self.base.trunk, self.base.config, self.base.runtime)
+        assert head.features is not None
+        return head.features, head.solve_(self.memory)
 
     def _routed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with adapters.base_only(self.base.network):
@@ -131,8 +131,8 @@ class VitPredictor:
         features, solved = self._anchor
         with self.base.runtime.autocast():
             cut = self.base.trunk.before(images)
-            layered = self.base.trunk.after(cut).layered
-        return cut, solved(features(layered))
+            seen = self.base.trunk.after(cut)
+        return cut, solved(features(seen))
 
     def _ask_leaf(self, task: int, rows: Tensor, cut: Cut, log_columns: Tensor, log_tasks: Tensor) -> None:
         """Multiply the adapter's opinion into the task's columns of the given rows, in place."""
@@ -140,7 +140,7 @@ class VitPredictor:
         adapters.write_slot(self.base.network, self.memory.tasks[task].adapter())
         weight, bias = tensors["head.weight"].to(self.device), tensors["head.bias"].to(self.device)
         with self.base.runtime.autocast():
-            pooled = self.base.trunk.pooled(Cut(cut.tokens[rows], cut.early[rows]))
+            pooled = self.base.trunk.pooled(cut.tokens[rows])
         own = (self.task_of == task).nonzero().squeeze(1)
         anchor = log_columns[rows][:, own] - log_tasks[rows, task][:, None]
         leaf = (pooled @ weight.T + bias).log_softmax(dim=1)

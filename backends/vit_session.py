@@ -4,13 +4,12 @@ The frozen pass does three jobs at once: it fills the shared head's statistics, 
 the probe's loss needs, and keeps the activations before the first adapted block, so that training starts
 there. Each image is seen plain and, by choice, mirrored.
 
-Symbols: ``n`` images, ``V`` views, ``L`` tokens, ``C`` width, ``F`` layered features, ``k`` classes.
+Symbols: ``n`` images, ``V`` views, ``L`` tokens, ``C`` width, ``k`` classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 from treelora_backends.kept import room
 from treelora_backends.vit_heads import SharedHead, columns_of
 from treelora_backends.vit_images import ImageTask, shuffled_views
-from treelora_backends.vit_single import extended_statistics, solved_blocks
-from treelora_backends.vit_trunk import Cut
+from treelora_backends.vit_single import extended_statistics
 
 from treelora_cli import adapters
 from treelora_cli.backend import Learned, Memory
@@ -28,27 +26,10 @@ from treelora_cli.config import Config
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
 
-_CHUNK = 128
+_CHUNK = 64
 _TEMPERATURE = 0.1
 _SMALLEST_PROBE = 8
 """Images in a mini-batch of the probe, at least; otherwise the probe sees no image twice."""
-
-
-@dataclass
-class _Kept:
-    """Activations before the cut of every view of this process's images.
-
-    Attributes:
-        tokens: (n, V, L, C) bfloat16.
-        early: (n, V, F_early) float32.
-    """
-
-    tokens: Tensor
-    early: Tensor
-
-    def take(self, rows: Tensor, views: Tensor, device: torch.device) -> Cut:
-        """Return the activations of chosen views, (B, L, C)."""
-        return Cut(self.tokens[rows, views].to(device).float(), self.early[rows, views].to(device))
 
 
 class VitSession:
@@ -72,9 +53,9 @@ class VitSession:
         self.head = nn.Linear(base.trunk.width, len(task.labels)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.solved = solved_blocks(base, memory)
-        self.shared_head = SharedHead.restore(memory, config, self.device)
-        self.kept: _Kept
+        self.shared_head = SharedHead.restore(memory, base.trunk, config, self.runtime)
+        self.kept: Tensor
+        """Tokens before the cut of every view of this process's images, (n, V, L, C) bfloat16."""
         self.prototypes: Tensor
         self.centre: Tensor
 
@@ -86,51 +67,38 @@ class VitSession:
         pixels = self.task.train.pixels[self.own[:count]].to(self.device)
         with torch.no_grad():
             cut = self.base.trunk.before(self.base.preprocessing.normalise(pixels))
-        return self.base.trunk.pooled(cut).square().mean()
+        return self.base.trunk.pooled(cut.tokens).square().mean()
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Run the frozen pass."""
-        layered: list[Tensor] = []
-        tokens: list[Tensor] = []
         pooled_sum = torch.zeros(len(self.task.labels), self.base.trunk.width, device=self.device)
-        starts = range(0, len(self.own), _CHUNK)
+        order = torch.randperm(len(self.own), generator=torch.Generator().manual_seed(self.seed))
+        chunks = order.split(_CHUNK)
+        self.shared_head.open_task(len(self.task.labels))
         with adapters.base_only(self.base.network):
-            for start in self.runtime.reporter.track(starts, "Frozen pass", len(starts)):
-                rows = slice(start, min(start + _CHUNK, len(self.own)))
-                chunk = self._frozen_chunk(rows, pooled_sum)
-                layered.append(chunk[0])
-                tokens.append(chunk[1])
-        features = torch.cat(layered)  # (n V, F)
-        repeated = self.labels.repeat_interleave(self.views)
-        self.shared_head.add_task(features, repeated, len(self.task.labels), self.runtime)
-        if self.solved is not None:
-            self.solved.add_task(torch.cat(tokens), repeated, len(self.task.labels), self.runtime)
+            for rows in self.runtime.reporter.track(chunks, "Frozen pass", len(chunks)):
+                self._run_frozen(rows, pooled_sum)
+        self.shared_head.close_task()
         self._set_prototypes(pooled_sum)
 
-    def _frozen_chunk(self, rows: slice, pooled_sum: Tensor) -> tuple[Tensor, Tensor]:
-        """Return layered features and class tokens of both views, (n V, F) and (n V, C)."""
+    def _run_frozen(self, rows: Tensor, pooled_sum: Tensor) -> None:
+        """Count some images' views in, and keep their tokens before the cut."""
         pixels = self.task.train.pixels[self.own[rows]].to(self.device)
-        plain = self.base.preprocessing.normalise(pixels)
-        layered, tokens = [], []
+        plain, labels = self.base.preprocessing.normalise(pixels), self.labels[rows.to(self.device)]
         for view, images in enumerate((plain, plain.flip(-1))[: self.views]):
             with self.runtime.autocast():
                 cut = self.base.trunk.before(images)
                 features = self.base.trunk.after(cut)
-            self._keep(rows, view, cut)
-            pooled_sum.index_add_(0, self.labels[rows], features.pooled)
-            layered.append(features.layered)
-            tokens.append(features.token)
-        return torch.stack(layered, dim=1).flatten(0, 1), torch.stack(tokens, dim=1).flatten(0, 1)
+            if not hasattr(self, "kept"):
+                self.kept = room((len(self.own), self.views, *cut.tokens.shape[1:]))
+            self.kept[rows, view] = cut.tokens.to(torch.bfloat16).cpu()
+            pooled_sum.index_add_(0, labels, features.pooled)
+            self.shared_head.add(features, labels)
 
-    def _keep(self, rows: slice, view: int, cut: Cut) -> None:
-        if not hasattr(self, "kept"):
-            count, (length, width) = len(self.own), cut.tokens.shape[1:]
-            self.kept = _Kept(
-                room((count, self.views, length, width)), torch.zeros(count, self.views, cut.early.shape[1])
-            )
-        self.kept.tokens[rows, view] = cut.tokens.to(torch.bfloat16).cpu()
-        self.kept.early[rows, view] = cut.early.cpu()
+    def _entering(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Return the tokens before the cut of chosen views, (B, L, C)."""
+        return self.kept[rows, views].to(self.device).float()
 
     def _set_prototypes(self, pooled_sum: Tensor) -> None:
         """Class means of the frozen features, centred: the head of the probe's loss."""
@@ -149,9 +117,9 @@ class VitSession:
         )
         for index in range(count):
             rows = order[index * size : (index + 1) * size]
-            cut = self.kept.take(rows, torch.zeros_like(rows), self.device)
+            tokens = self._entering(rows, torch.zeros_like(rows))
             with self.runtime.autocast():
-                pooled = self.base.trunk.pooled(cut)
+                pooled = self.base.trunk.pooled(tokens)
             cosine = nn.functional.normalize(pooled - self.centre, dim=1) @ self.prototypes.T
             yield nn.functional.cross_entropy(cosine / _TEMPERATURE, self.labels[rows])
 
@@ -169,9 +137,9 @@ class VitSession:
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the task's own classes."""
         rows, views = batch
-        cut = self.kept.take(rows, views, self.device)
+        tokens = self._entering(rows, views)
         with self.runtime.autocast():
-            pooled = self.base.trunk.pooled(cut)
+            pooled = self.base.trunk.pooled(tokens)
         return nn.functional.cross_entropy(self.head(pooled), self.labels[rows.to(self.device)])
 
     def parameters(self) -> list[nn.Parameter]:
@@ -187,14 +155,11 @@ class VitSession:
             "head.bias": self.head.bias.detach().cpu().clone(),
         }
         trained = adapters.read_slot(self.base.network, self.base.layers, self.base.scale)
-        shared = self.shared_head.to_tensors() | extended_statistics(self, trained)
+        shared = extended_statistics(self, trained) | self.shared_head.to_tensors()
         facts: dict[str, Any] = {
             "classes": len(self.task.labels),
             "columns": len(columns_of(self.memory)) + len(self.task.labels),
         }
-        if self.solved is not None:
-            shared |= self.solved.shared_tensors()
-            tensors |= self.solved.task_tensors()
         return Learned(tensors | self.shared_head.task_tensors(), shared, facts)
 
     @torch.no_grad()
@@ -202,7 +167,7 @@ class VitSession:
         """Return the pooled features of some of this process's images by the network as it is, (n, C)."""
         parts = []
         for chunk in rows.split(_CHUNK):
-            cut = self.kept.take(chunk, torch.zeros_like(chunk), self.device)
+            tokens = self._entering(chunk, torch.zeros_like(chunk))
             with self.runtime.autocast():
-                parts.append(self.base.trunk.pooled(cut))
+                parts.append(self.base.trunk.pooled(tokens))
         return torch.cat(parts)

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from treelora_backends.vit_heads import class_names, class_of_column, columns_of
-from treelora_backends.vit_solved import SolvedBlocks, fits
+from treelora_backends.vit_heads import SharedHead, class_names, class_of_column, columns_of
 from treelora_backends.vit_trunk import fill_classifier
 
 from treelora_cli import adapters
@@ -51,7 +50,7 @@ def extended_statistics(session: VitSession, trained: AdapterWeights) -> dict[st
     share = _DRIFT_IMAGES // session.runtime.accelerator.num_processes
     some = torch.randperm(len(everything), generator=generator)[: session.runtime.smallest(min(share, len(everything)))]
     tensors: dict[str, Tensor] = {}
-    kinds = KINDS if session.solved is None else KINDS[:1]
+    kinds = KINDS[:1] if session.shared_head.carries_blocks else KINDS
     for kind in kinds:
         now = trained
         if kind == "merged":
@@ -71,15 +70,6 @@ def _pooled_with(session: VitSession, weights: AdapterWeights, rows: Tensor) -> 
     """Pooled features of some of the session's images with ``weights`` added to the base, (n, C)."""
     with adapters.added(session.base.network, weights):
         return session.pooled(rows)
-
-
-def solved_blocks(base: VitBase, memory: Memory) -> SolvedBlocks | None:
-    """Return the project's solved blocks, ``None`` where the choice or the architecture is another."""
-    if base.config.head.merged != "solved" or not fits(base.trunk):
-        return None
-    assert base.config.seed is not None and base.config.head.ridge is not None
-    blocks = SolvedBlocks(base.trunk, base.config.seed, base.config.head.ridge, base.runtime.device)
-    return blocks.restore(memory.shared()) if memory.tasks else blocks
 
 
 def latest_head(base: VitBase, memory: Memory) -> tuple[list[str], LinearHead]:
@@ -105,9 +95,9 @@ class SingleNetwork(nn.Module):
         self.names = class_names(columns)
         self.vit = base.fresh_vit(len(self.names))
         members = class_of_column(columns).to(base.runtime.device)
-        solved = solved_blocks(base, memory) if kind == "merged" else None
-        if solved is not None:
-            solved.grow(self.vit, [task.tensors() for task in memory.tasks], members, len(self.names))
+        head = SharedHead.restore(memory, base.trunk, base.config, base.runtime) if kind == "merged" else None
+        if head is not None and head.carries_blocks:
+            head.grow_blocks(self.vit, memory, members, len(self.names))
         else:
             self._carry(base, memory, kind, members)
         self.eval()

@@ -14,7 +14,10 @@ onto the rest:
 - every block reads through ``Q`` only and writes scores along ``U`` only;
 - the last LayerNorm is positive scaling, and the classifier reads along ``U``.
 
-Symbols: ``C`` width, ``H`` hidden width of an MLP, ``R`` random features, ``W`` = R + C, ``K`` columns.
+The sums are the shared head's own (``vit_heads``): what the blocks compute is the last part of its features, up to a
+linear map of the class token.
+
+Symbols: ``C`` width, ``H`` hidden width of an MLP, ``R`` random features, ``W`` = C + R, ``K`` columns.
 """
 
 from __future__ import annotations
@@ -25,19 +28,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from treelora_backends.vit_trunk import fill_classifier
+from treelora_backends.vit_trunk import fill_classifier, normalised
 
-from treelora_cli.heads import LinearHead, RidgeStatistics, pack_symmetric, ridge_share, symmetric, unpack_symmetric
+from treelora_cli.heads import LinearHead, RidgeStatistics, symmetric
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from treelora_backends.vit_trunk import Trunk
 
-    from treelora_cli.runtime import Runtime
-
-_CHUNK = 2048
-_RANDOM_LIMIT = 3072
 _WRITTEN_SHARE = 4
 """One direction in so many is given up for scores; more columns than that are written in their main directions."""
 _AMPLIFICATION = 1000.0
@@ -62,13 +61,9 @@ def fits(trunk: Trunk) -> bool:
     return bool(plain and pooled and head and block.mlp.fc1.out_features >= 2 * trunk.width)
 
 
-def _normal(tokens: Tensor) -> Tensor:
-    return nn.functional.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
-
-
 @dataclass(frozen=True)
 class SolvedFeatures:
-    """The features that the blocks compute of a class token.
+    """The random features that the blocks compute of a class token.
 
     Attributes:
         axes: U, (C, k).
@@ -90,32 +85,32 @@ class SolvedFeatures:
     activation: nn.Module
 
     @classmethod
-    def fit(cls, tokens: Tensor, trunk: Trunk, seed: int) -> SolvedFeatures:
-        """Choose the axes by the first task's class tokens, (n, C)."""
-        z = _normal(tokens).double()
+    def fit(cls, tokens: Tensor, trunk: Trunk, random: int, seed: int) -> SolvedFeatures:
+        """Choose the axes by the first task's class tokens, (n, C); ``random`` features at most, in whole MLPs."""
+        z = normalised(tokens).double()
         width = z.shape[1]
         ones = torch.full((width, 1), width**-0.5, dtype=z.dtype, device=z.device)
         covariance = torch.cov(z.T) + 1e6 * torch.outer(ones[:, 0], ones[:, 0])
         axes = torch.linalg.eigh(covariance).eigenvectors[:, : width // _WRITTEN_SHARE].float()
         size = (tokens - tokens.mean(dim=1, keepdim=True)).square().mean().sqrt().reshape(1)
-        blank = cls.assemble(axes, torch.zeros(2, width), torch.ones(2, width), size, trunk, seed)
+        blank = cls.assemble(axes, torch.zeros(2, width), torch.ones(2, width), size, trunk, random, seed)
         raw = blank.parts(tokens)
         means = torch.stack([part.mean(dim=0) for part in raw])
         deviations = torch.stack([part.std(dim=0) for part in raw])
         scales = deviations + 1e-2 * deviations.mean() + 1e-6
-        return cls.assemble(axes, means, scales, size, trunk, seed)
+        return cls.assemble(axes, means, scales, size, trunk, random, seed)
 
     @classmethod
     def assemble(
-        cls, axes: Tensor, means: Tensor, scales: Tensor, size: Tensor, trunk: Trunk, seed: int
+        cls, axes: Tensor, means: Tensor, scales: Tensor, size: Tensor, trunk: Trunk, random: int, seed: int
     ) -> SolvedFeatures:
         """Put the stored parts together with what follows from the architecture and the seed."""
         mlp = cast("Any", trunk.blocks[-1]).mlp
         hidden, width = int(mlp.fc1.out_features), trunk.width
         first = hidden - 2 * width
-        random = first + max(0, (_RANDOM_LIMIT - first) // hidden) * hidden
+        count = first + max(0, (random - first) // hidden) * hidden
         generator = torch.Generator().manual_seed(seed + 1)
-        projection = torch.randn(random, width, generator=generator) / width**0.5
+        projection = torch.randn(count, width, generator=generator) / width**0.5
         device = axes.device
         return cls(
             axes,
@@ -128,10 +123,16 @@ class SolvedFeatures:
             copy.deepcopy(mlp.act),
         )
 
-    @property
-    def width(self) -> int:
-        """W."""
-        return self.projection.shape[0] + self.axes.shape[0]
+    @classmethod
+    def restore(cls, shared: Mapping[str, Tensor], trunk: Trunk, random: int, seed: int) -> SolvedFeatures:
+        """Rebuild what ``to_tensors`` returned."""
+        device = next(trunk.vit.parameters()).device
+        parts = [shared[f"solved.{name}"].to(device) for name in _STORED]
+        return cls.assemble(*parts, trunk, random, seed)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return what cannot be drawn again from the seed."""
+        return {f"solved.{name}": getattr(self, name).cpu().contiguous() for name in _STORED}
 
     def read(self, z: Tensor) -> Tensor:
         """Project out U and the mean: ``Q z``."""
@@ -140,96 +141,84 @@ class SolvedFeatures:
 
     def parts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the first and the later blocks see of class tokens (n, C): ``Q z``, and normalised."""
-        first = self.read(_normal(tokens))
+        first = self.read(normalised(tokens))
         later = first * (first.shape[-1] ** 0.5 / first.norm(dim=-1, keepdim=True).clamp(min=1e-6))
         return first, later
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the linear part, then the random features in order of blocks: (n, C) -> (n, W)."""
+        """Return the random features in order of blocks: (n, C) -> (n, R)."""
         inputs = [(part - m) / s for part, m, s in zip(self.parts(tokens), self.means, self.scales, strict=True)]
         random = [inputs[0] @ self.projection[: self.first].T, inputs[1] @ self.projection[self.first :].T]
-        return torch.cat([inputs[0], self.activation(torch.cat(random, dim=1))], dim=1)
+        return self.activation(torch.cat(random, dim=1))  # type: ignore[no-any-return]
+
+    @property
+    def projector(self) -> Tensor:
+        """``Q`` without the mean, (C, C): ``read`` as a matrix, for column vectors."""
+        width = self.axes.shape[0]
+        matrix = torch.eye(width, device=self.axes.device) - self.axes @ self.axes.T
+        return matrix - matrix.mean(dim=0, keepdim=True)
 
 
-class SolvedBlocks:
-    """Sums over every task, and the blocks solved from them."""
+def solved_statistics(shared: RidgeStatistics, features: SolvedFeatures, scale: Tensor) -> RidgeStatistics:
+    """Return the statistics of what the blocks compute: standardised ``Q z`` and the random features.
 
-    def __init__(self, trunk: Trunk, seed: int, ridge: float, device: torch.device) -> None:
-        self.trunk = trunk
-        self.seed = seed
-        self.ridge = ridge
-        self.device = device
-        self.features: SolvedFeatures | None = None
-        self.gram: Tensor | None = None
-        self._new: RidgeStatistics
+    Args:
+        shared: Of the shared head, whose features end with the standardised class token and the random features.
+        features: The blocks' features.
+        scale: By which the shared head divides the class token, (C,).
+    """
+    width, count = scale.shape[0], features.projection.shape[0]
+    turn = features.projector * scale / features.scales[0][:, None]  # (C, C): standardised token -> linear part
+    gram = symmetric(shared.gram[-width - count :, -width - count :])
+    gram[:width] = turn @ gram[:width]
+    gram[:, :width] = gram[:, :width] @ turn.T
+    sums = shared.sums[:, -width - count :].clone()
+    sums[:, :width] = sums[:, :width] @ turn.T
+    return RidgeStatistics(gram, sums, shared.counts)
 
-    def restore(self, shared: Mapping[str, Tensor]) -> SolvedBlocks:
-        """Take over the shared part of the project's memory."""
-        parts = [shared[f"solved.{name}"].to(self.device) for name in _STORED]
-        self.features = SolvedFeatures.assemble(*parts, self.trunk, self.seed)
-        self.gram = unpack_symmetric(shared["solved.gram"], self.features.width, self.device)
-        return self
 
-    def add_task(self, tokens: Tensor, labels: Tensor, classes: int, runtime: Runtime) -> None:
-        """Count one task's class tokens (n, C) in."""
-        if self.features is None:
-            seen = runtime.concatenate(tokens[: runtime.smallest(len(tokens))])
-            self.features = SolvedFeatures.fit(seen, self.trunk, self.seed)
-        rows = torch.arange(len(tokens)).split(_CHUNK)
-        parts = ((self.features(tokens[some]), labels[some]) for some in rows)
-        self._new = RidgeStatistics.extended(self.gram, parts, classes, runtime, self.features.width, self.device)
-        self.gram = self._new.gram
+def grow(
+    vit: nn.Module,
+    features: SolvedFeatures,
+    statistics: RidgeStatistics,
+    share: float,
+    mean: Tensor,
+    class_of: Tensor,
+    classes: int,
+) -> None:
+    """Append the blocks to a frozen ``vit`` with a classifier for ``classes``, and fill them, in place.
 
-    def shared_tensors(self) -> dict[str, Tensor]:
-        """Return the part that all tasks share."""
-        assert self.features is not None and self.gram is not None
-        tensors = {f"solved.{name}": getattr(self.features, name).cpu().contiguous() for name in _STORED}
-        return {**tensors, "solved.gram": pack_symmetric(self.gram)}
-
-    def task_tensors(self) -> dict[str, Tensor]:
-        """Return the new task's columns."""
-        return {"solved.sums": self._new.sums.cpu(), "solved.counts": self._new.counts.cpu()}
-
-    def grow(self, vit: nn.Module, tasks: Sequence[Mapping[str, Tensor]], class_of: Tensor, classes: int) -> None:
-        """Append the blocks to a frozen ``vit`` with a classifier for ``classes``, and fill them, in place.
-
-        Args:
-            vit: The frozen model.
-            tasks: Tensors of every task.
-            class_of: Class of each column, (K,).
-            classes: Distinct classes.
-        """
-        assert self.features is not None and self.gram is not None
-        sums = torch.cat([task["solved.sums"] for task in tasks]).to(self.device)
-        counts = torch.cat([task["solved.counts"] for task in tasks]).to(self.device)
-        share = ridge_share(self.ridge, self.features.width, float(counts.sum()))
-        solved = RidgeStatistics(self.gram, sums, counts).solve(share)
-        weight = torch.zeros(classes, self.features.width, device=self.device).index_add_(0, class_of, solved.weight)
-        bias = torch.zeros(classes, device=self.device).index_add_(0, class_of, solved.bias)
-        _fill(cast("Any", vit), self.features, weight, bias, self._main_directions(weight))
-
-    def _main_directions(self, weight: Tensor) -> Tensor:
-        """Orthonormal directions in class space in which scores vary most, (classes, at most k)."""
-        assert self.features is not None and self.gram is not None
-        spread = (weight @ symmetric(self.gram) @ weight.T).double()
-        count = min(self.features.axes.shape[1], weight.shape[0])
-        return torch.linalg.eigh(spread).eigenvectors[:, -count:].float()
+    Args:
+        vit: The frozen model.
+        features: What the blocks compute.
+        statistics: As ``solved_statistics`` returns them.
+        share: Ridge penalty, see ``RidgeStatistics.solve``.
+        mean: Of the normalised class token, which the linear part lacks, (C,).
+        class_of: Class of each column, (K,).
+        classes: Distinct classes.
+    """
+    solved = statistics.solve(share)
+    weight = torch.zeros(classes, solved.weight.shape[1], device=mean.device).index_add_(0, class_of, solved.weight)
+    bias = torch.zeros(classes, device=mean.device).index_add_(0, class_of, solved.bias)
+    spread = (weight @ statistics.gram @ weight.T).double()
+    count = min(features.axes.shape[1], classes)
+    directions = torch.linalg.eigh(spread).eigenvectors[:, -count:].float()  # in which scores vary most
+    _fill(cast("Any", vit), features, weight, bias, directions, mean)
 
 
 @torch.no_grad()
-def _fill(vit: Any, features: SolvedFeatures, weight: Tensor, bias: Tensor, directions: Tensor) -> None:
+def _fill(vit: Any, features: SolvedFeatures, weight: Tensor, bias: Tensor, directions: Tensor, mean: Tensor) -> None:
     """Append and fill the blocks; see the module docstring."""
     width = features.axes.shape[0]
     amplification = min(_LARGEST, _AMPLIFICATION * float(features.size))
     gain = _SCORE_GAIN * width**0.5
     axes = features.axes[:, : directions.shape[1]]
     write = amplification * gain * axes @ directions.T  # (C, classes): scores -> token
-    project = torch.eye(width, device=axes.device) - features.axes @ features.axes.T
-    project = project - project.mean(dim=0, keepdim=True)
+    project = features.projector
     first = _silent_block(vit, features)
     linear = (weight[:, :width] / features.scales[0]) @ project
     pair = torch.eye(width, device=axes.device)
-    constant = bias - (weight[:, :width] / features.scales[0]) @ features.means[0]
+    constant = bias - linear @ mean
     passed = amplification * project + write @ linear
     first.mlp.fc1.weight[: 2 * width] = torch.cat([pair, -pair])
     first.mlp.fc2.weight[:, : 2 * width] = torch.cat([passed, -passed], dim=1)

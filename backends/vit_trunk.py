@@ -38,7 +38,7 @@ class Features:
 
     Attributes:
         pooled: Input of a linear head, as the model itself pools, (B, C).
-        layered: Tokens of the last blocks side by side, (B, F).
+        layered: Patches of the last blocks and, last, the class token, (B, F).
         token: First token before the last norm, (B, C).
     """
 
@@ -47,7 +47,7 @@ class Features:
     token: Tensor
 
 
-FEATURE_LIMIT = 4096
+FEATURE_LIMIT = 3072
 """Features F up to which blocks are added; the head's statistics grow with their square."""
 
 
@@ -55,6 +55,11 @@ def classifiers(vit: nn.Module) -> list[nn.Linear]:
     """Return a model's linear heads: one, or the two of a distilled model, whose scores it averages."""
     found = cast("Any", vit).get_classifier()
     return list(found) if isinstance(found, tuple) else [found]
+
+
+def normalised(tokens: Tensor) -> Tensor:
+    """Return tokens (..., C) with mean 0 and deviation 1, in float32; as timm's LayerNorm without weights."""
+    return nn.functional.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
 
 
 class _Reached(Exception):
@@ -67,8 +72,8 @@ class Trunk:
     Args:
         vit: The timm model, without classifier; its blocks may hold LoRA layers.
         cut: Index of the first adapted block.
-        feature_blocks: How many of the last blocks are read as features; ``None`` for as many as make at most
-            ``FEATURE_LIMIT`` features, at least one.
+        feature_blocks: How many of the last blocks are read as features; ``None`` for the last two thirds, but no more
+            than make ``FEATURE_LIMIT`` features, and at least one.
     """
 
     def __init__(self, vit: nn.Module, cut: int, feature_blocks: int | None) -> None:
@@ -78,7 +83,8 @@ class Trunk:
         self.prefix_tokens = int(getattr(vit, "num_prefix_tokens", 0))
         self.has_class_token = getattr(vit, "cls_token", None) is not None
         if feature_blocks is None:
-            feature_blocks = max(1, FEATURE_LIMIT // self._block_features)
+            room = (FEATURE_LIMIT - self._token_features) // self._block_features
+            feature_blocks = max(1, min(room, -(-2 * len(self.blocks) // 3)))
         self.first_feature = max(0, len(self.blocks) - feature_blocks)
         self._block_arguments: list[dict[str, Any]] | None = None
         self._pools_class_token: bool | None = None
@@ -91,11 +97,15 @@ class Trunk:
     @property
     def feature_width(self) -> int:
         """Width F of the layered features."""
-        return self._block_features * (len(self.blocks) - self.first_feature)
+        return self._block_features * (len(self.blocks) - self.first_feature) + self._token_features
 
     @property
     def _block_features(self) -> int:
-        return self.width * (3 if self.has_class_token else 2)
+        return 2 * self.width
+
+    @property
+    def _token_features(self) -> int:
+        return self.width if self.has_class_token else 0
 
     def before(self, images: Tensor) -> Cut:
         """Run everything before the cut: (B, 3, H, W) -> tokens (B, L, C)."""
@@ -131,22 +141,21 @@ class Trunk:
             tokens = self.blocks[index](tokens, **self._block_arguments[index])
             if index >= self.first_feature:
                 late.append(self._read(tokens))
-        vit = cast("Any", self.vit)
-        pooled = vit.forward_head(vit.norm(tokens), pre_logits=True)
-        layered = torch.cat([cut.early, *(part.float() for part in late)], dim=1)
-        return Features(pooled.float(), layered, tokens[:, 0].float())
+        if self.has_class_token:
+            late.append(normalised(tokens[:, 0]))
+        return Features(self._pool(tokens), torch.cat([cut.early, *late], dim=1), tokens[:, 0].float())
 
-    def pooled(self, cut: Cut) -> Tensor:
-        """Run the adapted blocks and pool, (B, C): as ``after``, without what only the other features need."""
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """Run the adapted blocks on the tokens before the cut and pool, (B, L, C) -> (B, C): ``after`` does more."""
         assert self._block_arguments is not None, "before() runs first"
-        if not self._class_token_alone(cut):
-            return self.after(cut).pooled
-        tokens = cut.tokens
-        for index in range(self.cut, len(self.blocks) - 1):
+        alone = self._class_token_alone(tokens)
+        for index in range(self.cut, len(self.blocks) - alone):
             tokens = self.blocks[index](tokens, **self._block_arguments[index])
+        return self._pool(self._last_block_of_class_token(tokens) if alone else tokens)
+
+    def _pool(self, tokens: Tensor) -> Tensor:
         vit = cast("Any", self.vit)
-        last = self._last_block_of_class_token(tokens)
-        return cast("Tensor", vit.forward_head(vit.norm(last), pre_logits=True)).float()
+        return cast("Tensor", vit.forward_head(vit.norm(tokens), pre_logits=True)).float()
 
     def _last_block_of_class_token(self, tokens: Tensor) -> Tensor:
         """Return the tokens before the patches after the last block, (B, prefix, C): no other passes its MLP."""
@@ -157,30 +166,26 @@ class Trunk:
         return cast("Tensor", token + block.drop_path2(block.ls2(block.mlp(block.norm2(token)))))
 
     @torch.no_grad()
-    def _class_token_alone(self, cut: Cut) -> bool:
+    def _class_token_alone(self, tokens: Tensor) -> bool:
         """True when the model pools the class token and its last block is the usual one; found by comparison, once."""
         if self._pools_class_token is None:
             self._pools_class_token = False
             pools_token = getattr(self.vit, "global_pool", "") == "token" and self.prefix_tokens > 0
             if pools_token and isinstance(self.blocks[-1], Block):
-                trial = Cut(cut.tokens[:1].float(), cut.early[:1])
-                with torch.autocast(cut.tokens.device.type, enabled=False):
-                    whole = self.after(trial).pooled
+                trial = tokens[:1].float()
+                with torch.autocast(tokens.device.type, enabled=False):
+                    whole = self.pooled(trial)
                     self._pools_class_token = True
                     alone = self.pooled(trial)
                 self._pools_class_token = whole.shape == alone.shape and torch.allclose(whole, alone, atol=1e-4)
         return self._pools_class_token
 
     def _read(self, tokens: Tensor) -> Tensor:
-        """Read a block's output (B, L, C): normalised class token, mean and deviation of the patches, (B, 3C)."""
-        normal = nn.functional.layer_norm(tokens.float(), tokens.shape[-1:])
-        patches = normal[:, self.prefix_tokens :]
+        """Read a block's output (B, L, C): mean and deviation of the normalised patches, (B, 2C)."""
+        patches = normalised(tokens[:, self.prefix_tokens :])
         mean, count = patches.mean(dim=1), patches.shape[1]
         spread = (patches.square().sum(dim=1) - count * mean.square()).clamp(min=0)  # faster than std, near enough
-        parts = [mean, (spread / max(1, count - 1)).sqrt()]
-        if self.has_class_token:
-            parts.insert(0, normal[:, 0])
-        return torch.cat(parts, dim=1)
+        return torch.cat([mean, (spread / max(1, count - 1)).sqrt()], dim=1)
 
     def _record_block_arguments(self, image: Tensor) -> list[dict[str, Any]]:
         """Find what the model passes to each block besides the tokens, such as rotary embeddings."""

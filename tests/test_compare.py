@@ -13,7 +13,7 @@ from conftest import Cli, make_images, run_python, two_task_recipe
 from test_bad_input import check_error
 from test_causal_lm import save_model
 
-from treelora_cli.comparison import Outcome, Run, finish_runs, parse_variant, plan_runs, run_process
+from treelora_cli.comparison import Failure, Outcome, Run, finish_runs, parse_variant, plan_runs, run_process
 from treelora_cli.comparison_rows import Figure, flat_row, summarise
 from treelora_cli.config import Config, from_flags
 from treelora_cli.contest import MemoryWatch, contender_config
@@ -139,8 +139,27 @@ def test_a_language_model_is_compared_too(cli: Cli, tmp_path: Path) -> None:
     assert [len(row) for row in routed["matrix"]["rows"]] == [1, 2]
     assert joint["matrix"]["rows"][0] == [None] and joint["steps"] == routed["steps"] == 4
     assert done.json["methods"][1]["forgetting"] is None and done.json["methods"][1]["op"] is not None
-    refused = cli("compare", recipe, "--methods", "treelora,slca", *options)
-    check_error(refused, 2, "'slca' does not work with the causal-lm backend")
+    for method in ("slca", "l2p", "dualprompt"):
+        refused = cli("compare", recipe, "--methods", f"treelora,{method}", *options)
+        check_error(refused, 2, f"'{method}' does not work with the causal-lm backend")
+
+
+def test_weights_given_to_the_command_reach_every_process(
+    cli: Cli, recipe: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("".join(line for line in recipe.open() if "weights:" not in line))
+    started: list[Run] = []
+
+    def note(run: Run) -> Failure:
+        started.append(Run.from_json(json.loads(json.dumps(run.to_json()))))
+        return Failure(run.variant.label, run.seed, "not run", 1)
+
+    monkeypatch.setattr("treelora_cli.comparison.run_process", note)
+    monkeypatch.chdir(weights.parent)
+    options = ["--methods", "treelora,ncm", "--weights", weights.name, "--out", tmp_path / "o", "--device", "cpu"]
+    assert cli("compare", bare, *options).code == 7
+    assert [run.flags.base.weights for run in started] == [str(weights)] * 2
 
 
 @pytest.mark.parametrize(
@@ -159,6 +178,8 @@ def test_a_language_model_is_compared_too(cli: Cli, tmp_path: Path) -> None:
         (["--seeds", "1,1"], 2, "--seeds needs one or more different numbers."),
         (["--baseline", "seqlor"], 2, "is not among --methods (did you mean 'seqlora'?)"),
         (["--data", "nowhere"], 4, "nowhere not found."),
+        (["--weights", "no.safetensors"], 5, "no.safetensors not found. Pass --weights FILE.safetensors."),
+        (["--model", "vit_tiny_patch16_244"], 5, "Unknown timm model 'vit_tiny_patch16_244'. Did you mean"),
     ],
 )
 def test_bad_input_starts_nothing(

@@ -355,6 +355,22 @@ def test_every_shared_adapter_learns_the_stream_under_the_linear_head(weights: P
     assert contest.strategy.kept_bytes() > 0 or method == "seqlora"
 
 
+@pytest.mark.parametrize("method", ["l2p", "dualprompt"])
+def test_prompts_learn_the_stream_without_an_adapter(weights: Path, data: Path, method: str) -> None:
+    base, config = load_vit(weights)
+    model = base.contender(method, config)
+    contest = contest_of(base, model, method, config)
+    for name in NAMES:
+        contest.learn(planned(data, name), config)
+    assert [len(row) for row in contest.matrix.rows] == [1, 2, 3] and contest.matrix.overall() is not None
+    assert contest.steps == 2 * (2 + 3 + 2)
+    pool, general, expert = 10 * 32 + 10 * 5 * 32, 2 * 5 * 32, 2 * 20 * 32 + 32
+    trained = pool if method == "l2p" else general + expert
+    assert contest.trained_parameters == trained + 3 * 33
+    kept = pool if method == "l2p" else general + 3 * expert
+    assert model.kept_bytes() == 4 * (kept + 7 * 33) and contest.strategy.kept_bytes() == 0
+
+
 # -- language models -------------------------------------------------------------------------------
 
 

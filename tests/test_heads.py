@@ -13,9 +13,11 @@ from treelora_cli.heads import (
     LinearHead,
     RidgeStatistics,
     fit_drift,
-    pack_symmetric,
+    pack_upper,
     ridge_share,
-    unpack_symmetric,
+    solve_positive_,
+    symmetric,
+    unpack_upper,
 )
 
 CPU = torch.device("cpu")
@@ -81,6 +83,32 @@ def test_no_ridge_on_separable_data_reproduces_the_indicators() -> None:
     torch.testing.assert_close(statistics.solve(0.0)(features), torch.eye(4), atol=1e-3, rtol=1e-3)
 
 
+def test_solving_in_place_overwrites_the_gram_matrix_and_needs_no_other() -> None:
+    features, labels = sample()
+    kept = RidgeStatistics.empty(6, 3, CPU)
+    kept.add(features, labels)
+    kept.gram = kept.gram.triu()  # nothing below the diagonal is read
+    used = RidgeStatistics(kept.gram.clone(), kept.sums, kept.counts)
+    before, place = kept.gram.clone(), used.gram.data_ptr()
+    solved, again = kept.solve(0.1), used.solve_(0.1)
+    assert torch.equal(kept.gram, before)
+    assert used.gram.data_ptr() == place and not torch.equal(used.gram, before)
+    assert torch.equal(solved.weight, again.weight) and torch.equal(solved.bias, again.bias)
+
+
+def test_a_system_too_flat_for_single_precision_is_solved_in_double() -> None:
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64)).Q
+    upper = (turn * torch.logspace(-9, 6, 40, dtype=torch.float64) @ turn.T).float().triu()
+    exact = symmetric(upper).double()
+    exact.diagonal().sub_(2 * torch.linalg.eigvalsh(exact)[0].clamp(max=0))  # positive, but only just
+    upper = exact.float().triu()
+    assert torch.linalg.cholesky_ex(symmetric(upper)).info > 0
+    right = symmetric(upper).double() @ torch.ones(40, 1, dtype=torch.float64)
+    found = solve_positive_(upper.clone(), right.float())
+    torch.testing.assert_close(symmetric(upper).double() @ found.double(), right, atol=1.0, rtol=1e-3)
+
+
 def test_the_feature_map_is_redrawn_from_its_seed() -> None:
     features, _ = sample()
     drawn = FeatureMap.of_moments(features.mean(dim=0), features.std(dim=0), 20, 5)
@@ -98,14 +126,13 @@ def test_a_constant_feature_does_not_blow_up() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2, 7])
-def test_packing_keeps_a_symmetric_matrix(width: int) -> None:
-    matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(width))
-    matrix = matrix + matrix.T
-    packed = pack_symmetric(matrix)
+def test_packing_keeps_the_upper_triangle(width: int) -> None:
+    matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(width)).triu()
+    packed = pack_upper(matrix)
     assert packed.shape == (width * (width + 1) // 2,)
-    assert torch.equal(unpack_symmetric(packed, width, CPU), matrix)
+    assert torch.equal(unpack_upper(packed, width, CPU), matrix)
     with pytest.raises(ValueError, match="do not make a symmetric matrix of width"):
-        unpack_symmetric(packed, width + 1, CPU)
+        unpack_upper(packed, width + 1, CPU)
 
 
 # -- drift and the discriminant ---------------------------------------------------------------------------

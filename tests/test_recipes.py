@@ -35,6 +35,14 @@ def test_run_learns_every_task_of_a_recipe(cli: Cli, recipe: Path, tmp_path: Pat
     assert shown.json["op"] == pytest.approx(done.json["op"])
 
 
+def test_run_takes_weights_that_the_recipe_does_not_name(cli: Cli, recipe: Path, weights: Path, tmp_path: Path) -> None:
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if "weights:" not in line))
+    options = ["--limit", "2", "--epochs", "0", "--device", "cpu"]
+    done = cli("run", recipe, tmp_path / "p", "--weights", weights, *options)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "p" / "state.json").read_text())["base"]["resolved"]["weights"] == str(weights)
+
+
 def test_run_resumes_after_the_tasks_already_learned(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     whole = cli("run", recipe, tmp_path / "whole", "--json", "--device", "cpu")
     text = recipe.read_text()

@@ -149,7 +149,7 @@ def test_pooling_alone_gives_the_same_features_and_gradients(family: str, stored
     adapters.write_slot(base.network, random_adapter(base))
     cut = base.trunk.before(x)
     ups = [up for _, up in adapters.slot_parameters(base.network, base.layers)]
-    whole, alone = base.trunk.after(cut).pooled, base.trunk.pooled(cut)
+    whole, alone = base.trunk.after(cut).pooled, base.trunk.pooled(cut.tokens)
     torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-5)
     wanted = torch.autograd.grad(whole.square().sum(), ups)
     for one, other in zip(torch.autograd.grad(alone.square().sum(), ups), wanted, strict=True):
@@ -157,7 +157,7 @@ def test_pooling_alone_gives_the_same_features_and_gradients(family: str, stored
     if family in SHORTER_LAST_BLOCK:
         seen: list[int] = []
         hook = base.trunk.blocks[-1].mlp.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].shape[1]))
-        base.trunk.pooled(cut)
+        base.trunk.pooled(cut.tokens)
         hook.remove()
         assert seen == [base.trunk.prefix_tokens]
 

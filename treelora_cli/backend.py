@@ -129,7 +129,12 @@ class TaskMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """All learned tasks in order of arrival, and the statistics they share."""
+    """All learned tasks in order of arrival, and the statistics they share.
+
+    Attributes:
+        tasks: The tasks.
+        shared: Reads the statistics, anew at each call.
+    """
 
     tasks: tuple[TaskMemory, ...]
     shared: Callable[[], Tensors]
@@ -188,7 +193,7 @@ class Session(Protocol):
     """One task while it is learned. The network's adapter slot is the core's; the rest is the session's."""
 
     def trial_loss(self) -> torch.Tensor:
-        """Return some loss of one full-sized batch through the adapter, to measure arithmetic with."""
+        """Return some loss of one full-sized batch through what is trained, to measure arithmetic with."""
 
     def prepare(self) -> None:
         """Pass over the data once with the frozen base: statistics, prototypes, caches."""

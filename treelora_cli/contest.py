@@ -180,13 +180,14 @@ class Contest:
         context = self._context(session)
         if self._index == 0:
             adapters.write_slot(self.base.network, context.fresh)
-            ups = [up for _, up in context.slot]
+            trained = [*(up for _, up in context.slot), *session.parameters()]
             wanted = str(self.config.train.precision)
-            self.runtime.precision = choose_precision(self.runtime, wanted, session.trial_loss, ups)
-        adapters.write_slot(self.base.network, self.strategy.begin(context))
-        trainer = Trainer(
-            session, self.strategy, context.slot, TrainSettings.of(config.train, self._seed()), self.runtime
-        )
+            self.runtime.precision = choose_precision(self.runtime, wanted, session.trial_loss, trained)
+        start = self.strategy.begin(context)
+        if start is not None:
+            adapters.write_slot(self.base.network, start)
+        slot = [] if start is None else context.slot
+        trainer = Trainer(session, self.strategy, slot, TrainSettings.of(config.train, self._seed()), self.runtime)
         report = trainer.run(lambda _step, _tensors: None)
         self.strategy.end(context)
         self.model.learned()

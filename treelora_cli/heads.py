@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -124,10 +125,14 @@ class RidgeStatistics:
         fresh = cls.empty(width, columns, device, gram if alone else None)
         for part, labels in phi:
             fresh.add(part, labels)
-        total = runtime.sum(fresh.gram)
-        if gram is not None and not alone:
-            total = gram + total
-        return cls(total, runtime.sum(fresh.sums), runtime.sum(fresh.counts))
+        return fresh.over_processes(gram, runtime)
+
+    def over_processes(self, gram: Tensor | None, runtime: Runtime) -> RidgeStatistics:
+        """Return the sum over processes with what came before, ``gram``, unless it was added to in place."""
+        total = runtime.sum(self.gram)
+        if gram is not None and self.gram is not gram:
+            total = total.add_(gram)
+        return RidgeStatistics(total, runtime.sum(self.sums), runtime.sum(self.counts))
 
     def solve(self, ridge: float) -> LinearHead:
         """Solve centred ridge regression with all classes weighted alike in prior but not in error.
@@ -138,15 +143,48 @@ class RidgeStatistics:
         Returns:
             A head with scores near 1 for the right column and near 0 for others.
         """
+        return RidgeStatistics(self.gram.clone(), self.sums, self.counts).solve_(ridge)
+
+    def solve_(self, ridge: float) -> LinearHead:
+        """As ``solve``, but in the place of the Gram matrix, which is overwritten."""
         total = self.counts.sum()
         mean = self.sums.sum(dim=0) / total
-        centred = symmetric(self.gram).double() - total.double() * torch.outer(mean, mean).double()
-        targets = (self.sums - self.counts[:, None] * mean).double()
+        centred = self.gram.addr_(mean, mean, alpha=-float(total))
+        targets = self.sums - self.counts[:, None] * mean
         level = centred.diagonal().mean().clamp(min=1e-12)
-        centred.diagonal().add_(max(ridge, 1e-8) * level)
-        weight = torch.cholesky_solve(targets.T, torch.linalg.cholesky(centred)).T
-        bias = (self.counts / total).double() - weight @ mean.double()
-        return LinearHead(weight.float(), bias.float())
+        centred.diagonal().add_(max(ridge, _SMALLEST_RIDGE) * level)
+        weight = solve_positive_(centred, targets.T).T.contiguous()
+        return LinearHead(weight, self.counts / total - weight @ mean)
+
+
+_SMALLEST_RIDGE = 1e-6
+
+
+def solve_positive_(upper: Tensor, right: Tensor) -> Tensor:
+    """Solve ``A x = right`` for a positive definite A given by its upper triangle (W, W), which is overwritten.
+
+    In the tensor's own precision, and in float64 only where that fails: a statistic of thousands of features is the
+    largest thing in memory.
+    """
+    if upper.device.type != "cpu":
+        factor, failed = torch.linalg.cholesky_ex(upper, upper=True)
+        if bool(failed):
+            factor = torch.linalg.cholesky(symmetric(upper).double())
+            return torch.cholesky_solve(right.double(), factor).to(right.dtype)
+        return torch.cholesky_solve(right, factor, upper=True)
+    from scipy.linalg import LinAlgError, cho_factor, cho_solve
+
+    matrix, wanted = upper.numpy(), right.numpy()
+    diagonal = matrix.diagonal().copy()
+    for row in range(len(matrix)):  # what is overwritten stays readable below the diagonal
+        matrix[row + 1 :, row] = matrix[row, row + 1 :]
+    try:  # LAPACK goes by columns: to it the upper triangle of a matrix in rows is the lower one
+        found = cho_solve(cho_factor(matrix.T, lower=True, overwrite_a=True, check_finite=False), wanted)
+    except LinAlgError:
+        exact = np.tril(matrix, -1).astype(np.float64)
+        np.fill_diagonal(exact, diagonal)
+        found = cho_solve(cho_factor(exact, lower=True, overwrite_a=True, check_finite=False), wanted)
+    return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
 
 
 _STRIPS = 4
@@ -191,13 +229,19 @@ class LinearHead:
         return phi @ self.weight.T + self.bias
 
 
-def pack_symmetric(matrix: Tensor) -> Tensor:
-    """Return the upper triangle of a symmetric (W, W) matrix row by row, (W (W + 1) / 2,)."""
-    return torch.cat([matrix[row, row:] for row in range(matrix.shape[0])]).cpu()
+def pack_upper(matrix: Tensor) -> Tensor:
+    """Return the upper triangle of a (W, W) matrix row by row, (W (W + 1) / 2,)."""
+    width = matrix.shape[0]
+    packed = torch.empty(width * (width + 1) // 2, dtype=matrix.dtype)
+    start = 0
+    for row in range(width):
+        packed[start : start + width - row] = matrix[row, row:]
+        start += width - row
+    return packed
 
 
-def unpack_symmetric(packed: Tensor, width: int, device: torch.device) -> Tensor:
-    """Inverse of ``pack_symmetric``.
+def unpack_upper(packed: Tensor, width: int, device: torch.device) -> Tensor:
+    """Inverse of ``pack_upper``; below the diagonal are zeros.
 
     Raises:
         ValueError: The length does not fit the width.
@@ -209,7 +253,7 @@ def unpack_symmetric(packed: Tensor, width: int, device: torch.device) -> Tensor
     for row in range(width):
         matrix[row, row:] = packed[start : start + width - row]
         start += width - row
-    return symmetric(matrix).to(device)
+    return matrix.to(device)
 
 
 @dataclass(frozen=True)

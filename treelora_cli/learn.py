@@ -27,7 +27,7 @@ from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project import Commit, Project
 from treelora_cli.records import adapter_files, peak_bytes, versions
-from treelora_cli.runtime import Runtime, choose_precision
+from treelora_cli.runtime import Runtime, choose_precision, return_free_memory
 from treelora_cli.signature import SignatureAccumulator, SketchSpec
 from treelora_cli.trainer import Trainer, TrainReport, TrainSettings
 from treelora_cli.tree import Tree, extend_tree
@@ -76,6 +76,7 @@ class _Clock:
         self._last = time.perf_counter(), time.process_time()
 
     def lap(self, phase: str) -> None:
+        return_free_memory()
         now = time.perf_counter(), time.process_time()
         for total, before, after in zip((self.seconds, self.cpu_seconds), self._last, now, strict=True):
             total[phase] = round(total.get(phase, 0.0) + after - before, 3)
@@ -194,8 +195,9 @@ class _Learner:
         self.clock.lap("frozen pass")
         queries = self._probe(session, slot)
         self.clock.lap("probe")
+        earlier = self.memory.tasks  # not self: a cycle would keep this task's statistics while the next is learned
         self.method = TreeLora(
-            self._method_settings(), self.tree, queries, reference, lambda index: self.memory.tasks[index].adapter()
+            self._method_settings(), self.tree, queries, reference, lambda index: earlier[index].adapter()
         )
         adapters.write_slot(self.base.network, self.method.initial_adapter())
         self.clock.lap("search")
@@ -293,7 +295,7 @@ class _Learner:
         tree = self._extended_tree()
         self.clock.lap("tree")
         new = TaskMemory(self.name, self.task.labels, self.task.metric, lambda: self.trained, lambda: learned.tensors)
-        memory = self.memory.with_task(new, learned.shared)
+        self.memory = memory = self.memory.with_task(new, learned.shared)
         memory, self.merged = self._kept_within_budget(memory, tree)
         scores = self._scores(memory) if evaluate else {}
         self.clock.lap("evaluate")

@@ -112,8 +112,38 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
         raise UsageError(f"--device is one of {', '.join(present)}; got {device!r}.")
     if not present[wanted]:
         raise UsageError(f"--device {device}: not present on this machine. Leave it out to use the best.")
+    _map_large_blocks()
     accelerator = Accelerator(cpu=wanted == "cpu")
     return Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
+
+
+_LARGE_BLOCK = 8 * 2**20
+_MALLOC_TRIM, _MALLOC_MMAP = -1, -3
+"""Names of glibc's mallopt for the free memory it keeps and for the size from which a block is mapped by itself."""
+
+
+def _c_library() -> Any:
+    import ctypes
+
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None  # not a system whose allocator can be spoken to
+
+
+def _map_large_blocks() -> None:
+    """Have memory of large tensors returned as soon as they are freed: glibc by itself begins to keep it."""
+    mallopt = getattr(_c_library(), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MALLOC_MMAP, _LARGE_BLOCK)
+        mallopt(_MALLOC_TRIM, 2 * _LARGE_BLOCK)
+
+
+def return_free_memory() -> None:
+    """Give what one phase freed back to the system before the next one asks for other sizes."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 _WORTH_IT = 0.85
@@ -123,7 +153,10 @@ _WORTH_IT = 0.85
 def choose_precision(
     runtime: Runtime, wanted: str, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]
 ) -> str:
-    """Return the arithmetic asked for; for ``auto``, the one in which the gradients of ``loss`` come faster."""
+    """Return the arithmetic asked for; for ``auto``, the one in which the gradients of ``loss`` come faster.
+
+    Parameters that the loss does not reach cost nothing.
+    """
     if wanted != "auto":
         return wanted
     import torch
@@ -131,56 +164,52 @@ def choose_precision(
     def step() -> None:
         with runtime.autocast():
             value = loss()
-        torch.autograd.grad(value, parameters)
+        torch.autograd.grad(value, parameters, allow_unused=True)
 
     return measure_precision(runtime, step)
-
-
-_EMULATED = 2.0
-"""A type whose products take so many times float32's is not computed with by this processor."""
-
-
-def _emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether one matrix product says enough: a whole trial step in an emulated type would cost seconds."""
-    import torch
-
-    def least(kind: torch.dtype) -> float:
-        a, b = torch.ones(128, 512, dtype=kind, device=device), torch.ones(512, 512, dtype=kind, device=device)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return least(dtype) > _EMULATED * least(torch.float32)
 
 
 def measure_precision(runtime: Runtime, step: Callable[[], None]) -> str:
     """Run ``step`` in fp32 and under bf16 autocast and return the faster: ``fp32`` or ``bf16``.
 
-    With several processes the main one's measurement decides for all.
+    Where one matrix product alone is slower in bf16, ``step`` is not run: a processor without such instructions takes
+    minutes for what fp32 does in a second. With several processes the main one's measurement decides for all.
     """
     import torch
 
     before = runtime.precision
-    if runtime.concatenate(torch.tensor([_emulated(torch.bfloat16, runtime.device)], device=runtime.device))[0]:
-        return "fp32"
-    seconds: dict[str, float] = {}
-    for precision in ("fp32", "bf16"):
+
+    def seconds(precision: str) -> float:
         runtime.precision = precision
-        step()
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            step()
-            if runtime.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        seconds[precision] = min(times)
+        return _least_seconds(step, runtime.device)
+
+    pays = bf16_multiplies_well(runtime.device) and seconds("bf16") < _WORTH_IT * seconds("fp32")
     runtime.precision = before
-    prefer = torch.tensor([float(seconds["bf16"] < _WORTH_IT * seconds["fp32"])], device=runtime.device)
-    votes = runtime.concatenate(prefer)
+    votes = runtime.concatenate(torch.tensor([float(pays)], device=runtime.device))
     return "bf16" if float(votes[0]) > 0.5 else "fp32"
+
+
+def bf16_multiplies_well(device: torch.device) -> bool:
+    """Return whether a small matrix product in bf16 is no slower than twice the same in fp32."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((64, 512), (512, 256)))
+        return _least_seconds(lambda: left @ right, device)
+
+    return seconds(torch.bfloat16) <= 2 * seconds(torch.float32)
+
+
+def _least_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the shortest of three runs of ``work`` after one that is not counted."""
+    import torch
+
+    work()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -30,6 +30,7 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     data: Annotated[Path | None, typer.Option(help="Directory of the stream's data.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model, instead of the recipe's.")] = None,
+    weights: options.Weights = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Most examples per class or task: a quick trial.")] = None,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
@@ -62,7 +63,11 @@ def compare(
     session = session_of(context)
     path = find_recipe(recipe).absolute()
     flags = from_flags(
-        base__model=model, train__epochs=epochs, train__batch_size=batch_size, train__precision=precision
+        base__model=model,
+        base__weights=None if weights is None else str(weights.absolute()),
+        train__epochs=epochs,
+        train__batch_size=batch_size,
+        train__precision=precision,
     )
     runs = plan_runs(
         _split(methods),
@@ -87,16 +92,18 @@ def compare(
 
 
 def check_stream(runs: list[Run], flags: Config) -> None:
-    """Raise a usage or data error now that every process would raise later."""
-    from treelora_cli.config import load_config, overlay
+    """Raise a usage, data or model error now that every process would raise later."""
+    from treelora_cli.config import load_config, overlay, resolve
     from treelora_cli.methods.catalogue import OURS, choose_head
     from treelora_cli.registry import load_backend
     from treelora_cli.stream import StreamRequest, plan_stream
 
     for run in runs:
         plan_stream(StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False))
-    name = overlay(flags, load_config(runs[0].recipe)).backend or "vit"
+    recipe = load_config(runs[0].recipe)
+    name = overlay(flags, recipe).backend or "vit"
     backend = load_backend(name)
+    backend.resolve_base(resolve(flags, recipe, backend.defaults()).base, offline=runs[0].offline)
     for run in runs:
         if run.variant.method != OURS:
             choose_head(run.variant.method, getattr(backend, "contender_heads", ()), name)

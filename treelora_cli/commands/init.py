@@ -18,7 +18,7 @@ def init(
     model: Annotated[
         str | None, typer.Option(help="timm name, hub id, local directory or GGUF file; none: the embedded ViT.")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Local .safetensors for a model given by name.")] = None,
+    weights: options.Weights = None,
     model_arg: Annotated[
         list[str] | None, typer.Option(metavar="K=V", help="Argument of the architecture, such as img_size=32.")
     ] = None,
@@ -58,7 +58,7 @@ def init(
         inference=inference,
         budget=budget,
         base__model=model,
-        base__weights=weights,
+        base__weights=None if weights is None else str(weights),
         base__model_args=_typed(parse_pairs(model_arg, "--model-arg")),
         base__preprocess=_typed(parse_pairs(preprocess, "--preprocess")),
         base__dtype=dtype,

@@ -9,6 +9,7 @@ import typer
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto (the best there is).")]
 Inference = Annotated[str | None, typer.Option(help="routed, latest or merged.")]
+Weights = Annotated[Path | None, typer.Option(help="Local .safetensors for a model given by name.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the task's data.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
 BatchSize = Annotated[int | None, typer.Option(help="Examples per step, over all processes.")]

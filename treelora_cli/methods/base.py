@@ -25,7 +25,7 @@ class StepView:
         total: Steps of the whole task.
         steps_per_epoch: Steps in one epoch.
         lr: Learning rate of this step.
-        slot: Live (down, up) parameters per adapted layer.
+        slot: Live (down, up) parameters per adapted layer; empty where no adapter is trained.
     """
 
     step: int
@@ -74,8 +74,8 @@ class TaskContext:
 class Contender(Method, Protocol):
     """A method over a stream; what it keeps between tasks lives in the object."""
 
-    def begin(self, task: TaskContext) -> AdapterWeights:
-        """Prepare for a task; returns where its adapter starts."""
+    def begin(self, task: TaskContext) -> AdapterWeights | None:
+        """Prepare for a task; returns where its adapter starts, ``None`` to leave the slot alone and not train it."""
 
     def end(self, task: TaskContext) -> None:
         """Learn from the task what later ones need; the trained adapter is in the slot."""

@@ -242,10 +242,10 @@ class Project:
         """Return what later predictions need; tensors are read and verified when first asked for."""
         from treelora_cli.backend import Memory
 
-        shared = functools.cache(lambda: self._read_tensors("head.safetensors"))
         adapter_of = functools.lru_cache(maxsize=_ADAPTERS_AT_HAND)(self.adapter)
         tasks = tuple(self._task_memory(entry, adapter_of) for entry in self.state.tasks)
-        return Memory(tasks, shared if self.state.tasks else dict)
+        # not cached: of a thousand features or more, it is the largest thing in memory
+        return Memory(tasks, functools.partial(self._read_tensors, "head.safetensors") if self.state.tasks else dict)
 
     def _task_memory(self, entry: TaskEntry, adapter_of: Callable[[str], AdapterWeights]) -> TaskMemory:
         from treelora_cli.backend import TaskMemory

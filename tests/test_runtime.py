@@ -1,0 +1,47 @@
+"""The arithmetic that ``auto`` chooses, and what it does not try."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from conftest import plain_runtime
+
+from treelora_cli.runtime import bf16_multiplies_well, measure_precision
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [("fp32", "bf16"), ("bf16", "fp32"), ("", "fp32")])
+def test_the_faster_arithmetic_is_taken_and_a_tie_is_fp32(
+    monkeypatch: pytest.MonkeyPatch, slow: str, chosen: str
+) -> None:
+    monkeypatch.setattr("treelora_cli.runtime.bf16_multiplies_well", lambda _device: True)
+    runtime = plain_runtime()
+    assert measure_precision(runtime, lambda: time.sleep(0.04 if runtime.precision == slow else 0.02)) == chosen
+    assert runtime.precision == "fp32"
+
+
+def test_bf16_is_not_tried_where_a_product_alone_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never() -> None:
+        raise AssertionError("a step was run")
+
+    monkeypatch.setattr("treelora_cli.runtime.bf16_multiplies_well", lambda _device: False)
+    assert measure_precision(plain_runtime(), never) == "fp32"
+
+
+def test_the_small_product_agrees_with_a_larger_one() -> None:
+    """Processors without bf16 instructions are many times slower in it; those with them are not."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 256, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    ratio = seconds(torch.bfloat16) / seconds(torch.float32)
+    if 0.67 < ratio < 6:
+        pytest.skip("too close to the threshold to say")
+    assert bf16_multiplies_well(torch.device("cpu")) == (ratio < 2)
