@@ -238,6 +238,9 @@ def _create(base: BaseConfig, *, offline: bool) -> nn.Module:
         raise ModelError(f"{base.model} {reason}. Pass --model PATH or --weights FILE.") from error
     if base.weights is not None:
         _load_weights(vit, Path(base.weights))
+    if not all(bool(p.isfinite().all()) for p in vit.parameters()):
+        source = base.model if base.weights is None else Path(base.weights).name
+        raise ModelError(f"{source} holds weights that are not finite.")
     if not isinstance(getattr(vit, "blocks", None), nn.Sequential | nn.ModuleList):
         raise ModelError(f"{base.model} is not a vision transformer: it has no list of blocks.")
     if not hasattr(vit, "patch_embed") or not hasattr(vit, "norm"):
@@ -270,8 +273,6 @@ def _load_weights(vit: nn.Module, path: Path) -> None:
         side = "lacks" if odd[0] in own else "has an unexpected"
         raise ModelError(f"{path.name} does not fit: it {side} '{odd[0]}'. Check --model and --model-arg.")
     vit.load_state_dict(stored)
-    if not all(bool(p.isfinite().all()) for p in vit.parameters()):
-        raise ModelError(f"{path.name} holds weights that are not finite.")
 
 
 def _misfit(model: str, error: Exception) -> str:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _CHUNK = 64
 ANCHOR_SHARPNESS = 16.0
 """Factor on ridge scores, which lie between about 0 and 1, before the softmax."""
-LEAF_SHARE = 0.5
+LEAF_SHARE = 0.25
 """Weight of the adapter's log-probabilities beside the anchor's, within a task."""
 TASKS_ASKED = 2
 """Adapters run for each image: those of its likeliest tasks."""

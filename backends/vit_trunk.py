@@ -72,8 +72,8 @@ class Trunk:
     Args:
         vit: The timm model, without classifier; its blocks may hold LoRA layers.
         cut: Index of the first adapted block.
-        feature_blocks: How many of the last blocks are read as features; ``None`` for the last two thirds, but no more
-            than make ``FEATURE_LIMIT`` features, and at least one.
+        feature_blocks: How many of the last blocks are read as features; ``None`` for as many as make at most
+            ``FEATURE_LIMIT`` features, at least one.
     """
 
     def __init__(self, vit: nn.Module, cut: int, feature_blocks: int | None) -> None:
@@ -83,8 +83,7 @@ class Trunk:
         self.prefix_tokens = int(getattr(vit, "num_prefix_tokens", 0))
         self.has_class_token = getattr(vit, "cls_token", None) is not None
         if feature_blocks is None:
-            room = (FEATURE_LIMIT - self._token_features) // self._block_features
-            feature_blocks = max(1, min(room, -(-2 * len(self.blocks) // 3)))
+            feature_blocks = max(1, (FEATURE_LIMIT - self._token_features) // self._block_features)
         self.first_feature = max(0, len(self.blocks) - feature_blocks)
         self._block_arguments: list[dict[str, Any]] | None = None
         self._pools_class_token: bool | None = None

@@ -64,9 +64,37 @@ def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
 
 
+class _TornFile:
+    """A file whose contents arrive in two parts, with ``hook`` called before each."""
+
+    def __init__(self, file: Any, hook: Callable[[str], None]) -> None:
+        self.file, self.hook = file, hook
+
+    def __enter__(self) -> _TornFile:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> None:
+        for part in (data[: len(data) // 2], data[len(data) // 2 :]):
+            self.hook("write")
+            self.file.write(part)
+            self.file.flush()
+
+
 @contextmanager
 def hooked(hook: Callable[[str], None]) -> Iterator[None]:
-    """Call ``hook`` before every operation of a commit that touches the disk."""
+    """Call ``hook`` before every operation of a commit that touches the disk, and half-way through every write."""
+    fdopen = os.fdopen
+
+    def opened(descriptor: int, mode: str, *arguments: Any, **keywords: Any) -> Any:
+        file = fdopen(descriptor, mode, *arguments, **keywords)
+        return _TornFile(file, hook) if "w" in mode else file
+
     originals = {name: getattr(os, name) for name in EVENTS}
 
     def wrapped(name: str) -> Callable[..., Any]:
@@ -79,6 +107,7 @@ def hooked(hook: Callable[[str], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in EVENTS:
             patch.setattr(os, name, wrapped(name))
+        patch.setattr(os, "fdopen", opened)
         yield
 
 
@@ -167,8 +196,9 @@ def test_an_error_at_every_operation_leaves_the_old_or_the_new_state(
 
 
 @pytest.mark.usefixtures("_no_flush")
+@pytest.mark.parametrize("lasts", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_full_disk_at_every_operation_says_truly_whether_the_task_was_committed(
-    learned_project: Path, tmp_path: Path
+    learned_project: Path, tmp_path: Path, lasts: bool
 ) -> None:
     counted = Path(shutil.copytree(learned_project, tmp_path / "counted"))
     total = count_events(counted, True)
@@ -180,7 +210,8 @@ def test_a_full_disk_at_every_operation_says_truly_whether_the_task_was_committe
         change, done = commit_of(old, merge=True), iter(range(total + 500))
 
         def fail(_name: str, victim: int = victim, done: Iterator[int] = done) -> None:
-            if next(done) >= victim:
+            count = next(done)
+            if count == victim or (lasts and count > victim):
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         with hooked(fail):
@@ -192,6 +223,7 @@ def test_a_full_disk_at_every_operation_says_truly_whether_the_task_was_committe
         found = Project.open(root)
         assert found.state == after.state
         assert everything(found) == everything(old if after is old else new)
+        assert lasts or not list(root.rglob(".treelora-new-*"))
         shutil.rmtree(root)
     assert 0 < raised < total
     print(f"disk full at {len(range(0, total, FAULT_STEP))} of {total} operations: {raised} refused")
@@ -328,7 +360,9 @@ def test_checkpoint_round_trip_and_damage(project: Path) -> None:
     opened = Project.open(project)
     assert opened.checkpoint.facts() is None
     for step in (3, 6):
-        opened.checkpoint.save({"task": "x", "request": {}, "step": step}, {"a": torch.full((2,), float(step))})
+        opened.checkpoint.save(
+            {"task": "x", "state": "", "request": {}, "step": step}, {"a": torch.full((2,), float(step))}
+        )
     facts = opened.checkpoint.facts()
     assert facts is not None and facts["step"] == 6
     assert torch.equal(opened.checkpoint.tensors(facts)["a"], torch.tensor([6.0, 6.0]))

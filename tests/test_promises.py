@@ -227,6 +227,10 @@ def test_one_flipped_bit_or_a_cut_anywhere_in_any_file_is_noticed(
         print(f"{flips} flipped bits of files and {state_flips} of state.json, {cuts} cuts: all noticed")
 
 
+def objects_of(root: Path) -> set[str]:
+    return {path.name for path in (root / ".treelora" / "objects").glob("*")}
+
+
 @pytest.mark.slow
 def test_a_full_disk_at_every_write_of_a_command(
     cli: Cli, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -238,7 +242,7 @@ def test_a_full_disk_at_every_write_of_a_command(
     counted, events = Path(shutil.copytree(project, tmp_path / "counted")), []
 
     def is_write(name: str) -> bool:
-        return name in ("replace", "link", "fsync", "mkdir")
+        return name in ("replace", "link", "fsync", "mkdir", "write")
 
     with hooked(lambda name: events.append(name) if is_write(name) else None):
         assert cli("-C", counted, *learn).code == 0
@@ -263,6 +267,7 @@ def test_a_full_disk_at_every_write_of_a_command(
         else:
             check_error(done, 6, r"Disk full.*; nothing was committed\. Free space and retry\.")
             assert state_hash(root) == old
+            assert objects_of(root) <= objects_of(project), "what a full disk took is given back"
         assert not list(root.rglob(".treelora-new-*"))
         outcomes.append(done.code)
         shutil.rmtree(root)

@@ -140,7 +140,10 @@ def read_slot(network: nn.Module, layers: Sequence[str], scale: float) -> Adapte
 def write_slot(network: nn.Module, weights: AdapterWeights) -> None:
     """Put ``weights`` into the slot, in place."""
     with torch.no_grad():
-        for (down, up), a, b in zip(slot_parameters(network, weights.layers), weights.down, weights.up, strict=True):
+        slot = slot_parameters(network, weights.layers)
+        for layer, (down, up), a, b in zip(weights.layers, slot, weights.down, weights.up, strict=True):
+            if (down.shape, up.shape) != (a.shape, b.shape):
+                raise DamagedError(f"An adapter's layer '{layer}' does not fit the model. Run treelora doctor.")
             down.copy_(a)
             up.copy_(b)
 

@@ -24,6 +24,7 @@ from treelora_cli.commands.run import run
 from treelora_cli.commands.status import status
 from treelora_cli.commands.train_task import train_task
 from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError, is_out_of_memory
+from treelora_cli.project.signals import terminate_like_interrupt
 from treelora_cli.views.console import Output
 
 _EPILOG = "Global options (-C, --json, -q, -v, --offline, --debug) stand before or after the command."
@@ -108,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = hoist_globals(sys.argv[1:] if arguments is None else arguments)
     if not {"-v", "--verbose", "--debug"} & set(given):
         quiet_libraries()
+    terminate_like_interrupt()
     sys.exit(run_command(given))
 
 
@@ -116,6 +118,8 @@ def run_command(given: list[str]) -> int:
     output = Output(as_json="--json" in given, quiet=False)
     try:
         result = app(args=given, standalone_mode=False, obj=output)
+        if result == Interrupted.exit_code:  # what the parser makes of Ctrl-C, without a word
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:

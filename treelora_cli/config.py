@@ -106,7 +106,7 @@ class HeadConfig:
 
     width: int | None = _setting(None, "random features of the shared head, beside the linear ones", low=16, high=65536)
     blocks: int | None = _setting(
-        None, "last blocks whose tokens feed the head; none: two thirds, at most 3,072 features", low=1
+        None, "last blocks whose tokens feed the head; none: as many as make 3,072 features", low=1
     )
     ridge: float | None = _setting(
         None, "ridge penalty at one feature per example, as a share of the mean eigenvalue", low=0
@@ -181,7 +181,7 @@ DEFAULTS = Config(
         precision="auto",
         grad_checkpointing=False,
     ),
-    head=HeadConfig(width=1500, ridge=0.12, views=1, merged="solved"),
+    head=HeadConfig(width=1500, ridge=0.07, views=1, merged="solved"),
 )
 """The lowest level of precedence; a backend's own defaults stand above it."""
 

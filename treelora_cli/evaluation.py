@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from treelora_cli.backend import Base, DataRequest, Memory, Score, TaskData
-from treelora_cli.errors import DataError
+from treelora_cli.errors import DataError, ProjectError, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -48,5 +49,28 @@ def read_held_out(base: Base, records: Mapping[str, Mapping[str, Any]], limit: i
 
 def score_tasks(base: Base, memory: Memory, inference: str, held_out: Sequence[HeldOut]) -> dict[str, Score]:
     """Return the score of every task that has held-out data, over everything in ``memory``."""
-    predictor = base.predictor(memory, inference)
-    return {one.name: predictor.evaluate(one.data) for one in held_out if one.data is not None}
+    with stored_fits():
+        predictor = base.predictor(memory, inference)
+        return {one.name: predictor.evaluate(one.data) for one in held_out if one.data is not None}
+
+
+@contextmanager
+def stored_fits() -> Iterator[None]:
+    """Refuse a project whose stored tensors are missing, or do not fit its model or each other.
+
+    Their hashes are right, so treelora did not lose them: somebody else wrote them, or treelora has a fault. A backend
+    notices only where it computes with them, hence the kinds of errors that tensors raise there.
+
+    Raises:
+        ProjectError: One of those.
+    """
+    try:
+        yield
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        detail = (str(error).splitlines() or [""])[0]
+        raise ProjectError(
+            f"What this project stores does not fit its model: {type(error).__name__}: {detail}."
+            " If nobody else wrote its files, run again with --debug and report it."
+        ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from treelora_cli.backend import Base, ExportCheck, ExportOptions, TaskData
 from treelora_cli.errors import ResourceError, UsageError, suggest
-from treelora_cli.evaluation import read_held_out
+from treelora_cli.evaluation import read_held_out, stored_fits
 from treelora_cli.project import Project
 
 _FORMATS = ("merged", "adapter")
@@ -94,10 +94,11 @@ def write_export(project: Project, base: Base, request: ExportRequest) -> Export
     except OSError as error:
         raise UsageError(f"{request.out} cannot be written: {error.strerror}.") from error
     try:
-        if task is None:
-            base.export_merged(memory, aside, request.options)
-        else:
-            base.export_adapter(memory, task, aside)
+        with stored_fits():
+            if task is None:
+                base.export_merged(memory, aside, request.options)
+            else:
+                base.export_adapter(memory, task, aside)
         check = (
             base.check_export(memory, aside, task, _held_out(project, base, request, task)) if request.verify else None
         )

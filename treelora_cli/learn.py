@@ -21,8 +21,8 @@ from treelora_cli import adapters
 from treelora_cli.backend import Base, DataRequest, Learned, Memory, Score, Session, TaskData, TaskMemory
 from treelora_cli.budget import merge_to_budget
 from treelora_cli.config import Config, to_dict
-from treelora_cli.errors import ProjectError
-from treelora_cli.evaluation import HeldOut, read_held_out, score_tasks
+from treelora_cli.errors import DamagedError, ProjectError
+from treelora_cli.evaluation import HeldOut, read_held_out, score_tasks, stored_fits
 from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project import Commit, Project
@@ -141,7 +141,6 @@ def learn_task(
     memory, tree, matrix, scores = learner.conclude(learned, evaluate)
     if runtime.is_main:
         project.commit(learner.commit_of(learned, report, request, tree, matrix))
-        project.checkpoint.clear()
     clock.lap("commit")
     names = [one.name for one in memory.tasks]
     nearest, parent = learner.method.nearest(), learner.method.parent()
@@ -186,7 +185,8 @@ class _Learner:
 
     def train(self, request: DataRequest, resume: bool) -> tuple[Learned, TrainReport]:
         """Probe, search and train; leaves the trained adapter in the slot."""
-        session = self.base.session(self.task, self.memory, self.config)
+        with stored_fits():
+            session = self.base.session(self.task, self.memory, self.config)
         slot = adapters.slot_parameters(self.base.network, self.base.layers)
         reference = adapters.reference_point(self.base.network, self.base.layers, self.scale, self.seed)
         adapters.write_slot(self.base.network, reference)
@@ -207,7 +207,8 @@ class _Learner:
         report = trainer.run(lambda step, tensors: self._save_checkpoint(step, tensors, request))
         self.clock.lap("train")
         self.trained = adapters.read_slot(self.base.network, self.base.layers, self.scale)
-        learned = session.finish()
+        with stored_fits():
+            learned = session.finish()
         self.clock.lap("statistics")
         return learned, report
 
@@ -285,8 +286,11 @@ class _Learner:
         saved = self.project.checkpoint.tensors(facts)
         prefix = "bandit."
         arrays = {key[len(prefix) :]: value.numpy() for key, value in saved.items() if key.startswith(prefix)}
-        self.method.load_state(arrays, facts["bandit"])
-        trainer.load(int(facts["step"]), saved)
+        try:
+            self.method.load_state(arrays, facts["bandit"])
+            trainer.load(int(facts["step"]), saved)
+        except (RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
+            raise DamagedError(f"{facts['file']} does not fit this task. Train it anew, without --resume.") from error
 
     # -- conclude -------------------------------------------------------------------------------------
 

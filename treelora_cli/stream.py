@@ -107,7 +107,8 @@ def run_stream(
             if request.resume and project.state.task(task.name) is not None:
                 continue
             runtime.reporter.note(f"Task {number} of {len(tasks)}: {task.name}")
-            interrupted = project.checkpoint.facts() if request.resume else None
+            fits = request.resume and project.checkpoint.fits(project.state)
+            interrupted = project.checkpoint.facts() if fits else None
             report = learn_task(
                 project,
                 base,

@@ -95,11 +95,19 @@ def targets(root: Path) -> tuple[dict[str, Target], dict[str, list[bytes]]]:
     found["state.json"], seeds["state.json"] = _state, [(root / "state.json").read_bytes()]
     found["treelora.yaml"], seeds["treelora.yaml"] = _settings, [(root / "treelora.yaml").read_bytes()]
     found["checkpoint.json"] = _Folder("run/checkpoint.json").checkpoint
-    record = {"task": "x", "step": 3, "file": "step-00000003.safetensors", "sha256": "0" * 64, "size": 1, "request": {}}
-    seeds["checkpoint.json"] = [json.dumps(record).encode()]
+    record = {
+        "task": "x",
+        "state": "",
+        "step": 3,
+        "file": "step-00000003.safetensors",
+        "sha256": "0" * 64,
+        "size": 1,
+        "request": {},
+    }
+    seeds["checkpoint.json"] = [seal(record)]
     found["trash"] = _Folder("trash/0001-x.json").trash
     entry = {"tasks": ["x"], "since": 1, "back_to": "0", "states": [(root / "state.json").read_text()]}
-    seeds["trash"] = [json.dumps(entry).encode()]
+    seeds["trash"] = [seal(entry)]
     found["lock.json"] = _Folder("lock.json").lock
     seeds["lock.json"] = [b'{"pid": 1, "host": "h", "command": "c", "since": 1}']
     return found, seeds
@@ -111,11 +119,16 @@ def _bandit(project: Project) -> None:
     shown(project)
 
 
-def _state(data: bytes) -> None:
+def _sealed(data: bytes) -> bytes:
+    """Give a crafted document its right checksum, which would hide the rest."""
     with contextlib.suppress(ValueError, AttributeError, RecursionError):
-        data = seal(json.loads(data))  # else the checksum would hide the rest
+        return seal(json.loads(data))
+    return data
+
+
+def _state(data: bytes) -> None:
     try:
-        state = parse_state(data)
+        state = parse_state(_sealed(data))
     except TreeLoraError:
         return
     assert parse_state(state.to_json()) == state
@@ -138,12 +151,12 @@ class _Folder:
         self.path.parent.mkdir(parents=True)
 
     def checkpoint(self, data: bytes) -> None:
-        self.path.write_bytes(data)
+        self.path.write_bytes(_sealed(data))
         kept = Checkpoint(self.path.parent)
         try:
             facts = kept.facts()
+            kept.damage()
             if facts is not None:
-                str(facts["task"]), int(facts["step"]), facts["request"]
                 kept.tensors(facts)
         except TreeLoraError:
             pass
@@ -151,7 +164,7 @@ class _Folder:
     def trash(self, data: bytes) -> None:
         from treelora_cli.project.history import History
 
-        self.path.write_bytes(data)
+        self.path.write_bytes(_sealed(data))
         history = History(self.root)
         try:
             for entry in history.undone(b""):

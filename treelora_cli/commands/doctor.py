@@ -48,10 +48,10 @@ def doctor(
 
 
 def _show(session: Session, project: Project, facts: dict[str, Any], report: Repair | None, notes: list[str]) -> None:
-    from treelora_cli.project import trash, whole_tasks, works
+    from treelora_cli.project import damage_of_the_past, trash, whole_tasks, works
 
     damaged = project.damage()
-    usable, thrown, trash_damaged = works(project, damaged), trash(project), project.history.damage()
+    usable, thrown, past = works(project, damaged), trash(project), damage_of_the_past(project)
     document: dict[str, Any] = {
         "machine": facts,
         "project": str(project.root),
@@ -60,7 +60,7 @@ def _show(session: Session, project: Project, facts: dict[str, Any], report: Rep
         "tasks_whole": whole_tasks(project.state, damaged),
         "works": usable,
         "trash": [{"tasks": list(e.tasks), "since": e.since, "bytes": size} for e, size in thrown],
-        "trash_damaged": trash_damaged,
+        "damaged_past": past,
         "repair": None if report is None else {k: v for k, v in vars(report).items() if k != "notes"},
         "notes": notes + ([] if report is None else report.notes),
     }
@@ -69,7 +69,11 @@ def _show(session: Session, project: Project, facts: dict[str, Any], report: Rep
         parts = {"Restored": report.restored, "Rebuilt": report.rebuilt, "Dropped": report.dropped}
         lines += [f"{verb}: {', '.join(names)}" for verb, names in parts.items() if names] or ["Nothing to repair."]
     lines += [f"{name}: {problem}" for name, problem in damaged.items()] or ["Every file is whole."]
-    lines += [f"{name}: unreadable; nothing of the trash is deleted." for name in trash_damaged]
+    if past:
+        lines.append(
+            "Damaged or missing, but needed only to undo or to resume, and dropped as further tasks are learned:"
+        )
+        lines += [f"  {name}: {problem}" for name, problem in past.items()]
     for entry, size in thrown:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.since))
         lines.append(f"In the trash since {when}: {', '.join(entry.tasks)} ({size / 2**20:.1f} MiB).")
@@ -142,14 +146,27 @@ def _machine() -> dict[str, Any]:
     names = ("treelora", "torch", "timm", "transformers", "peft", "accelerate", "safetensors")
     devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     devices += ["mps"] if torch.backends.mps.is_available() else []
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    page = os.sysconf("SC_PAGE_SIZE")
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in names},
         "devices": ", ".join(devices),
         "processors": os.cpu_count(),
-        "memory GiB": round(memory / 2**30, 1),
+        "memory GiB": round(os.sysconf("SC_PHYS_PAGES") * page / 2**30, 1),
+        "free memory GiB": _free_memory(page),
     }
+
+
+def _free_memory(page: int) -> float | None:
+    """Return what programs can still get, in GiB; ``None`` where the system does not say."""
+    import os
+
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        found = os.sysconf("SC_AVPHYS_PAGES") * page if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+    return round(found / 2**30, 1) or None
 
 
 def _table(facts: dict[str, Any]) -> Table:

@@ -20,6 +20,7 @@ def predict(
 ) -> None:
     """Answer each INPUT: a label for an image, text for a prompt; no task identity given."""
     from treelora_cli.config import from_flags
+    from treelora_cli.evaluation import stored_fits
     from treelora_cli.views.scores import percent
     from treelora_cli.workspace import open_base, project_config
 
@@ -29,9 +30,9 @@ def predict(
         raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
     config = project_config(project, from_flags(inference=inference))
     base = open_base(project, config, session.runtime(device))
-    predictor = base.predictor(project.memory(), str(config.inference))
     try:
-        answers = predictor.predict(inputs)
+        with stored_fits():
+            answers = base.predictor(project.memory(), str(config.inference)).predict(inputs)
     except OSError as error:
         if error.filename is None:
             raise

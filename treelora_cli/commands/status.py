@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import typer
 from rich.table import Table
 
 from treelora_cli.commands.context import session_of
+from treelora_cli.errors import DamagedError
 from treelora_cli.project import history_bytes, trash
 from treelora_cli.views.scores import percent, summary
+
+if TYPE_CHECKING:
+    from treelora_cli.project import Project
 
 
 def status(context: typer.Context) -> None:
@@ -16,9 +22,10 @@ def status(context: typer.Context) -> None:
     project = session.project()
     state, matrix = project.state, project.matrix()
     standing = matrix.standing()
-    interrupted = project.checkpoint.facts()
+    interrupted, resumable = _interrupted(project)
     reach = project.history.reach(state)
     undone = [entry for entry, _ in trash(project)]
+    sizes = project.task_bytes()
     records = [project.task_record(task.name) for task in state.tasks]
     tasks = [
         {
@@ -29,6 +36,7 @@ def status(context: typer.Context) -> None:
             "adapter": entry.adapter,
             "learned": learned,
             "now": now,
+            "bytes": sizes[entry.name],
         }
         for record, entry, learned, now in zip(records, state.tasks, standing.learned, standing.now, strict=True)
     ]
@@ -44,10 +52,10 @@ def status(context: typer.Context) -> None:
         "history_bytes": history_bytes(project),
         "rollback": reach,
         "trash": [list(entry.tasks) for entry in undone],
-        "interrupted": None if interrupted is None else {"task": interrupted["task"], "step": interrupted["step"]},
+        "interrupted": None if interrupted is None else {**interrupted, "resumable": resumable},
     }
     table = Table(title=f"{project.root}: {state.backend} on {state.base['resolved']['model']}")
-    for heading in ("task", "labels", "examples", "nearest", "learned", "now"):
+    for heading in ("task", "labels", "examples", "nearest", "learned", "now", "KiB"):
         table.add_column(heading, justify="left" if heading in ("task", "nearest") else "right")
     for task in tasks:
         table.add_row(
@@ -57,15 +65,29 @@ def status(context: typer.Context) -> None:
             str(task["nearest"] or "-"),
             percent(task["learned"]),
             percent(task["now"]),
+            f"{task['bytes'] / 1024:.1f}",
         )
     if tasks:
         table.caption = summary(standing)
     step = "treelora train-task DATA"
-    if interrupted is not None:
+    if interrupted is not None and resumable:
         step = f"treelora train-task --resume   ('{interrupted['task']}' stopped after step {interrupted['step']})"
     size = f"{project.total_bytes() / 2**20:.1f} MiB, adapters {project.adapter_bytes() / 2**20:.2f} MiB"
     kept = f"{history_bytes(project) / 2**20:.1f} MiB"
     lines = [f"Can be rolled back: {', '.join(reach)} (earlier states: {kept})."] if reach else []
     if undone:
         lines.append(f"Rolled back: {'; '.join(', '.join(entry.tasks) for entry in undone)}. See treelora doctor.")
+    if interrupted is not None and not resumable:
+        lines.append(f"'{interrupted['task']}' was interrupted at another state of this project, to which it belongs.")
     session.output.result(document, table, *lines, f"On disk: {size}. Next: {step}")
+
+
+def _interrupted(project: Project) -> tuple[dict[str, Any] | None, bool]:
+    """Return task and step of the checkpoint and whether ``--resume`` continues it; a damaged one is doctor's."""
+    try:
+        facts = project.checkpoint.facts()
+    except DamagedError:
+        return None, False
+    if facts is None:
+        return None, False
+    return {"task": facts["task"], "step": facts["step"]}, project.checkpoint.fits(project.state)

@@ -10,7 +10,7 @@ import typer
 
 from treelora_cli.commands import options
 from treelora_cli.commands.context import Session, parse_pairs, session_of
-from treelora_cli.errors import ProjectError, UsageError
+from treelora_cli.errors import DamagedError, ProjectError, UsageError
 
 if TYPE_CHECKING:
     from treelora_cli.backend import Base, DataRequest
@@ -120,7 +120,10 @@ def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple
         raise ProjectError("No interrupted task to resume. Run: treelora train-task DATA")
     if name not in (None, facts["task"]):
         raise UsageError(f"The interrupted task is '{facts['task']}', not '{name}'.")
-    request = replace(DataRequest.from_json(facts["request"]), test_only=False)
+    try:
+        request = replace(DataRequest.from_json(facts["request"]), test_only=False)
+    except (KeyError, TypeError) as error:
+        raise DamagedError(".treelora/run/checkpoint.json is malformed. Train the task anew.") from error
     if data is not None and data.absolute() != request.path:
         raise UsageError(f"The interrupted task's data is {request.path}, not {data}.")
     return str(facts["task"]), request

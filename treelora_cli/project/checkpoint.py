@@ -6,16 +6,17 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from treelora_cli.errors import DamagedError
+from treelora_cli.project.state import State, seal, unseal
 from treelora_cli.project.store import FileRecord, Store, record_of, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FACTS = "checkpoint.json"
-_KINDS = {"task": str, "step": int, "request": dict, "file": str, "sha256": str, "size": int}
+_KINDS = {"task": str, "state": str, "step": int, "request": dict, "file": str, "sha256": str, "size": int}
 
 
 class Checkpoint:
@@ -25,18 +26,32 @@ class Checkpoint:
         self.directory = directory
 
     def save(self, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Replace the checkpoint; ``facts`` holds the ``step``."""
+        """Replace the checkpoint; an error leaves the earlier one, and nothing else.
+
+        Args:
+            facts: Holds the ``task``, its ``request``, the ``step`` and the digest of the ``state`` it grows from.
+            tensors: What training continues from.
+        """
         from safetensors.torch import save
 
         data = save(tensors)
         name = f"step-{facts['step']:08d}.safetensors"
-        write_file(self.directory / name, data)
-        written = {**facts, "file": name, **dataclasses.asdict(record_of(data))}
-        text = json.dumps(written, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        write_file(self.directory / _FACTS, text.encode())
-        for old in self.directory.glob("step-*.safetensors"):
-            if old.name != name:
-                old.unlink(missing_ok=True)
+        try:
+            write_file(self.directory / name, data)
+            written = {**facts, "file": name, **dataclasses.asdict(record_of(data))}
+            write_file(self.directory / _FACTS, seal(json.loads(json.dumps(written))))
+        finally:
+            self._drop_unnamed()
+
+    def _drop_unnamed(self) -> None:
+        """Delete tensors that ``checkpoint.json`` does not name."""
+        try:
+            facts = self.facts()
+        except DamagedError:
+            return  # which ones it named is not known
+        for path in self.directory.glob("step-*.safetensors"):
+            if facts is None or path.name != facts["file"]:
+                path.unlink(missing_ok=True)
 
     def facts(self) -> dict[str, Any] | None:
         """Return what was saved with the tensors, ``None`` when there is no checkpoint.
@@ -45,15 +60,37 @@ class Checkpoint:
             DamagedError: The file is not what this program writes.
         """
         try:
-            facts = json.loads((self.directory / _FACTS).read_text(encoding="utf-8"))
+            facts = unseal(json.loads((self.directory / _FACTS).read_text(encoding="utf-8")))
             for key, kind in _KINDS.items():
                 if type(facts[key]) is not kind:
                     raise TypeError(key)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedError(".treelora/run/checkpoint.json is damaged. Train the task anew.") from error
-        return cast("dict[str, Any]", facts)
+        return facts
+
+    def fits(self, state: State) -> bool:
+        """Return whether there is a whole checkpoint of a task that grows from ``state``."""
+        try:
+            facts = self.facts()
+        except DamagedError:
+            return False
+        return facts is not None and facts["state"] == state.digest()
+
+    def damage(self) -> dict[str, str]:
+        """Return what is wrong with the checkpoint, by file name; empty when it is whole or there is none."""
+        try:
+            facts = self.facts()
+        except DamagedError:
+            return {f".treelora/run/{_FACTS}": "damaged"}
+        if facts is None:
+            return {}
+        try:
+            Store(self.directory).read(facts["file"], FileRecord(facts["sha256"], facts["size"]))
+        except DamagedError:
+            return {f".treelora/run/{facts['file']}": "damaged or missing"}
+        return {}
 
     def tensors(self, facts: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the verified tensors that ``facts`` describes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,19 @@ def works(project: Project, damaged: Mapping[str, str]) -> dict[str, Any]:
         "rollback": [name for name, data in before.items() if not Project(project.root, parse_state(data)).damage()],
         "inspect": not {"tree.json", "tree.safetensors"} & set(damaged),
     }
+
+
+def damage_of_the_past(project: Project) -> dict[str, str]:
+    """Return what is wrong with files that only undoing and resuming need, by name."""
+    history = project.history
+    found = dict.fromkeys([*history.damage(), *history.damaged_copies()], "unreadable")
+    current = (project.root / STATE).read_bytes()
+    for data in dict.fromkeys(history.readable_states(current)):
+        state = parse_state(data)
+        other = {name: record for name, record in state.files.items() if project.state.files.get(name) != record}
+        for name, problem in Project(project.root, dataclasses.replace(state, files=other)).damage().items():
+            found[f".treelora/objects/{other[name].sha256}"] = f"{problem} ({name} of an earlier state)"
+    return {**found, **project.checkpoint.damage()}
 
 
 def trash(project: Project) -> list[tuple[Undone, int]]:

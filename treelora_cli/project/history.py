@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treelora_cli.errors import DamagedError, ProjectError, UsageError
-from treelora_cli.project.state import State, parse_state
+from treelora_cli.project.state import State, parse_state, seal, unseal
 from treelora_cli.project.store import write_file
+
+_UNSEALED = {"tasks", "since", "back_to", "states"}
+"""Keys of an entry written before entries carried a checksum."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class History:
             "back_to": digest(back_to),
             "states": [data.decode() for data in states],
         }
-        write_file(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+        write_file(path, seal(record))
 
     def _entries(self) -> list[Path]:
         return sorted(self.trash.glob("*.json"))
@@ -128,6 +131,11 @@ class History:
     def damage(self) -> list[str]:
         """Return the names of entries of the trash that cannot be read."""
         return [f".treelora/trash/{path.name}" for path in self._entries() if _read_entry(path) is None]
+
+    def damaged_copies(self) -> list[str]:
+        """Return the names of kept states that cannot be read."""
+        found = sorted(self.states.glob("*.json"))
+        return [f".treelora/history/{path.name}" for path in found if _parsed(path.read_bytes()) is None]
 
     def drop_void(self, current: bytes) -> None:
         """Delete entries of rollbacks that never happened or were undone."""
@@ -201,6 +209,8 @@ def _grew_from(later: State, earlier: State) -> bool:
 def _read_entry(path: Path) -> Undone | None:
     try:
         record = json.loads(path.read_bytes())
+        if set(record) != _UNSEALED:
+            record = unseal(record)
         states = tuple(text.encode() for text in record["states"])
         for data in states:
             parse_state(data)

@@ -13,6 +13,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from treelora_cli.errors import LockedError, ProjectError
+from treelora_cli.project.store import refuse_links, user_mode
+
+_PATIENCE = 0.3
+"""Seconds a writer tries for: whoever asks who holds the lock holds it for a moment."""
 
 
 @contextmanager
@@ -23,12 +27,14 @@ def exclusive_lock(directory: Path, purpose: str) -> Iterator[None]:
 
     Raises:
         LockedError: Another process holds it; the message names it.
-        ProjectError: The directory cannot be written.
+        ProjectError: The directory cannot be written, or leads elsewhere.
     """
     holder = directory / "lock.json"
+    refuse_links(directory.parent, [f"{directory.name}/lock", f"{directory.name}/lock.json"])
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / "lock", timeout=0)
+        # a lock that only its maker may open would shut out the others of a shared project
+        lock = FileLock(directory / "lock", timeout=_PATIENCE, mode=user_mode())
         lock.acquire()
     except Timeout as error:
         raise LockedError(f"This project is being written by {_describe(holder)}. Wait for it to end.") from error
@@ -47,7 +53,7 @@ def lock_holder(directory: Path) -> str | None:
     """Return who holds the writer's lock in ``directory``, ``None`` when nobody does."""
     if not (directory / "lock").exists():
         return None
-    lock = FileLock(directory / "lock", timeout=0)
+    lock = FileLock(directory / "lock", timeout=0, mode=user_mode())
     try:
         lock.acquire()
     except Timeout:
@@ -63,5 +69,5 @@ def _describe(holder: Path) -> str:
         facts = json.loads(holder.read_text(encoding="utf-8"))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(facts["since"])))
         return f"'treelora {facts['command']}' (process {int(facts['pid'])} on {facts['host']}, since {since})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "another process"

@@ -19,8 +19,9 @@ from treelora_cli.project.checkpoint import Checkpoint
 from treelora_cli.project.commit import Commit, check_finite, contents_of, place_merged
 from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock, lock_holder
+from treelora_cli.project.signals import signals_held
 from treelora_cli.project.state import State, TaskEntry, parse_state
-from treelora_cli.project.store import FileRecord, Store, as_user_error, write_file
+from treelora_cli.project.store import FileRecord, Store, as_user_error, refuse_links, write_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,7 @@ _DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt")
 _CONFIG = "treelora.yaml"
 STATE = "state.json"
 """The file that says what a project is made of."""
+_OWN = (STATE, *(f".treelora/{name}" for name in ("objects", "history", "trash", "run")))
 _ADAPTERS_AT_HAND = 32
 """Adapters kept in memory after they were read and verified; a prediction switches between a few."""
 
@@ -84,9 +86,12 @@ class Project:
         """Open the project at ``root`` at its last commit.
 
         Raises:
-            ProjectError: No project, a newer schema, or damaged state.
+            ProjectError: No project, a newer schema, damaged state, or a directory that is a symbolic link.
         """
-        return cls(root, parse_state(_read_state(root)))
+        state = parse_state(_read_state(root))
+        # a file that is a link holds no recorded content, and is never written through
+        refuse_links(root, {*(name.rpartition("/")[0] or STATE for name in state.files), *_OWN})
+        return cls(root, state)
 
     @classmethod
     def create(
@@ -99,8 +104,18 @@ class Project:
         """
         check_new_directory(root)
         state = State(backend=backend, base=base, fixed=fixed, written_by=__version__)
-        write_file(root / _CONFIG, config_text.encode())
-        write_file(root / STATE, state.to_json())
+        absent = [one for one in (root, *root.parents) if not one.exists()]
+        try:
+            write_file(root / _CONFIG, config_text.encode())
+            write_file(root / STATE, state.to_json())
+        except BaseException:
+            # also Ctrl-C: what is left of a project that was not made would only be in the way of the next try
+            (root / STATE).unlink(missing_ok=True)
+            (root / _CONFIG).unlink(missing_ok=True)
+            with suppress(OSError):
+                for one in absent:
+                    one.rmdir()
+            raise
         return cls(root, state)
 
     @contextmanager
@@ -264,13 +279,25 @@ class Project:
         from treelora_cli.adapters import AdapterWeights
 
         where = f"{self.entry(name).adapter}/adapter_model.safetensors"
-        scale = self.state.fixed["adapter.alpha"] / self.state.fixed["adapter.rank"]
-        return AdapterWeights.from_tensors(self._read_tensors(where), self.state.base["layers"], scale, where)
+        rank = self.state.fixed["adapter.rank"]
+        scale = self.state.fixed["adapter.alpha"] / rank
+        weights = AdapterWeights.from_tensors(self._read_tensors(where), self.state.base["layers"], scale, where)
+        if weights.rank != rank:
+            raise DamagedError(f"{where}: rank {weights.rank}, this project's is {rank}. Run treelora doctor.")
+        return weights
 
     def adapter_bytes(self) -> int:
         """Return the bytes that adapters take on disk."""
         names = {f"{task.adapter}/adapter_model.safetensors" for task in self.state.tasks}
         return sum(self.state.files[name].size for name in names)
+
+    def task_bytes(self) -> dict[str, int]:
+        """Return the bytes of each task's records; an adapter shared by a group counts for its newest member."""
+        of_folder: dict[str, int] = {}
+        for name, record in self.state.files.items():
+            folder = name.rpartition("/")[0]
+            of_folder[folder] = of_folder.get(folder, 0) + record.size
+        return {task.name: of_folder.get(task.directory, 0) for task in self.state.tasks}
 
     def damage(self) -> dict[str, str]:
         """Read every recorded file and return what is wrong, by file name; empty when all is whole."""
@@ -293,7 +320,11 @@ class Project:
     def _read_tensors(self, name: str) -> dict[str, Tensor]:
         from safetensors.torch import load
 
-        return self._parsed(name, load)
+        tensors = self._parsed(name, load)
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise DamagedError(f"{name}: '{key}' holds values that are not finite. Run treelora doctor.")
+        return tensors
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
         """Return the verified arrays of one of the project's safetensors files."""
@@ -312,15 +343,23 @@ class Project:
     # -- write ----------------------------------------------------------------------------------------
 
     def commit(self, change: Commit) -> Project:
-        """Add one task; the caller holds the lock. Until ``state.json`` is replaced, nothing has changed.
+        """Add one task and drop the checkpoint; the caller holds the lock.
+
+        Until ``state.json`` is replaced, nothing has changed.
 
         Raises:
             TreeLoraError: A value is not finite; stored, it would make the project unreadable.
+            Interrupted: A signal came meanwhile; the task is committed.
         """
         check_finite(change)
         directory = f"tasks/{len(self.state.tasks) + 1:03d}-{change.name}"
         tasks = (*self.state.tasks, TaskEntry(change.name, directory, directory))
-        return self.advance(*place_merged(tasks, self.state.files, contents_of(change, directory), change.merged))
+        parts = place_merged(tasks, self.state.files, contents_of(change, directory), change.merged)
+        with signals_held(f"task '{change.name}' is committed"):
+            project = self.advance(*parts)
+            with suppress(OSError):  # it does not fit the new state
+                self.checkpoint.clear()
+        return project
 
     def rollback(self, task: str) -> Project:
         """Return to the exact state before ``task`` was learned; the caller holds the lock.
@@ -379,16 +418,21 @@ class Project:
             contents: New files, by name.
         """
         current = self._prepare()
-        records = {name: self.store.put(data) for name, data in contents.items()}
-        state = dataclasses.replace(
-            self.state,
-            tasks=tasks,
-            files={**kept, **records},
-            generation=self.state.generation + 1,
-            written_by=__version__,
-        )
-        self.history.keep(current)
-        return self._enter(state.to_json())
+        try:
+            records = {name: self.store.put(data) for name, data in contents.items()}
+            state = dataclasses.replace(
+                self.state,
+                tasks=tasks,
+                files={**kept, **records},
+                generation=self.state.generation + 1,
+                written_by=__version__,
+            )
+            self.history.keep(current)
+            return self._enter(state.to_json())
+        except ResourceError:
+            with suppress(OSError, ProjectError):  # nothing was committed: what was written takes room that is wanted
+                self._drop_unneeded(self.state)
+            raise
 
     def _prepare(self) -> bytes:
         """Finish what a killed process left undone; returns ``state.json``, verbatim.
@@ -410,6 +454,11 @@ class Project:
     def _enter(self, data: bytes) -> Project:
         """Replace ``state.json`` (the commit point) and bring its files to their places."""
         state = parse_state(data)
+        with signals_held("the change was made"):
+            self._publish(state, data)
+        return Project(self.root, state)
+
+    def _publish(self, state: State, data: bytes) -> None:
         self._replace_state(data)
         # committed: whatever fails from here on is made good by the next commit, and readers look in objects
         with suppress(OSError, ProjectError, ResourceError):
@@ -417,7 +466,6 @@ class Project:
             self.history.keep(data)
             self.history.drop_void(data)
             self._clean_up(state)
-        return Project(self.root, state)
 
     def _replace_state(self, data: bytes) -> None:
         """Write ``state.json``; an error after the file was replaced (flushing its directory) is no failure."""
@@ -429,9 +477,13 @@ class Project:
 
     def _clean_up(self, state: State) -> None:
         self.history.prune(state, self._tasks_kept())
+        self._drop_unneeded(state)
+        self.store.sweep([*state.files, STATE, *(f".treelora/{name}/x" for name in ("history", "trash", "run"))])
+
+    def _drop_unneeded(self, state: State) -> None:
+        """Delete the objects of no state that is kept."""
         kept = self.history.kept_states(_read_state(self.root))
         self.store.keep_only(self.store.needed(state.files, (one.files for one in kept)))
-        self.store.sweep([*state.files, STATE, *(f".treelora/{name}/x" for name in ("history", "trash", "run"))])
 
     def _tasks_kept(self) -> int:
         """Return the setting ``history``; a file that is being edited must not stop a commit."""

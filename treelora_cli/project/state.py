@@ -73,6 +73,18 @@ def seal(record: dict[str, Any]) -> bytes:
     return (json.dumps({**body, _CHECKSUM: checksum}, indent=1, sort_keys=True) + "\n").encode()
 
 
+def unseal(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``seal`` was given.
+
+    Raises:
+        ValueError: The checksum is another.
+        KeyError: There is none.
+    """
+    if json.loads(seal(record))[_CHECKSUM] != record[_CHECKSUM]:
+        raise ValueError("checksum")
+    return {key: value for key, value in record.items() if key != _CHECKSUM}
+
+
 @functools.lru_cache(maxsize=16)  # a commit looks at the same few earlier states several times
 def parse_state(data: bytes) -> State:
     """Read ``state.json``.
@@ -88,8 +100,8 @@ def parse_state(data: bytes) -> State:
             raise ProjectError(f"state.json has schema {schema}; this treelora reads up to {SCHEMA}. Upgrade treelora.")
         if schema != SCHEMA:
             raise ValueError("schema")
-        if json.loads(seal({"schema": schema, **record}))[_CHECKSUM] != record.pop(_CHECKSUM):
-            raise ValueError("checksum")
+        record = unseal({"schema": schema, **record})
+        del record["schema"]
         return _build(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"state.json is damaged ({type(error).__name__}). Run treelora doctor.") from error

@@ -20,7 +20,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from treelora_cli.errors import DamagedError, ProjectError, ResourceError
 
@@ -84,7 +84,7 @@ def _write_aside(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fchmod(file.fileno(), user_mode())
         os.replace(aside, path)
     except BaseException:
         # whatever ends the write, also Ctrl-C, must not leave the temporary file
@@ -92,10 +92,11 @@ def _write_aside(path: Path, data: bytes) -> None:
         raise
 
 
-def _umask() -> int:
+def user_mode() -> int:
+    """Return the rights that the user's umask leaves a new file."""
     current = os.umask(0o022)
     os.umask(current)
-    return current
+    return 0o666 & ~current
 
 
 def as_user_error(error: OSError, path: Path) -> ProjectError | ResourceError:
@@ -103,6 +104,18 @@ def as_user_error(error: OSError, path: Path) -> ProjectError | ResourceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ResourceError(f"Disk full while writing {path.name}; nothing was committed. Free space and retry.")
     return ProjectError(f"{path} cannot be written: {error.strerror or error}.")
+
+
+def refuse_links(root: Path, names: Iterable[str]) -> None:
+    """Refuse symbolic links among ``names`` and the directories that lead there: writing would follow them.
+
+    Raises:
+        ProjectError: One of them is a link; the message names it.
+    """
+    parts = {name for full in names for name in (full, *map(str, PurePosixPath(full).parents))} - {"."}
+    for name in sorted(parts):
+        if (root / name).is_symlink():
+            raise ProjectError(f"{root / name} is a symbolic link; nothing outside a project is read or written.")
 
 
 def sync_directory(directory: Path) -> None:
@@ -260,7 +273,8 @@ def _holds(path: Path, record: FileRecord) -> bool:
 def _read_plain(path: Path, size: int) -> bytes | None:
     """Return the bytes of a regular file of the recorded size, ``None`` when there is none."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        # without O_NONBLOCK a named pipe in the file's place would hold the reader for ever
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
