@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from test_causal_lm import load, save_model
@@ -7,6 +9,8 @@ from treelora_backends.lm_narrow import tail_places
 from treelora_backends.lm_network import LmNetwork
 
 from treelora_cli import adapters
+from treelora_cli.backend import DataRequest, Memory
+from treelora_cli.config import TrainConfig
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
 
@@ -117,6 +121,21 @@ def test_the_last_feed_forward_layer_sees_the_positions_that_are_read_and_is_its
     base.lm.logits_at(batch.batch, batch.rows, batch.columns)
     hook.remove()
     assert seen[1:] == [(3, 9)]
+
+
+@pytest.mark.parametrize("tail", [0, 3])
+def test_training_and_probing_use_the_tail_that_is_set(models, tail, tmp_path):
+    base = load(models["llama"], blocks=3, train=TrainConfig(prompt_tail=tail, batch_size=2))
+    rows = [{"prompt": f"What colour is the apple {number}?", "answer": "red"} for number in range(4)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    session = base.session(base.read_task(DataRequest(tmp_path / "t.jsonl")), Memory((), dict), base.config)
+    asked = []
+    plain = base.lm.loss
+    base.lm.loss = lambda labelled, tail=0: asked.append(tail) or plain(labelled, tail)
+    session.prepare()
+    session.loss([0, 1])
+    next(iter(session.probe_losses(1)))
+    assert asked == [tail, tail]
 
 
 class Mixing(nn.Module):

@@ -92,7 +92,9 @@ class TrainConfig:
     warm_start: str | None = _setting(None, "where a new adapter starts", choices=("nearest", "latest", "none"))
     max_length: int | None = _setting(None, "longest input, in tokens", low=8)
     prompt_tail: int | None = _setting(
-        None, "last tokens of a prompt through whose feed-forward layers gradients pass; 0: every token's", low=0
+        None,
+        "last tokens of a prompt through whose feed-forward layers gradients pass; 0, or grad_checkpointing: all",
+        low=0,
     )
     precision: str | None = _setting(None, "arithmetic of the forward pass", choices=("auto", "fp32", "bf16"))
     grad_checkpointing: bool | None = _setting(None, "recompute activations to save memory")
