@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -101,34 +101,8 @@ class RidgeStatistics:
         self.sums.index_add_(0, columns, phi)
         self.counts.index_add_(0, columns, torch.ones_like(columns, dtype=self.counts.dtype))
 
-    @classmethod
-    def extended(
-        cls,
-        gram: Tensor | None,
-        phi: Iterable[tuple[Tensor, Tensor]],
-        columns: int,
-        runtime: Runtime,
-        width: int,
-        device: torch.device,
-    ) -> RidgeStatistics:
-        """Count a task in, over all processes; returns the new columns with the Gram matrix of everything so far.
-
-        Args:
-            gram: Of what came before, (W, W), changed in place; ``None`` at first.
-            phi: This process's examples in parts: (n, W) and the column index of each, (n,).
-            columns: New columns.
-            runtime: Sums over processes.
-            width: W.
-            device: Where the sums are kept.
-        """
-        alone = gram is not None and runtime.accelerator.num_processes == 1
-        fresh = cls.empty(width, columns, device, gram if alone else None)
-        for part, labels in phi:
-            fresh.add(part, labels)
-        return fresh.over_processes(gram, runtime)
-
     def over_processes(self, gram: Tensor | None, runtime: Runtime) -> RidgeStatistics:
-        """Return the sum over processes with what came before, ``gram``, unless it was added to in place."""
+        """Return the sum over processes, and over what came before: ``gram``, unless it was added to in place."""
         total = runtime.sum(self.gram)
         if gram is not None and self.gram is not gram:
             total = total.add_(gram)
