@@ -225,7 +225,7 @@ def test_discriminant_scores_are_log_densities_up_to_a_constant() -> None:
     torch.testing.assert_close(found - found[:, :1], expected - expected[:, :1], atol=1e-2, rtol=1e-2)
 
 
-def test_ridge_share_grows_with_a_power_of_features_per_example_up_to_one():
+def test_ridge_share_grows_with_a_power_of_features_per_example_up_to_ten():
     assert ridge_share(0.36, 1000, 1000) == pytest.approx(0.36)
     assert ridge_share(0.36, 1000, 4000) == pytest.approx(0.36 / 32)
-    assert ridge_share(0.36, 1000, 10) == 1.0
+    assert ridge_share(0.36, 1000, 10) == 10.0

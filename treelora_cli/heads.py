@@ -178,20 +178,21 @@ def symmetric(matrix: Tensor) -> Tensor:
 
 
 _SHARE_EXPONENT = 2.5
+_LARGEST_SHARE = 10.0
 
 
 def ridge_share(ridge: float, width: int, examples: float) -> float:
     """Return the penalty for ``RidgeStatistics.solve``: what fits many examples starves on few.
 
     The best share of the mean eigenvalue was found to grow with a power of features per example (measured from 0.15 to
-    3 features per example); it is held below 1.
+    12 features per example); it is held below 10.
 
     Args:
         ridge: Share at one feature per example.
         width: Features W.
         examples: Examples counted in.
     """
-    return min(1.0, ridge * math.pow(width / max(examples, 1.0), _SHARE_EXPONENT))
+    return min(_LARGEST_SHARE, ridge * math.pow(width / max(examples, 1.0), _SHARE_EXPONENT))
 
 
 @dataclass(frozen=True)
