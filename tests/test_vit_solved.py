@@ -12,7 +12,7 @@ from treelora_cli.config import Config, HeadConfig, resolve
 from treelora_cli.heads import RidgeStatistics, ridge_share, symmetric
 from treelora_cli.runtime import Runtime
 
-RIDGE = 0.12
+RIDGE = 0.003
 
 
 def make_vit(classes=0, **arguments):
