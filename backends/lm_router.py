@@ -93,10 +93,7 @@ class TaskRouter:
     def add_task(self, features: Tensor, runtime: Runtime) -> None:
         """Add this process's features of a task, (n, F)."""
         if self.map is None:
-            count = _summed(torch.tensor([float(len(features))]), runtime)
-            mean = _summed(features.sum(dim=0), runtime) / count
-            variance = _summed((features - mean).square().sum(dim=0), runtime) / count
-            self.map = FeatureMap.of_moments(mean, variance.sqrt(), self.width, self.seed)
+            self.map = FeatureMap.fit(features, self.width, self.seed, lambda part: _summed(part, runtime))
         fresh = RidgeStatistics.empty(self.width, 1, _CPU)
         fresh.add(self._project(features), torch.zeros(len(features), dtype=torch.int64))
         count = _summed(fresh.counts, runtime)

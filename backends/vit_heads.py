@@ -154,14 +154,12 @@ class SharedHead:
         """Standardise by all processes' first images, and count them in."""
         layered = torch.cat([one.layered for one, _ in self._waiting])
         tokens = torch.cat([one.token for one, _ in self._waiting])
-        count = self.runtime.sum(torch.tensor([float(len(layered))], device=self.device))
-        mean = self.runtime.sum(layered.sum(dim=0)) / count
-        variance = self.runtime.sum((layered - mean).square().sum(dim=0)) / count
+        plain = FeatureMap.fit(layered, self._drawn, self.seed, self.runtime.sum)
         solved = None
         if self.carries_blocks:
             seen = self.runtime.concatenate(tokens[: self.runtime.smallest(len(tokens))])
             solved = SolvedFeatures.fit(seen, self.trunk, self.random, self.seed)
-        self.features = HeadFeatures(FeatureMap.of_moments(mean, variance.sqrt(), self._drawn, self.seed), solved)
+        self.features = HeadFeatures(plain, solved)
         self._begin_sums()
         for one, labels in self._waiting:
             self._new.add(self.features(one), labels)

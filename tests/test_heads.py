@@ -118,6 +118,18 @@ def test_the_feature_map_is_redrawn_from_its_seed() -> None:
     assert not torch.equal(FeatureMap.from_tensors(drawn.to_tensors(), 20, 6, CPU)(features), drawn(features))
 
 
+def test_two_processes_fit_the_map_that_one_would() -> None:
+    features, _ = sample()
+    mine, theirs = features[:20], features[20:]
+    whole = FeatureMap.fit(features, 20, 5, lambda part: part)
+    mean, variance = features.mean(dim=0), features.var(dim=0, correction=0)
+    others = iter([torch.tensor([40.0]), theirs.sum(dim=0), (theirs - mean).square().sum(dim=0)])
+    shared = FeatureMap.fit(mine, 20, 5, lambda part: part + next(others))
+    torch.testing.assert_close(whole.mean, mean)
+    torch.testing.assert_close(whole(features), FeatureMap.of_moments(mean, variance.sqrt(), 20, 5)(features))
+    torch.testing.assert_close(shared(features), whole(features))
+
+
 def test_a_constant_feature_does_not_blow_up() -> None:
     features, _ = sample()
     features[:, 0] = 3.0

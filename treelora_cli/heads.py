@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,14 @@ class FeatureMap:
         """Make the map that standardises features of this mean and standard deviation, both (F,)."""
         scale = deviation + 1e-3 * deviation.mean() + 1e-12
         return cls(mean, scale, cls.draw(mean.shape[0], random, seed).to(mean.device))
+
+    @classmethod
+    def fit(cls, features: Tensor, random: int, seed: int, summed: Callable[[Tensor], Tensor]) -> FeatureMap:
+        """Make the map that standardises all processes' features; ``summed`` adds up this one's, (n, F), and theirs."""
+        count = summed(torch.tensor([float(len(features))], device=features.device))
+        mean = summed(features.sum(dim=0)) / count
+        variance = summed((features - mean).square().sum(dim=0)) / count
+        return cls.of_moments(mean, variance.sqrt(), random, seed)
 
     @staticmethod
     def draw(width: int, random: int, seed: int) -> Tensor:
@@ -158,7 +166,7 @@ def solve_positive_(upper: Tensor, right: Tensor) -> Tensor:
         exact = np.tril(matrix, -1).astype(np.float64)
         np.fill_diagonal(exact, diagonal)
         found = cho_solve(cho_factor(exact, lower=True, overwrite_a=True, check_finite=False), wanted)
-    return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
+    return torch.from_numpy(np.ascontiguousarray(found, dtype=wanted.dtype))
 
 
 _STRIPS = 4

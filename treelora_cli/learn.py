@@ -76,6 +76,7 @@ class _Clock:
         self._last = time.perf_counter(), time.process_time()
 
     def lap(self, phase: str) -> None:
+        """End a phase: give back the memory it freed, and note its time."""
         return_free_memory()
         now = time.perf_counter(), time.process_time()
         for total, before, after in zip((self.seconds, self.cpu_seconds), self._last, now, strict=True):

@@ -82,3 +82,21 @@ class Contender(Method, Protocol):
 
     def kept_bytes(self) -> int:
         """Return the bytes kept for later tasks, adapters aside."""
+
+
+class Unprotected:
+    """The part of a contender that protects nothing: no term, no change of gradients or slot, nothing kept."""
+
+    def penalty(self, view: StepView, loss: Tensor) -> Tensor | None:
+        """Add nothing to the loss."""
+        return None
+
+    def before_step(self, view: StepView) -> None:
+        """Leave the gradients as they are."""
+
+    def after_step(self, view: StepView) -> None:
+        """Leave the slot as it is."""
+
+    def kept_bytes(self) -> int:
+        """Keep nothing but the adapter, if there is one."""
+        return 0

@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from treelora_cli.adapters import read_slot
+from treelora_cli.methods.base import Unprotected
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from treelora_cli.adapters import AdapterWeights
-    from treelora_cli.methods.base import StepView, TaskContext
+    from treelora_cli.methods.base import TaskContext
 
 
-class SeqLora:
+class SeqLora(Unprotected):
     """A contender without protection, and what the others that carry one adapter on have in common."""
 
     def __init__(self) -> None:
@@ -30,17 +29,3 @@ class SeqLora:
     def end(self, task: TaskContext) -> None:
         """Carry the trained adapter on."""
         self._carried = read_slot(task.network, task.layers, task.scale)
-
-    def penalty(self, view: StepView, loss: Tensor) -> Tensor | None:
-        """Add nothing to the loss."""
-        return None
-
-    def before_step(self, view: StepView) -> None:
-        """Leave the gradients as they are."""
-
-    def after_step(self, view: StepView) -> None:
-        """Leave the slot as it is."""
-
-    def kept_bytes(self) -> int:
-        """Keep nothing but the adapter."""
-        return 0
