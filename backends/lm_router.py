@@ -21,7 +21,8 @@ from treelora_cli import adapters
 from treelora_cli.backend import Memory
 from treelora_cli.config import Config
 from treelora_cli.data.text import TextExample
-from treelora_cli.heads import FeatureMap, RidgeStatistics, pack_upper, unpack_upper
+from treelora_cli.gram import Gram
+from treelora_cli.heads import FeatureMap, RidgeStatistics
 from treelora_cli.runtime import Runtime
 
 _CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ class TaskRouter:
         self.width: int = config.head.width
         self.seed: int = config.seed
         self.map: FeatureMap | None = None
-        self.gram: Tensor | None = None
+        self.gram: Gram | None = None
         self._mean: Tensor
 
     @classmethod
@@ -82,7 +83,7 @@ class TaskRouter:
         if memory.tasks:
             tensors = memory.shared()
             router.map = FeatureMap.from_tensors(tensors, router.width, router.seed, _CPU)
-            router.gram = unpack_upper(tensors["route.gram"], router.width, _CPU)
+            router.gram = Gram.from_packed(tensors["route.gram"], router.width, _CPU)
         return router
 
     def _project(self, features: Tensor) -> Tensor:
@@ -97,14 +98,14 @@ class TaskRouter:
         fresh = RidgeStatistics.empty(self.width, 1, _CPU)
         fresh.add(self._project(features), torch.zeros(len(features), dtype=torch.int64))
         count = _summed(fresh.counts, runtime)
-        gram = _summed(fresh.gram, runtime) / count
+        values = _summed(fresh.gram.values, runtime) / count
         self._mean = _summed(fresh.sums, runtime) / count
-        self.gram = gram if self.gram is None else self.gram + gram
+        self.gram = fresh.gram.like(values if self.gram is None else self.gram.values + values)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the part that all tasks share."""
         assert self.map is not None and self.gram is not None
-        return {**self.map.to_tensors(), "route.gram": pack_upper(self.gram)}
+        return {**self.map.to_tensors(), "route.gram": self.gram.packed()}
 
     def task_tensors(self) -> dict[str, Tensor]:
         """Return the new task's part."""

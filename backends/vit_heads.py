@@ -16,7 +16,8 @@ from treelora_backends.vit_trunk import Features, Trunk
 
 from treelora_cli.backend import Memory
 from treelora_cli.config import Config
-from treelora_cli.heads import FeatureMap, LinearHead, RidgeStatistics, pack_upper, ridge_share, unpack_upper
+from treelora_cli.gram import Gram
+from treelora_cli.heads import FeatureMap, LinearHead, RidgeStatistics, ridge_share
 from treelora_cli.runtime import Runtime
 
 _FIRST_LOOK = 512
@@ -97,7 +98,7 @@ class SharedHead:
         self.device = runtime.device
         self.carries_blocks = config.head.merged == "solved" and fits(trunk)
         self.features: HeadFeatures | None = None
-        self.gram: Tensor | None = None
+        self.gram: Gram | None = None
         self._waiting: list[tuple[Features, Tensor]] = []
         self._classes = 0
         self._new: RidgeStatistics
@@ -113,7 +114,7 @@ class SharedHead:
                 solved = SolvedFeatures.restore(tensors, trunk, head.random, head.seed)
             plain = FeatureMap.from_tensors(tensors, head._drawn, head.seed, head.device)
             head.features = HeadFeatures(plain, solved)
-            head.gram = unpack_upper(tensors["anchor.gram"], head.features.width, head.device)
+            head.gram = Gram.from_packed(tensors["anchor.gram"], head.features.width, head.device)
         return head
 
     @property
@@ -169,7 +170,7 @@ class SharedHead:
         """Return the part that all tasks share."""
         assert self.features is not None and self.gram is not None
         solved = {} if self.features.solved is None else self.features.solved.to_tensors()
-        return {**self.features.plain.to_tensors(), **solved, "anchor.gram": pack_upper(self.gram)}
+        return {**self.features.plain.to_tensors(), **solved, "anchor.gram": self.gram.packed()}
 
     def task_tensors(self) -> dict[str, Tensor]:
         """Return the new task's columns."""
@@ -186,14 +187,15 @@ class SharedHead:
     def solve_(self, memory: Memory) -> LinearHead:
         """Solve for the columns of every task in ``memory``; uses up the Gram matrix."""
         statistics = self._statistics(memory)
-        share = ridge_share(self.ridge, statistics.gram.shape[0], float(statistics.counts.sum()))
+        width, device = statistics.gram.width, self.device
+        share = ridge_share(self.ridge, width, float(statistics.counts.sum()))
         self.gram = None
-        return statistics.solve_(share)
+        return statistics.solve_(share, lambda: Gram.from_packed(memory.shared()["anchor.gram"], width, device))
 
     def grow_blocks(self, vit: nn.Module, memory: Memory, class_of: Tensor, classes: int) -> None:
         """Append blocks that hold every task in ``memory`` to a frozen ``vit``, see ``vit_solved.grow``."""
         assert self.features is not None and self.features.solved is not None
         plain, solved, width = self.features.plain, self.features.solved, self.trunk.width
         statistics = solved_statistics(self._statistics(memory), solved, plain.scale[-width:])
-        share = ridge_share(self.ridge, statistics.gram.shape[0], float(statistics.counts.sum()))
+        share = ridge_share(self.ridge, statistics.gram.width, float(statistics.counts.sum()))
         grow(vit, solved, statistics, share, plain.mean[-width:], class_of, classes)

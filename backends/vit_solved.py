@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from treelora_backends.vit_trunk import fill_classifier, normalised
 
-from treelora_cli.heads import LinearHead, RidgeStatistics, symmetric
+from treelora_cli.gram import Gram
+from treelora_cli.heads import LinearHead, RidgeStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -169,12 +170,12 @@ def solved_statistics(shared: RidgeStatistics, features: SolvedFeatures, scale: 
     """
     width, count = scale.shape[0], features.projection.shape[0]
     turn = features.projector * scale / features.scales[0][:, None]  # (C, C): standardised token -> linear part
-    gram = symmetric(shared.gram[-width - count :, -width - count :])
+    gram = shared.gram.dense()[-width - count :, -width - count :].clone()
     gram[:width] = turn @ gram[:width]
     gram[:, :width] = gram[:, :width] @ turn.T
     sums = shared.sums[:, -width - count :].clone()
     sums[:, :width] = sums[:, :width] @ turn.T
-    return RidgeStatistics(gram, sums, shared.counts)
+    return RidgeStatistics(Gram.from_dense(gram), sums, shared.counts)
 
 
 def grow(
@@ -200,7 +201,7 @@ def grow(
     solved = statistics.solve(share)
     weight = torch.zeros(classes, solved.weight.shape[1], device=mean.device).index_add_(0, class_of, solved.weight)
     bias = torch.zeros(classes, device=mean.device).index_add_(0, class_of, solved.bias)
-    spread = (weight @ statistics.gram @ weight.T).double()
+    spread = (weight @ statistics.gram.dense() @ weight.T).double()
     count = min(features.axes.shape[1], classes)
     directions = torch.linalg.eigh(spread).eigenvectors[:, -count:].float()  # in which scores vary most
     _fill(cast("Any", vit), features, weight, bias, directions, mean)

@@ -7,17 +7,14 @@ import torch
 from conftest import plain_runtime
 from torch import Tensor
 
+from treelora_cli.gram import Gram, HalfGram, NotPositiveError
 from treelora_cli.heads import (
     ClassStatistics,
     FeatureMap,
     LinearHead,
     RidgeStatistics,
     fit_drift,
-    pack_upper,
     ridge_share,
-    solve_positive_,
-    symmetric,
-    unpack_upper,
 )
 
 CPU = torch.device("cpu")
@@ -69,7 +66,9 @@ def test_tasks_that_arrive_one_after_the_other_give_the_joint_solution() -> None
     old.add(features[first], labels[first])
     new.add(features[second], torch.zeros(int(second.sum()), dtype=torch.int64))
     streamed = RidgeStatistics(
-        old.gram + new.gram, torch.cat([old.sums, new.sums]), torch.cat([old.counts, new.counts])
+        old.gram.like(old.gram.values + new.gram.values),
+        torch.cat([old.sums, new.sums]),
+        torch.cat([old.counts, new.counts]),
     ).solve(0.1)
     expected = ridge_by_hand(features, labels, 3, 0.1)
     torch.testing.assert_close(streamed.weight, expected.weight, atol=1e-5, rtol=1e-4)
@@ -87,26 +86,34 @@ def test_solving_in_place_overwrites_the_gram_matrix_and_needs_no_other() -> Non
     features, labels = sample()
     kept = RidgeStatistics.empty(6, 3, CPU)
     kept.add(features, labels)
-    kept.gram = kept.gram.triu()  # nothing below the diagonal is read
-    used = RidgeStatistics(kept.gram.clone(), kept.sums, kept.counts)
-    before, place = kept.gram.clone(), used.gram.data_ptr()
-    solved, again = kept.solve(0.1), used.solve_(0.1)
-    assert torch.equal(kept.gram, before)
-    assert used.gram.data_ptr() == place and not torch.equal(used.gram, before)
+    before = kept.gram.values.clone()
+    used = RidgeStatistics(kept.gram.like(before.clone()), kept.sums, kept.counts)
+    place = used.gram.values.data_ptr()
+    solved, again = kept.solve(0.1), used.solve_(0.1, unasked)
+    assert torch.equal(kept.gram.values, before)
+    assert used.gram.values.data_ptr() == place and not torch.equal(used.gram.values, before)
     assert torch.equal(solved.weight, again.weight) and torch.equal(solved.bias, again.bias)
 
 
-def test_a_system_too_flat_for_single_precision_is_solved_in_double() -> None:
-    generator = torch.Generator().manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64)).Q
-    upper = (turn * torch.logspace(-9, 6, 40, dtype=torch.float64) @ turn.T).float().triu()
-    exact = symmetric(upper).double()
-    exact.diagonal().sub_(2 * torch.linalg.eigvalsh(exact)[0].clamp(max=0))  # positive, but only just
-    upper = exact.float().triu()
-    assert torch.linalg.cholesky_ex(symmetric(upper)).info > 0
-    right = symmetric(upper).double() @ torch.ones(40, 1, dtype=torch.float64)
-    found = solve_positive_(upper.clone(), right.float())
-    torch.testing.assert_close(symmetric(upper).double() @ found.double(), right, atol=1.0, rtol=1e-3)
+def unasked() -> Gram:
+    raise AssertionError("single precision did not do")
+
+
+def test_what_single_precision_cannot_solve_is_solved_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = sample()
+    statistics = RidgeStatistics.empty(6, 3, CPU)
+    statistics.add(features, labels)
+    before = statistics.gram.like(statistics.gram.values.clone())
+
+    def fail(gram: HalfGram, _right: Tensor) -> Tensor:
+        gram.values.fill_(float("nan"))  # it was overwritten
+        raise NotPositiveError
+
+    monkeypatch.setattr(HalfGram, "solve_", fail)
+    expected = ridge_by_hand(features, labels, 3, 0.1)
+    for found in (statistics.solve(0.1), statistics.solve_(0.1, lambda: before)):
+        torch.testing.assert_close(found.weight, expected.weight, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.bias, expected.bias, atol=1e-5, rtol=1e-4)
 
 
 def test_the_feature_map_is_redrawn_from_its_seed() -> None:
@@ -135,16 +142,6 @@ def test_a_constant_feature_does_not_blow_up() -> None:
     features[:, 0] = 3.0
     drawn = FeatureMap.of_moments(features.mean(dim=0), features.std(dim=0), 20, 5)
     assert drawn(features).isfinite().all()
-
-
-@pytest.mark.parametrize("width", [1, 2, 7])
-def test_packing_keeps_the_upper_triangle(width: int) -> None:
-    matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(width)).triu()
-    packed = pack_upper(matrix)
-    assert packed.shape == (width * (width + 1) // 2,)
-    assert torch.equal(unpack_upper(packed, width, CPU), matrix)
-    with pytest.raises(ValueError, match="do not make a symmetric matrix of width"):
-        unpack_upper(packed, width + 1, CPU)
 
 
 # -- drift and the discriminant ---------------------------------------------------------------------------

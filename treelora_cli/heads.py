@@ -9,15 +9,15 @@ come from several blocks, are standardised by the first task, and keep their lin
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from treelora_cli.gram import Gram, NotPositiveError, solve_exactly
 
 if TYPE_CHECKING:
     from treelora_cli.runtime import Runtime
@@ -85,36 +85,36 @@ class RidgeStatistics:
     """Sums from which ridge regression onto class indicators is solved exactly, in any order of arrival.
 
     Attributes:
-        gram: Sum of ``phi phi^T``, (W, W); only its upper triangle is meant.
+        gram: Sum of ``phi phi^T``, of width W.
         sums: Sum of ``phi`` per column, (K, W).
         counts: Examples per column, (K,).
     """
 
-    gram: Tensor
+    gram: Gram
     sums: Tensor
     counts: Tensor
 
     @classmethod
-    def empty(cls, width: int, columns: int, device: torch.device, gram: Tensor | None = None) -> RidgeStatistics:
-        """Return statistics of nothing, or of no column yet but with ``gram`` (W, W) to add to."""
+    def empty(cls, width: int, columns: int, device: torch.device, gram: Gram | None = None) -> RidgeStatistics:
+        """Return statistics of nothing, or of no column yet but with ``gram`` to add to."""
         return cls(
-            torch.zeros(width, width, device=device) if gram is None else gram,
+            Gram.zeros(width, device) if gram is None else gram,
             torch.zeros(columns, width, device=device),
             torch.zeros(columns, device=device),
         )
 
     def add(self, phi: Tensor, columns: Tensor) -> None:
         """Count examples in: phi (n, W), column index of each (n,)."""
-        _add_gram_(self.gram, phi)
+        self.gram.add_(phi)
         self.sums.index_add_(0, columns, phi)
         self.counts.index_add_(0, columns, torch.ones_like(columns, dtype=self.counts.dtype))
 
-    def over_processes(self, gram: Tensor | None, runtime: Runtime) -> RidgeStatistics:
+    def over_processes(self, gram: Gram | None, runtime: Runtime) -> RidgeStatistics:
         """Return the sum over processes, and over what came before: ``gram``, unless it was added to in place."""
-        total = runtime.sum(self.gram)
+        total = runtime.sum(self.gram.values)
         if gram is not None and self.gram is not gram:
-            total = total.add_(gram)
-        return RidgeStatistics(total, runtime.sum(self.sums), runtime.sum(self.counts))
+            total = total.add_(gram.values)
+        return RidgeStatistics(self.gram.like(total), runtime.sum(self.sums), runtime.sum(self.counts))
 
     def solve(self, ridge: float) -> LinearHead:
         """Solve centred ridge regression with all classes weighted alike in prior but not in error.
@@ -125,64 +125,39 @@ class RidgeStatistics:
         Returns:
             A head with scores near 1 for the right column and near 0 for others.
         """
-        return RidgeStatistics(self.gram.clone(), self.sums, self.counts).solve_(ridge)
+        own = RidgeStatistics(self.gram.like(self.gram.values.clone()), self.sums, self.counts)
+        return own.solve_(ridge, lambda: self.gram)
 
-    def solve_(self, ridge: float) -> LinearHead:
-        """As ``solve``, but in the place of the Gram matrix, which is overwritten."""
+    def solve_(self, ridge: float, again: Callable[[], Gram]) -> LinearHead:
+        """As ``solve``, but in the place of the Gram matrix, which is overwritten.
+
+        Args:
+            ridge: As for ``solve``.
+            again: Returns the Gram matrix as it was; asked only where single precision does not do.
+        """
         total = self.counts.sum()
         mean = self.sums.sum(dim=0) / total
-        centred = self.gram.addr_(mean, mean, alpha=-float(total))
-        targets = self.sums - self.counts[:, None] * mean
-        level = centred.diagonal().mean().clamp(min=1e-12)
-        centred.diagonal().add_(max(ridge, _SMALLEST_RIDGE) * level)
-        weight = solve_positive_(centred, targets.T).T.contiguous()
+        targets = (self.sums - self.counts[:, None] * mean).T.contiguous()
+        penalty = _centre_(self.gram, mean, float(total), max(ridge, _SMALLEST_RIDGE))
+        try:
+            weight = self.gram.solve_(targets)
+        except NotPositiveError:
+            matrix = again().dense().double().addr_(mean.double(), mean.double(), alpha=-float(total))
+            matrix.diagonal().add_(penalty)
+            weight = solve_exactly(matrix, targets)
+        weight = weight.T.contiguous()
         return LinearHead(weight, self.counts / total - weight @ mean)
 
 
 _SMALLEST_RIDGE = 1e-6
 
 
-def solve_positive_(upper: Tensor, right: Tensor) -> Tensor:
-    """Solve ``A x = right`` for a positive definite A given by its upper triangle (W, W), which is overwritten.
-
-    In the tensor's own precision, and in float64 only where that fails: a statistic of thousands of features is the
-    largest thing in memory.
-    """
-    if upper.device.type != "cpu":
-        factor, failed = torch.linalg.cholesky_ex(upper, upper=True)
-        if bool(failed):
-            factor = torch.linalg.cholesky(symmetric(upper).double())
-            return torch.cholesky_solve(right.double(), factor).to(right.dtype)
-        return torch.cholesky_solve(right, factor, upper=True)
-    from scipy.linalg import LinAlgError, cho_factor, cho_solve
-
-    matrix, wanted = upper.numpy(), right.numpy()
-    diagonal = matrix.diagonal().copy()
-    for row in range(len(matrix)):  # what is overwritten stays readable below the diagonal
-        matrix[row + 1 :, row] = matrix[row, row + 1 :]
-    try:  # LAPACK goes by columns: to it the upper triangle of a matrix in rows is the lower one
-        found = cho_solve(cho_factor(matrix.T, lower=True, overwrite_a=True, check_finite=False), wanted)
-    except LinAlgError:
-        exact = np.tril(matrix, -1).astype(np.float64)
-        np.fill_diagonal(exact, diagonal)
-        found = cho_solve(cho_factor(exact, lower=True, overwrite_a=True, check_finite=False), wanted)
-    return torch.from_numpy(np.ascontiguousarray(found, dtype=wanted.dtype))
-
-
-_STRIPS = 4
-"""Parts in which a Gram matrix is computed, so that most of its lower half is left out."""
-
-
-def _add_gram_(gram: Tensor, phi: Tensor) -> None:
-    """Add ``phi^T phi`` to the upper triangle of ``gram`` in place: phi (n, W)."""
-    edges = [round(index * gram.shape[0] / _STRIPS) for index in range(_STRIPS + 1)]
-    for start, end in itertools.pairwise(edges):
-        gram[start:end, start:].addmm_(phi[:, start:end].T, phi[:, start:])
-
-
-def symmetric(matrix: Tensor) -> Tensor:
-    """Return the symmetric matrix with this upper triangle, (W, W)."""
-    return matrix.triu() + matrix.triu(1).T
+def _centre_(gram: Gram, mean: Tensor, total: float, ridge: float) -> float:
+    """Take the mean's part out of a Gram matrix, and add the penalty to its diagonal; returns the penalty."""
+    gram.add_(mean[None], -total)
+    penalty = ridge * max(float(gram.diagonal().mean()), 1e-12)
+    gram.add_diagonal_(penalty)
+    return penalty
 
 
 _SHARE_EXPONENT = 2.5
@@ -213,33 +188,6 @@ class LinearHead:
     def __call__(self, phi: Tensor) -> Tensor:
         """Return scores, (n, K)."""
         return phi @ self.weight.T + self.bias
-
-
-def pack_upper(matrix: Tensor) -> Tensor:
-    """Return the upper triangle of a (W, W) matrix row by row, (W (W + 1) / 2,)."""
-    width = matrix.shape[0]
-    packed = torch.empty(width * (width + 1) // 2, dtype=matrix.dtype)
-    start = 0
-    for row in range(width):
-        packed[start : start + width - row] = matrix[row, row:]
-        start += width - row
-    return packed
-
-
-def unpack_upper(packed: Tensor, width: int, device: torch.device) -> Tensor:
-    """Inverse of ``pack_upper``; below the diagonal are zeros.
-
-    Raises:
-        ValueError: The length does not fit the width.
-    """
-    if packed.numel() != width * (width + 1) // 2:
-        raise ValueError(f"{packed.numel()} values do not make a symmetric matrix of width {width}")
-    matrix = torch.zeros(width, width)
-    start = 0
-    for row in range(width):
-        matrix[row, row:] = packed[start : start + width - row]
-        start += width - row
-    return matrix.to(device)
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,9 @@ class _Learner:
         """Extend the tree, keep the budget and score every task."""
         tree = self._extended_tree()
         self.clock.lap("tree")
-        new = TaskMemory(self.name, self.task.labels, self.task.metric, lambda: self.trained, lambda: learned.tensors)
+        new = TaskMemory(
+            self.name, self.task.labels, self.task.metric, _constant(self.trained), lambda: learned.tensors
+        )
         self.memory = memory = self.memory.with_task(new, learned.shared)
         memory, self.merged = self._kept_within_budget(memory, tree)
         scores = self._scores(memory) if evaluate else {}

@@ -1,0 +1,213 @@
+"""Sums of outer products, in half the space of a matrix, and systems solved in their place.
+
+On the CPU a symmetric matrix is kept in LAPACK's rectangular full packed format, whose routines are as fast as those
+for whole matrices; it is the largest thing that a solved head needs. Other devices keep whole matrices.
+
+Symbols: ``W`` width, ``n`` examples, ``K`` right-hand sides.
+
+Source: Gustavson, Wasniewski, Dongarra and Langou, ACM Transactions on Mathematical Software 37(2), 2010.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class NotPositiveError(ArithmeticError):
+    """A matrix is not positive definite in its own precision; it was overwritten."""
+
+
+class Gram(ABC):
+    """A symmetric matrix (W, W), of which only sums of ``phi^T phi`` are added and positive definite systems solved.
+
+    Attributes:
+        width: W.
+        values: What is stored, linear in the matrix; its layout is the subclass's.
+    """
+
+    def __init__(self, width: int, values: Tensor) -> None:
+        self.width = width
+        self.values = values
+
+    @staticmethod
+    def zeros(width: int, device: torch.device) -> Gram:
+        """Return the matrix of zeros."""
+        if device.type == "cpu":
+            return HalfGram(width, torch.zeros(width * (width + 1) // 2))
+        return FullGram(width, torch.zeros(width, width, device=device))
+
+    @staticmethod
+    def from_packed(packed: Tensor, width: int, device: torch.device) -> Gram:
+        """Return the matrix whose upper triangle, row by row, is ``packed``, (W (W + 1) / 2,).
+
+        Raises:
+            ValueError: The length does not fit the width.
+        """
+        if packed.numel() != width * (width + 1) // 2:
+            raise ValueError(f"{packed.numel()} values do not make a symmetric matrix of width {width}")
+        if device.type == "cpu":
+            return HalfGram(width, _lapack("tpttf", packed.float().contiguous(), width))
+        return FullGram(width, _unpack_upper(packed.float(), width).to(device))
+
+    @staticmethod
+    def from_dense(matrix: Tensor) -> Gram:
+        """Return a symmetric matrix (W, W) of which the upper triangle is read."""
+        return Gram.from_packed(_pack_upper(matrix), matrix.shape[0], matrix.device)
+
+    def like(self, values: Tensor) -> Gram:
+        """Return the matrix that is stored as ``values``."""
+        return type(self)(self.width, values)
+
+    @abstractmethod
+    def add_(self, phi: Tensor, factor: float = 1.0) -> None:
+        """Add ``factor * phi^T phi`` in place: phi (n, W)."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, (W,)."""
+
+    @abstractmethod
+    def add_diagonal_(self, amount: float) -> None:
+        """Add a multiple of the identity in place."""
+
+    @abstractmethod
+    def solve_(self, right: Tensor) -> Tensor:
+        """Solve ``A x = right`` (W, K) for this positive definite matrix, in its place.
+
+        Raises:
+            NotPositiveError: It is not, in single precision.
+        """
+
+    @abstractmethod
+    def packed(self) -> Tensor:
+        """Return the upper triangle row by row, (W (W + 1) / 2,), on the CPU."""
+
+    def dense(self) -> Tensor:
+        """Return the whole matrix, (W, W)."""
+        return symmetric(_unpack_upper(self.packed(), self.width)).to(self.values.device)
+
+
+class HalfGram(Gram):
+    """Rectangular full packed, on the CPU: ``values`` are (W (W + 1) / 2,)."""
+
+    def add_(self, phi: Tensor, factor: float = 1.0) -> None:
+        """Add ``factor * phi^T phi`` in place: phi (n, W)."""
+        from scipy.linalg import lapack
+
+        columns = phi.detach().float().contiguous().numpy().T  # (W, n) by columns, as LAPACK wants it
+        lapack.ssfrk(
+            self.width, columns.shape[1], factor, columns, 1.0, self.values.numpy(), uplo="L", overwrite_c=True
+        )
+
+    @property
+    def _places(self) -> Tensor:
+        """Return where the diagonal is stored, (W,)."""
+        columns = (self.width + 1) // 2
+        even = 1 - self.width % 2
+        index = torch.arange(self.width)
+        second = index >= columns
+        within = index - columns
+        row = torch.where(second, within, index + even)
+        column = torch.where(second, within + 1 - even, index)
+        return row + column * (self.width + even)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, (W,)."""
+        return self.values[self._places]
+
+    def add_diagonal_(self, amount: float) -> None:
+        """Add a multiple of the identity in place."""
+        self.values[self._places] += amount
+
+    def solve_(self, right: Tensor) -> Tensor:
+        """Solve ``A x = right`` (W, K) in place; see ``Gram.solve_``."""
+        from scipy.linalg import lapack
+
+        factor, failed = lapack.spftrf(self.width, self.values.numpy(), uplo="L", overwrite_a=True)
+        if failed:
+            raise NotPositiveError(f"leading minor {failed}")
+        solved, _ = lapack.spftrs(self.width, factor, np.asfortranarray(right.numpy(), dtype=np.float32), uplo="L")
+        return torch.from_numpy(np.ascontiguousarray(solved))
+
+    def packed(self) -> Tensor:
+        """Return the upper triangle row by row, (W (W + 1) / 2,)."""
+        return _lapack("tfttp", self.values, self.width)
+
+
+class FullGram(Gram):
+    """A whole matrix, (W, W), of which the upper triangle is meant."""
+
+    def add_(self, phi: Tensor, factor: float = 1.0) -> None:
+        """Add ``factor * phi^T phi`` in place: phi (n, W)."""
+        edges = [round(index * self.width / _STRIPS) for index in range(_STRIPS + 1)]
+        for start, end in itertools.pairwise(edges):
+            self.values[start:end, start:].addmm_(phi[:, start:end].T, phi[:, start:], alpha=factor)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, (W,)."""
+        return self.values.diagonal()
+
+    def add_diagonal_(self, amount: float) -> None:
+        """Add a multiple of the identity in place."""
+        self.values.diagonal().add_(amount)
+
+    def solve_(self, right: Tensor) -> Tensor:
+        """Solve ``A x = right`` (W, K); see ``Gram.solve_``."""
+        factor, failed = torch.linalg.cholesky_ex(self.values, upper=True)
+        if bool(failed):
+            raise NotPositiveError(f"leading minor {int(failed)}")
+        return torch.cholesky_solve(right, factor, upper=True)
+
+    def packed(self) -> Tensor:
+        """Return the upper triangle row by row, (W (W + 1) / 2,), on the CPU."""
+        return _pack_upper(self.values)
+
+
+_STRIPS = 4
+"""Parts in which a product is computed, so that most of its lower half is left out."""
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Return the symmetric matrix with this upper triangle, (W, W)."""
+    whole: Tensor = matrix.triu() + matrix.triu(1).T
+    return whole
+
+
+def solve_exactly(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve ``A x = right`` for a symmetric matrix (W, W) in float64."""
+    solved: Tensor = torch.linalg.solve(matrix.double(), right.double())
+    return solved.to(right.dtype)
+
+
+def _pack_upper(matrix: Tensor) -> Tensor:
+    """Return the upper triangle of a (W, W) matrix row by row, on the CPU."""
+    width = matrix.shape[0]
+    packed = torch.empty(width * (width + 1) // 2, dtype=matrix.dtype)
+    start = 0
+    for row in range(width):
+        packed[start : start + width - row] = matrix[row, row:]
+        start += width - row
+    return packed
+
+
+def _unpack_upper(packed: Tensor, width: int) -> Tensor:
+    """Inverse of ``_pack_upper``; below the diagonal are zeros."""
+    matrix = torch.zeros(width, width)
+    start = 0
+    for row in range(width):
+        matrix[row, row:] = packed[start : start + width - row]
+        start += width - row
+    return matrix
+
+
+def _lapack(name: str, values: Tensor, width: int) -> Tensor:
+    """Turn one half-size format into another: rows of the upper triangle are LAPACK's columns of the lower."""
+    from scipy.linalg import lapack
+
+    turned, _ = getattr(lapack, f"s{name}")(width, values.numpy(), uplo="L")
+    return torch.from_numpy(turned)
