@@ -142,11 +142,7 @@ class Answerer:
         if metric == "token_accuracy":
             return self._token_hits(examples)
         room = min(self.encoder.context, self.encoder.max_length + manner.most_new)
-        answers = self.answers(examples, manner, room)
-        scores = [
-            score_text(metric, one.prompt, text, one.answer) for one, (text, _) in zip(examples, answers, strict=True)
-        ]
-        return sum(scores), float(len(scores))
+        return sum_scores(examples, self.answers(examples, manner, room), metric)
 
     def _token_hits(self, examples: Sequence[TextExample]) -> tuple[float, float]:
         encoded = [self.encoder.encode(one, "text", ()) for one in examples]
@@ -157,6 +153,13 @@ class Answerer:
                 right += self.lm.correct(labelled)
             count += len(labelled.targets)
         return float(right), float(count)
+
+
+def sum_scores(examples: Sequence[TextExample], answers: Sequence[Answer], metric: str) -> tuple[float, float]:
+    """Return (sum of scores, their number) of answers to examples."""
+    pairs = zip(examples, answers, strict=True)
+    scores = [score_text(metric, one.prompt, text, one.answer) for one, (text, _) in pairs]
+    return sum(scores), float(len(scores))
 
 
 def _distinct(label_sets: Iterable[list[list[int]]]) -> list[list[list[int]]]:

@@ -157,7 +157,7 @@ class RoutedLmContender:
         del self._open
 
     def _measure(self, task: LmTask) -> None:
-        features = self.base.read_features(task.listing.train, "Features")  # (n, F)
+        features = self.base.lm.routing(self.base.read_features(task.listing.train, "Features"))  # (n, F)
         answers = [one.answer if task.labels else "" for one in task.listing.train]
         if not self.means:
             self.scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
@@ -180,7 +180,8 @@ class RoutedLmContender:
 
     def route(self, examples: Sequence[TextExample]) -> list[int]:
         """Return the likeliest task of each input."""
-        columns = self.identity(self.base.read_features(examples, "Choosing tasks")).argmax(dim=1)
+        features = self.base.lm.routing(self.base.read_features(examples, "Choosing tasks"))
+        columns = self.identity(features).argmax(dim=1)
         return [self.column_task[int(column)] for column in columns]
 
     def evaluate(self, task: LmTask) -> Score:

@@ -26,6 +26,9 @@ _LOSS_CHUNK = 512
 _TRIAL_TOKENS = 6
 _OPENING = 16
 """Tokens of an input's beginning that are looked at by themselves."""
+_READ = 3
+"""Blocks of the first half whose states are read."""
+_ROUTING_PARTS = 4
 
 
 class _Reached(Exception):
@@ -38,12 +41,12 @@ class Reading:
 
     Attributes:
         embedded: Embeddings, (B, T, C).
-        middle: States after the block that tells inputs apart, (B, T, C).
+        read: States after each of ``read_blocks``, the last of which tells inputs apart, each (B, T, C).
         entering: States that enter the first adapted block, (B, T, C); ``None`` when the pass stopped before.
     """
 
     embedded: Tensor
-    middle: Tensor
+    read: tuple[Tensor, ...]
     entering: Tensor | None
 
 
@@ -85,6 +88,12 @@ class LmNetwork:
     def feature_block(self) -> int:
         """Index of the block whose output tells inputs apart: the middle one."""
         return (len(self.blocks) - 1) // 2
+
+    @property
+    def read_blocks(self) -> list[int]:
+        """Indices of the blocks that features come from: the ends of the first half's thirds."""
+        ends = {(self.feature_block + 1) * third // _READ - 1 for third in range(1, _READ + 1)}
+        return sorted(end for end in ends if end >= 0)
 
     def _agrees_with_forward(self) -> bool:
         """True when body and output layer together give the model's own logits."""
@@ -201,9 +210,11 @@ class LmNetwork:
     @torch.no_grad()
     def read(self, batch: Batch, *, to_cut: bool = False) -> Reading:
         """Run the frozen blocks as far as inputs are told apart, or also to the first adapted block."""
-        after = [self.feature_block, self.cut - 1] if to_cut else [self.feature_block]
-        embedded, seen = self._watched(batch, after)
-        return Reading(embedded.float(), seen[self.feature_block].float(), seen[after[-1]] if to_cut else None)
+        read = self.read_blocks
+        embedded, seen = self._watched(batch, [*read, self.cut - 1] if to_cut else read)
+        return Reading(
+            embedded.float(), tuple(seen[index].float() for index in read), seen[self.cut - 1] if to_cut else None
+        )
 
     @torch.no_grad()
     def entering(self, batch: Batch) -> Tensor:
@@ -216,16 +227,16 @@ class LmNetwork:
         return self.cut > self.feature_block
 
     def features(self, reading: Reading, lengths: Tensor) -> Tensor:
-        """Return what tells an input's task, each part normalised, (B, 4C).
+        """Return what is told of an input by frozen states, each part normalised, (B, F).
 
         The parts: mean embedding, mean embedding of the opening (where a task's form shows), mean and last hidden
-        state after the middle block.
+        state after the middle block, and the mean states after the earlier blocks that are read.
 
         Args:
             reading: Of right-padded texts that begin with the inputs.
             lengths: Tokens of each input, (B,).
         """
-        embedded, hidden = reading.embedded, reading.middle  # (B, T, C)
+        embedded, hidden = reading.embedded, reading.read[-1]  # (B, T, C)
         places = torch.arange(embedded.shape[1], device=embedded.device)
         counted = (places < lengths[:, None]).float()
         counted[:, 0] *= (lengths == 1).float()  # models park a huge state on the first token
@@ -233,7 +244,12 @@ class LmNetwork:
         opening[:, 1 + _OPENING :] = 0
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
         parts = [_mean(embedded, counted), _mean(embedded, opening), _mean(hidden, counted), last]
+        parts += [_mean(earlier, counted) for earlier in reading.read[:-1]]
         return torch.cat([nn.functional.layer_norm(part, part.shape[-1:]) for part in parts], dim=1)
+
+    def routing(self, features: Tensor) -> Tensor:
+        """Return the part of ``features`` that tells an input's task, (B, 4C): all but the earlier blocks'."""
+        return features[:, : features.shape[1] * _ROUTING_PARTS // (_ROUTING_PARTS + len(self.read_blocks) - 1)]
 
     @contextmanager
     def entered(self, states: Tensor) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """Answer prompts with everything learned so far, without being told the task.
 
-``routed``: the frozen model's view of the bare input says which task it is from; that task's adapter,
-rendering and labels answer. ``latest`` and ``merged``: one adapter for all; held-out examples are rendered as
-their own data says, labels included, as the field does. ``base``: the same without any adapter.
+``routed``: the frozen model's view of the bare input says which task it is from. Where that task's answers are a
+closed set that frozen states tell apart, its solved head chooses (``lm_closed``); otherwise its adapter, rendering and
+labels answer. ``latest`` and ``merged``: one adapter for all; held-out examples are rendered as their own data says,
+labels included, as the field does. ``base``: the same without any adapter.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from treelora_backends.lm_answers import Answer, Answerer, Manner
+from treelora_backends.lm_answers import Answer, Answerer, Manner, sum_scores
+from treelora_backends.lm_closed import ClosedHead
 from treelora_backends.lm_memory import common_manner, digest_of, holder_of, manner_of, merged_adapter
 from treelora_backends.lm_router import TaskRouter
 from treelora_backends.lm_task import LmTask
@@ -69,7 +71,7 @@ class LmPredictor:
             return [0] * len(examples)
         if self._choose is not None:
             return self._choose(examples)
-        features = self.base.read_features(examples, "Choosing tasks")
+        features = self.base.lm.routing(self.base.read_features(examples, "Choosing tasks"))
         return [int(one) for one in self._router.scores(features, self.memory).argmax(dim=1)]
 
     def _groups(self, examples: Sequence[TextExample]) -> dict[int | None, list[int]]:
@@ -83,6 +85,21 @@ class LmPredictor:
             return {None: rows}
         chosen = self.route(examples)
         return {task: [row for row in rows if chosen[row] == task] for task in dict.fromkeys(chosen)}
+
+    # -- closed answers -------------------------------------------------------------------------------
+
+    def _closed_head(self, task: int | None) -> ClosedHead | None:
+        """Return the solved head of a task that was chosen for an input; ``None`` where its adapter answers."""
+        solved = self.inference == "routed" and self.base.config.head.closed == "solved"
+        if task is None or not solved or not manner_of(self.memory.tasks[task]).by_label:
+            return None
+        return ClosedHead.from_tensors(self.memory.tasks[task].tensors())
+
+    def _closed_answers(self, head: ClosedHead, examples: Sequence[TextExample], task: int | None) -> list[Answer]:
+        assert task is not None
+        labels = self.memory.tasks[task].labels
+        places, confidence = head(self.base.read_features(examples, "Answering"))
+        return [(labels[place], sure) for place, sure in zip(places, confidence, strict=True)]
 
     def _load(self, task: int | None) -> None:
         """Put the adapter of a group into the slot."""
@@ -105,11 +122,8 @@ class LmPredictor:
         examples = self.base.runtime.share(task.test)
         total = count = right = 0.0
         for chosen, rows in self._groups(examples).items():
-            self._load(chosen)
-            manner = self._own_manner(task, holder)
-            if self.inference == "routed" and chosen is not None:
-                manner = manner_of(self.memory.tasks[chosen])
-            score, number = self.answerer.score_sum([examples[row] for row in rows], manner, metric)
+            some = [examples[row] for row in rows]
+            score, number = self._score_sum(some, task, holder, chosen, metric)
             total, count = total + score, count + number
             right += len(rows) if chosen == holder else 0
         sums = torch.tensor([total, count, right, len(examples)], device=self.base.lm.device)
@@ -118,6 +132,19 @@ class LmPredictor:
         return Score(
             totals[0] / max(1.0, totals[1]), int(totals[3]), totals[2] / max(1.0, totals[3]) if known else None
         )
+
+    def _score_sum(
+        self, examples: Sequence[TextExample], task: LmTask, holder: int | None, chosen: int | None, metric: str
+    ) -> tuple[float, float]:
+        """Return (sum of scores, their number) of examples that one task's weights answer."""
+        if metric != "token_accuracy" and (head := self._closed_head(chosen)) is not None:
+            return sum_scores(examples, self._closed_answers(head, examples, chosen), metric)
+        self._load(chosen)
+        routed = self.inference == "routed" and chosen is not None
+        manner = (
+            manner_of(self.memory.tasks[chosen]) if routed and chosen is not None else self._own_manner(task, holder)
+        )
+        return self.answerer.score_sum(examples, manner, metric)
 
     def _own_manner(self, task: LmTask, holder: int | None) -> Manner:
         """Return how the data itself says that it is rendered."""
@@ -137,10 +164,15 @@ class LmPredictor:
         examples = [_checked(text, number) for number, text in enumerate(inputs, start=1)]
         found: dict[int, Prediction] = {}
         for chosen, rows in self._groups(examples).items():
-            self._load(chosen)
-            manner = manner_of(self.memory.tasks[chosen]) if self.inference == "routed" else common_manner(self.memory)
-            self._check_lengths([examples[row] for row in rows], [row + 1 for row in rows], manner)
-            answers = self.answerer.answers([examples[row] for row in rows], manner, self.base.context)
+            some = [examples[row] for row in rows]
+            routed = self.inference == "routed" and chosen is not None
+            manner = manner_of(self.memory.tasks[chosen]) if routed else common_manner(self.memory)
+            self._check_lengths(some, [row + 1 for row in rows], manner)
+            if (head := self._closed_head(chosen)) is not None:
+                answers = self._closed_answers(head, some, chosen)
+            else:
+                self._load(chosen)
+                answers = self.answerer.answers(some, manner, self.base.context)
             for row, answer in zip(rows, answers, strict=True):
                 found[row] = _prediction(answer, None if chosen is None else self.memory.tasks[chosen].name)
         return [found[row] for row in range(len(examples))]

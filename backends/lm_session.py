@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from treelora_backends.kept import room
 from treelora_backends.lm_batches import LabelledBatch, by_length, collate, pad, shuffled_batches, tokens_at_once
+from treelora_backends.lm_closed import ClosedHead
 from treelora_backends.lm_memory import describe
 from treelora_backends.lm_render import Ids
 from treelora_backends.lm_router import TaskRouter
@@ -61,6 +62,7 @@ class LmSession(LmSteps):
             )
         self.router = TaskRouter.restore(memory, config)
         self._entering: list[Tensor] = []
+        self._closed: dict[str, Tensor] = {}
         if config.train.grad_checkpointing:
             self.checkpoint_gradients("--grad-checkpointing")
 
@@ -77,14 +79,19 @@ class LmSession(LmSteps):
         return self.base.lm.loss(self._collated(self.trial_places()))
 
     def prepare(self) -> None:
-        """Run the frozen blocks once: features by which this task's inputs will be told, and where training enters."""
+        """Run the frozen blocks once: features that tell and answer this task's inputs, and where training enters."""
         lm, examples = self.base.lm, [self.task.listing.train[index] for index in self.own]
         features = self._run_frozen_blocks() if lm.cut else {}
         rest = [place for place in range(len(examples)) if place not in features]
         if rest:
-            read = self.base.read_features([examples[place] for place in rest], "Frozen pass")
-            features |= dict(zip(rest, read, strict=True))
-        self.router.add_task(torch.stack([features[place] for place in range(len(examples))]), self.runtime)
+            given = self.base.read_features([examples[place] for place in rest], "Frozen pass")
+            features |= dict(zip(rest, given, strict=True))
+        read = torch.stack([features[place] for place in range(len(examples))])
+        self.router.add_task(lm.routing(read), self.runtime)
+        if self.task.closed:
+            answers = [one.answer for one in examples]
+            head = ClosedHead.fit(read, answers, self.task.labels, self.runtime)
+            self._closed = {} if head is None else head.to_tensors()
 
     @torch.no_grad()
     def _run_frozen_blocks(self) -> dict[int, Tensor]:
@@ -165,7 +172,7 @@ class LmSession(LmSteps):
     def finish(self) -> Learned:
         """Collect what predictions need."""
         self.base.network.eval()
-        tensors = {**describe(self.task), **self.router.task_tensors()}
+        tensors = {**describe(self.task), **self.router.task_tensors(), **self._closed}
         facts = {
             "style": self.task.style,
             "tokens": sum(len(one) for one in self.task.train),

@@ -45,6 +45,11 @@ class LmTask:
         return self.listing.metric
 
     @property
+    def closed(self) -> bool:
+        """True when an answer is one of the labels, right or wrong."""
+        return len(self.labels) > 1 and self.metric == "accuracy"
+
+    @property
     def style(self) -> str:
         """How examples become model input, one of ``data.text.STYLES``."""
         return self.listing.style

@@ -8,6 +8,7 @@ import torch
 from treelora_backends.hf_causal_lm import CausalLmBackend
 from treelora_backends.lm_answers import Answerer, Manner
 from treelora_backends.lm_batches import collate, pad, shuffled_batches
+from treelora_backends.lm_closed import ClosedHead
 from treelora_backends.lm_memory import merged_adapter
 from treelora_backends.lm_network import LmNetwork
 from treelora_backends.lm_render import Encoder, cut_middle
@@ -350,8 +351,9 @@ def test_training_enters_behind_the_frozen_blocks_with_the_same_loss(deep, famil
     cached = base.session(task, Memory((), dict), base.config)
     assert base.lm.cut == 4 - blocks
     cached.prepare()
-    plain.router.add_task(base.read_features([task.listing.train[i] for i in plain.own], ""), base.runtime)
-    torch.testing.assert_close(cached.router.gram, plain.router.gram, rtol=1e-3, atol=1e-3)
+    read = base.read_features([task.listing.train[i] for i in plain.own], "")
+    plain.router.add_task(base.lm.routing(read), base.runtime)
+    torch.testing.assert_close(cached.router.gram.values, plain.router.gram.values, rtol=1e-3, atol=1e-3)
     ran = []
     base.lm.blocks[0].register_forward_pre_hook(lambda _m, _i: ran.append(base.lm.blocks[0].forward))
     ups = [up for _, up in adapters.slot_parameters(base.network, base.layers)]
@@ -448,6 +450,11 @@ def test_eval_of_the_untouched_model(project, llama, data, tmp_path, capsys):
         assert run("-C", tmp_path / "p", "train-task", data / f"{name}.jsonl", "--epochs", "0") == 0
     capsys.readouterr()
     assert run("--json", "-C", tmp_path / "p", "eval") == 0
+    solved = document(capsys)  # the heads of closed answers need no training
+    assert solved["op"] > 0.9
+    settings = tmp_path / "p" / "treelora.yaml"
+    settings.write_text(settings.read_text().replace("closed: solved", "closed: likelihood"))
+    assert run("--json", "-C", tmp_path / "p", "eval") == 0
     untrained = document(capsys)  # adapters that were never trained change nothing
     assert {name: one["score"] for name, one in untrained["tasks"].items()} == {
         name: one["score"] for name, one in found["tasks"].items()
@@ -462,6 +469,30 @@ def test_predict_chooses_task_and_answer(project, capsys):
     assert (first["output"], first["task"]) == ("green", "colours")
     assert (second["output"], second["task"]) == ("bad", "moods")
     assert 0.5 < second["confidence"] <= 1
+
+
+def test_a_closed_answer_is_the_solved_heads_with_its_probability(project, llama):
+    base, memory = load(llama), Project.open(project).memory()
+    text = "Tom is sick and late"
+    head = ClosedHead.from_tensors(memory.tasks[1].tensors())
+    features = base.read_features([TextExample("", text, "")], "")
+    scores = (head.sharpness * (features @ head.head.weight.T + head.head.bias)).softmax(dim=1)[0]
+    answer = base.predictor(memory, "routed").predict([text])[0]
+    assert answer.output == memory.tasks[1].labels[int(scores.argmax())]
+    assert answer.confidence == pytest.approx(float(scores.max()), abs=1e-6)
+
+
+def test_a_head_that_states_do_not_support_is_left_to_the_adapter(llama):
+    base = load(llama)
+    features = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    told = ["yes" if value > 0 else "no" for value in features[:, 0]]
+    features[:, 1:8] += 3 * features[:, :1].sign()
+    alternating = ["no", "yes", "yes"] * 13 + ["yes"]
+    labels = ("no", "yes")
+    assert ClosedHead.fit(features, told, labels, base.runtime)(features)[0] == [labels.index(one) for one in told]
+    assert ClosedHead.fit(features, alternating, labels, base.runtime) is None
+    assert ClosedHead.fit(features[:7], told[:7], labels, base.runtime) is None
+    assert ClosedHead.from_tensors({}) is None
 
 
 def test_without_a_chosen_task_a_prompt_is_continued_as_it_is(project, llama):

@@ -427,7 +427,7 @@ def test_routed_language_statistics_are_those_of_the_bare_features(llama: Path, 
     for name in ("moods", "colours"):
         contest.learn(planned(texts, name), config)
         examples = base.read_task(DataRequest(path=texts / name)).listing.train
-        features = base.read_features(examples, "").double()
+        features = base.lm.routing(base.read_features(examples, "")).double()
         for label in dict.fromkeys(one.answer for one in examples):
             own = features[torch.tensor([one.answer == label for one in examples])]
             torch.testing.assert_close(model.means[count].double(), own.mean(dim=0), rtol=1e-4, atol=1e-5)

@@ -102,7 +102,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The closed-form classifier over all classes seen (image backends)."""
+    """Classifiers in closed form, solved from sums and never trained."""
 
     width: int | None = _setting(None, "random features of the shared head, beside the linear ones", low=16, high=65536)
     blocks: int | None = _setting(
@@ -114,6 +114,11 @@ class HeadConfig:
     views: int | None = _setting(None, "views of an image that are learned from: itself, and mirrored", low=1, high=2)
     merged: str | None = _setting(
         None, "the merged network: solved blocks on the base, or the mean of all updates", choices=("solved", "mean")
+    )
+    closed: str | None = _setting(
+        None,
+        "what chooses of a closed set of answers: a head solved on frozen states, or the adapted model's likelihood",
+        choices=("solved", "likelihood"),
     )
 
 
@@ -181,7 +186,7 @@ DEFAULTS = Config(
         precision="auto",
         grad_checkpointing=False,
     ),
-    head=HeadConfig(width=1500, ridge=0.07, views=1, merged="solved"),
+    head=HeadConfig(width=1500, ridge=0.07, views=1, merged="solved", closed="solved"),
 )
 """The lowest level of precedence; a backend's own defaults stand above it."""
 

@@ -91,6 +91,18 @@ class Runtime:
         gathered = self.accelerator.gather(tensor.contiguous())
         return gathered  # type: ignore[no-any-return]
 
+    def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows (n, F) of all processes, however many each has."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        import torch
+
+        counts = self.accelerator.gather(torch.tensor([len(tensor)], device=self.device)).tolist()
+        padded = tensor.new_zeros(max(counts), tensor.shape[1])
+        padded[: len(tensor)] = tensor
+        parts = self.concatenate(padded).reshape(len(counts), max(counts), -1)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
 
 def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Runtime:
     """Start accelerate on ``device`` (``cpu``, ``cuda``, ``mps``, ``None`` or ``auto`` for the best there is).
