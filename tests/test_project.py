@@ -17,9 +17,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAULT_STEP, tree_hash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 from treelora_cli.errors import DamagedError, LockedError, ResourceError, TreeLoraError, UsageError
 from treelora_cli.project import Commit, Project
+from treelora_cli.project.commit import tensor_file
 from treelora_cli.project.lock import exclusive_lock
 from treelora_cli.project.state import parse_state, seal
 from treelora_cli.project.store import Store, check_inner_name, record_of, write_file
@@ -315,6 +319,39 @@ def test_commit_keeps_what_other_tasks_recorded(project: Path) -> None:
     assert all(own[name] == data for name, data in before.items() if name.startswith("tasks/"))
     assert after.labels("next") == ("a", "b")
     assert torch.equal(after.memory().tasks[3].tensors()["head.weight"], torch.ones(2, 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=6),
+        st.tuples(
+            st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bfloat16]),
+            st.lists(st.integers(0, 3), max_size=3),
+        ),
+        max_size=5,
+    )
+)
+def test_a_file_of_tensors_in_parts_is_the_one_of_safetensors(
+    shapes: dict[str, tuple[torch.dtype, list[int]]],
+) -> None:
+    tensors = {name: torch.full(shape, 3, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+    parts = tensor_file(tensors)
+    assert b"".join(parts) == save(tensors)
+    assert record_of(parts) == record_of(save(tensors))
+    assert dict(map(repr_of, load(b"".join(parts)).items())) == dict(map(repr_of, tensors.items()))
+
+
+def repr_of(item: tuple[str, torch.Tensor]) -> tuple[str, tuple[torch.dtype, list[object]]]:
+    return item[0], (item[1].dtype, item[1].tolist())
+
+
+def test_a_file_of_tensors_does_not_copy_them(tmp_path: Path) -> None:
+    tensor = torch.zeros(4)
+    parts = tensor_file({"a": tensor})
+    tensor += 1
+    write_file(tmp_path / "file", parts)
+    assert load((tmp_path / "file").read_bytes())["a"].tolist() == [1.0] * 4
 
 
 def test_merged_tasks_share_the_newest_members_directory(project: Path) -> None:

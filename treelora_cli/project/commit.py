@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from treelora_cli.errors import TreeLoraError
 from treelora_cli.project.state import TaskEntry
-from treelora_cli.project.store import FileRecord
+from treelora_cli.project.store import Content, FileRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +51,14 @@ class Commit:
     merged: dict[str, tuple[tuple[str, ...], dict[str, bytes]]] = field(default_factory=dict)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether no value is NaN or infinite, without a copy of the tensor."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = tensor.aminmax()  # NaN when any value is
+    return bool(low.isfinite() and high.isfinite())
+
+
 def check_finite(change: Commit) -> None:
     """Raise ``TreeLoraError`` when a tensor holds NaN or infinity."""
     from safetensors.torch import load
@@ -58,7 +66,7 @@ def check_finite(change: Commit) -> None:
     weights = [files["adapter_model.safetensors"] for files in (change.adapter_files, *_merged_files(change))]
     for tensors in (change.tensors, change.shared, *map(load, weights)):
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if not all_finite(tensor):
                 raise TreeLoraError(
                     f"Training diverged: '{name}' of task '{change.name}' is not finite; nothing was committed."
                     " Retry with a smaller --lr."
@@ -77,9 +85,9 @@ def to_json(value: Any) -> bytes:
 def place_merged(
     tasks: Sequence[TaskEntry],
     files: Mapping[str, FileRecord],
-    contents: dict[str, bytes],
+    contents: dict[str, Content],
     merged: Mapping[str, tuple[tuple[str, ...], dict[str, bytes]]],
-) -> tuple[tuple[TaskEntry, ...], dict[str, FileRecord], dict[str, bytes]]:
+) -> tuple[tuple[TaskEntry, ...], dict[str, FileRecord], dict[str, Content]]:
     """Point merged tasks at their group's directory and drop the adapters they had."""
     placed, kept, contents = {task.name: task for task in tasks}, dict(files), dict(contents)
     for newest, (members, adapter_files) in merged.items():
@@ -96,18 +104,18 @@ def place_merged(
     return tuple(placed[task.name] for task in tasks), kept, contents
 
 
-def contents_of(change: Commit, directory: str) -> dict[str, bytes]:
+def contents_of(change: Commit, directory: str) -> dict[str, Content]:
     """Return the files of a commit, by name in the project; the task's own lie in ``directory``."""
     from safetensors.numpy import save as save_arrays
     from safetensors.torch import save as save_tensors
 
-    contents = {f"{directory}/{name}": data for name, data in change.adapter_files.items()}
+    contents: dict[str, Content] = {f"{directory}/{name}": data for name, data in change.adapter_files.items()}
     contents |= {
         f"{directory}/head.safetensors": save_tensors(change.tensors),
         f"{directory}/labels.json": to_json(list(change.labels)),
         f"{directory}/task.json": to_json(change.record),
         f"{directory}/signature.safetensors": save_arrays({"signature": change.tree.signatures[-1]}),
-        "head.safetensors": save_tensors(change.shared),
+        "head.safetensors": tensor_file(change.shared),
         **tree_files(change.tree),
         "metrics/matrix.json": to_json(change.matrix.to_json()),
     }
@@ -115,6 +123,30 @@ def contents_of(change: Commit, directory: str) -> dict[str, bytes]:
         contents["bandit.safetensors"] = save_arrays(change.bandit_arrays)
         contents["bandit.json"] = to_json(change.bandit_meta)
     return contents
+
+
+def tensor_file(tensors: Mapping[str, Tensor]) -> list[memoryview]:
+    """Return the file that ``safetensors.torch.save`` makes of tensors on the CPU, in parts: nothing is copied.
+
+    Raises:
+        ValueError: A type of number that no statistic has.
+    """
+    import torch
+
+    kinds = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
+    rank = list(kinds).index
+    order = sorted(tensors, key=lambda name: (rank(tensors[name].dtype), name))
+    header: dict[str, Any] = {}
+    parts, end = [], 0
+    for name in order:
+        tensor = tensors[name].contiguous()
+        part = tensor.reshape(-1).view(torch.uint8).numpy().data
+        places = [end, end := end + len(part)]
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": places}
+        parts.append(part)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [memoryview(len(text).to_bytes(8, "little") + text), *parts]
 
 
 def tree_files(tree: Tree) -> dict[str, bytes]:

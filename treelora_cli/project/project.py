@@ -16,12 +16,12 @@ from treelora_cli.config import DEFAULTS, Config, load_config
 from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, UsageError
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project.checkpoint import Checkpoint
-from treelora_cli.project.commit import Commit, check_finite, contents_of, place_merged
+from treelora_cli.project.commit import Commit, all_finite, check_finite, contents_of, place_merged
 from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock, lock_holder
 from treelora_cli.project.signals import signals_held
 from treelora_cli.project.state import State, TaskEntry, parse_state
-from treelora_cli.project.store import FileRecord, Store, as_user_error, refuse_links, write_file
+from treelora_cli.project.store import Content, FileRecord, Store, as_user_error, refuse_links, write_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -322,7 +322,7 @@ class Project:
 
         tensors = self._parsed(name, load)
         for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if not all_finite(tensor):
                 raise DamagedError(f"{name}: '{key}' holds values that are not finite. Run treelora doctor.")
         return tensors
 
@@ -408,7 +408,7 @@ class Project:
             raise DamagedError(f"{name} of that state is damaged; nothing was changed. Run treelora doctor.")
 
     def advance(
-        self, tasks: tuple[TaskEntry, ...], kept: Mapping[str, FileRecord], contents: Mapping[str, bytes]
+        self, tasks: tuple[TaskEntry, ...], kept: Mapping[str, FileRecord], contents: Mapping[str, Content]
     ) -> Project:
         """Write new contents, then the state that names them, then bring them to their places.
 

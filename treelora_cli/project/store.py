@@ -18,14 +18,18 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, TypeAlias
 
 from treelora_cli.errors import DamagedError, ProjectError, ResourceError
 
 _COMPONENT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$")
 _ATTEMPTS = 5
+_READ_AT_ONCE = 2**20
 _ASIDE = ".treelora-new-"
 """Prefix of files not yet renamed to their place."""
 
@@ -42,9 +46,25 @@ Files = Mapping[str, FileRecord]
 """The files of one state, by name."""
 
 
-def record_of(data: bytes) -> FileRecord:
+Content: TypeAlias = bytes | Sequence[memoryview]
+"""What a file is to hold: whole, or as bytes that lie in several places and are too large to be copied together."""
+
+
+def _parts(content: Content) -> Sequence[bytes | memoryview]:
+    return (content,) if isinstance(content, bytes) else content
+
+
+def record_of(content: Content) -> FileRecord:
     """Return the record of a content."""
-    return FileRecord(hashlib.sha256(data).hexdigest(), len(data))
+    return _record_of_parts(_parts(content))
+
+
+def _record_of_parts(parts: Iterable[bytes | memoryview]) -> FileRecord:
+    digest, size = hashlib.sha256(), 0
+    for part in parts:
+        digest.update(part)
+        size += len(part)
+    return FileRecord(digest.hexdigest(), size)
 
 
 def check_inner_name(name: str) -> str:
@@ -54,7 +74,7 @@ def check_inner_name(name: str) -> str:
     return name
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: Content) -> None:
     """Write ``data`` aside, flush it to the disk and rename it to ``path``.
 
     Raises:
@@ -77,11 +97,12 @@ def make_directory(path: Path) -> None:
         sync_directory(one.parent)
 
 
-def _write_aside(path: Path, data: bytes) -> None:
+def _write_aside(path: Path, data: Content) -> None:
     descriptor, aside = tempfile.mkstemp(prefix=_ASIDE, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            for part in _parts(data):
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), user_mode())
@@ -134,7 +155,7 @@ class Store:
         self.root = root
         self.objects = root / ".treelora" / "objects"
 
-    def put(self, data: bytes) -> FileRecord:
+    def put(self, data: Content) -> FileRecord:
         """Write a content into ``objects`` and return its record."""
         record = record_of(data)
         target = self.objects / record.sha256
@@ -264,25 +285,33 @@ class Store:
 
 def _holds(path: Path, record: FileRecord) -> bool:
     try:
-        data = _read_plain(path, record.size)
-    except ProjectError:
+        with _open_plain(path, record.size) as file:
+            return file is not None and _record_of_parts(iter(lambda: file.read(_READ_AT_ONCE), b"")) == record
+    except (ProjectError, OSError):
         return False  # writing it again is always right
-    return data is not None and record_of(data) == record
 
 
 def _read_plain(path: Path, size: int) -> bytes | None:
-    """Return the bytes of a regular file of the recorded size, ``None`` when there is none."""
+    """Return the bytes of a regular file of the recorded size, ``None`` when there is none, nothing when it differs."""
+    with _open_plain(path, size) as file:
+        return None if file is None else file.read()
+
+
+@contextmanager
+def _open_plain(path: Path, size: int) -> Iterator[BinaryIO | None]:
+    """Open a regular file of the recorded size, ``None`` when there is none, an empty one when it is another thing."""
     try:
         # without O_NONBLOCK a named pipe in the file's place would hold the reader for ever
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        yield None
+        return
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            return b""  # a symbolic link never holds the recorded content
-        raise ProjectError(f"{path} cannot be read: {error.strerror}.") from error
+        if error.errno != errno.ELOOP:
+            raise ProjectError(f"{path} cannot be read: {error.strerror}.") from error
+        yield BytesIO()  # a symbolic link never holds the recorded content
+        return
     with os.fdopen(descriptor, "rb") as file:
         facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size != size:
-            return b""
-        return file.read()
+        plain = stat.S_ISREG(facts.st_mode) and facts.st_size == size
+        yield file if plain else BytesIO()
