@@ -1,9 +1,10 @@
-"""Room for activations that are computed once and used in every epoch."""
+"""Room for what is computed once and used later: activations of every epoch, sums of a whole pass."""
 
 from __future__ import annotations
 
 import math
 import tempfile
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,3 +20,30 @@ def room(shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
     backing = np.memmap(tempfile.TemporaryFile(), dtype=np.int16, mode="w+", shape=shape)  # noqa: SIM115
     return torch.from_numpy(backing).view(torch.bfloat16)
+
+
+class Aside:
+    """A tensor that is not needed for a while: it waits in an unnamed temporary file, or in memory where none fits.
+
+    Args:
+        tensor: On the CPU.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._array: np.ndarray[Any, Any] | None = tensor.contiguous().numpy()
+        self._shape, self._type = self._array.shape, self._array.dtype
+        try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+            self._array.tofile(self._file)
+        except OSError:  # such as a full disk
+            return
+        self._array = None
+
+    def take(self) -> Tensor:
+        """Return the tensor, once."""
+        if self._array is None:
+            self._file.seek(0)
+            self._array = np.fromfile(self._file, self._type).reshape(self._shape)
+            self._file.close()
+        array, self._array = self._array, None
+        return torch.from_numpy(array)

@@ -23,6 +23,7 @@ from treelora_cli.contender_heads import AlignSettings, Gaussian, align, covaria
 from treelora_cli.data.text import TextExample
 from treelora_cli.errors import DataError
 from treelora_cli.heads import LinearHead
+from treelora_cli.runtime import try_gradient
 
 if TYPE_CHECKING:
     from treelora_backends.hf_causal_lm import CausalLmBase
@@ -57,10 +58,10 @@ class PlainLmSession(LmSteps):
         if config.train.grad_checkpointing:
             self.checkpoint_gradients("grad_checkpointing")
 
-    def trial_loss(self) -> Tensor:
-        """Return the loss of a few examples of middling length."""
+    def try_step(self, parameters: Sequence[Tensor]) -> None:
+        """Compute the loss of a few examples of middling length, and its gradient."""
         self.base.network.eval()
-        return self.loss_of(self.trial_places())
+        try_gradient(self.base.runtime, lambda: self.loss_of(self.trial_places()), parameters)
 
     def prepare(self) -> None:
         """Nothing is computed ahead."""

@@ -83,7 +83,7 @@ class TaskRouter:
         if memory.tasks:
             tensors = memory.shared()
             router.map = FeatureMap.from_tensors(tensors, router.width, router.seed, _CPU)
-            router.gram = Gram.from_packed(tensors["route.gram"], router.width, _CPU)
+            router.gram = Gram.read(tensors, "route", router.width, _CPU)
         return router
 
     def _project(self, features: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class TaskRouter:
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the part that all tasks share."""
         assert self.map is not None and self.gram is not None
-        return {**self.map.to_tensors(), "route.gram": self.gram.packed()}
+        return {**self.map.to_tensors(), "route.half_gram": self.gram.half()}
 
     def task_tensors(self) -> dict[str, Tensor]:
         """Return the new task's part."""

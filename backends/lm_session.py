@@ -29,6 +29,7 @@ from treelora_backends.lm_task import LmTask
 from treelora_cli.backend import Learned, Memory
 from treelora_cli.config import Config
 from treelora_cli.errors import DataError, UsageError
+from treelora_cli.runtime import try_gradient
 
 if TYPE_CHECKING:
     from treelora_backends.hf_causal_lm import CausalLmBase
@@ -73,10 +74,11 @@ class LmSession(LmSteps):
 
     # -- before training ------------------------------------------------------------------------------
 
-    def trial_loss(self) -> Tensor:
-        """Return the loss of a few examples of middling length."""
+    def try_step(self, parameters: Sequence[Tensor]) -> None:
+        """Compute the loss of a few examples of middling length, and its gradient."""
         self.base.network.eval()
-        return self.base.lm.loss(self._collated(self.trial_places()))
+        batch = self._collated(self.trial_places())
+        try_gradient(self.runtime, lambda: self.base.lm.loss(batch), parameters)
 
     def prepare(self) -> None:
         """Run the frozen blocks once: features that tell and answer this task's inputs, and where training enters."""

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from treelora_backends.kept import Aside
 from treelora_backends.vit_solved import SolvedFeatures, fits, grow, solved_statistics
 from treelora_backends.vit_trunk import Features, Trunk
 
 from treelora_cli.backend import Memory
 from treelora_cli.config import Config
 from treelora_cli.gram import Gram
-from treelora_cli.heads import FeatureMap, LinearHead, RidgeStatistics, ridge_share
+from treelora_cli.heads import FeatureMap, LinearHead, RidgeStatistics, Tensors, ridge_share
 from treelora_cli.runtime import Runtime
 
 _FIRST_LOOK = 512
@@ -102,19 +103,21 @@ class SharedHead:
         self._waiting: list[tuple[Features, Tensor]] = []
         self._classes = 0
         self._new: RidgeStatistics
+        self._half: Aside
+        self._sums: Tensor
+        self._counts: Tensor
 
     @classmethod
-    def restore(cls, memory: Memory, trunk: Trunk, config: Config, runtime: Runtime) -> SharedHead:
-        """Rebuild the head's shared part from the project's memory."""
+    def restore(cls, tensors: Tensors, trunk: Trunk, config: Config, runtime: Runtime) -> SharedHead:
+        """Rebuild the head's shared part from what all tasks share; of nothing before the first task."""
         head = cls(trunk, config, runtime)
-        if memory.tasks:
-            tensors = memory.shared()
+        if tensors:
             solved = None
             if head.carries_blocks:
                 solved = SolvedFeatures.restore(tensors, trunk, head.random, head.seed)
             plain = FeatureMap.from_tensors(tensors, head._drawn, head.seed, head.device)
             head.features = HeadFeatures(plain, solved)
-            head.gram = Gram.from_packed(tensors["anchor.gram"], head.features.width, head.device)
+            head.gram = Gram.read(tensors, "anchor", head.features.width, head.device)
         return head
 
     @property
@@ -145,11 +148,14 @@ class SharedHead:
             self._settle()
 
     def close_task(self) -> None:
-        """Sum over processes; the head then holds the new task."""
+        """Sum over processes; the Gram matrix then waits aside until ``hand_over``."""
         if self.features is None:
             self._settle()
-        self._new = self._new.over_processes(self.gram, self.runtime)
-        self.gram = self._new.gram
+        new = self._new.over_processes(self.gram, self.runtime)
+        self._sums, self._counts = new.sums, new.counts
+        self._half = Aside(new.gram.half())
+        self.gram = None
+        del self._new  # it holds the Gram matrix too
 
     def _settle(self) -> None:
         """Standardise by all processes' first images, and count them in."""
@@ -166,15 +172,15 @@ class SharedHead:
             self._new.add(self.features(one), labels)
         self._waiting.clear()
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return the part that all tasks share."""
-        assert self.features is not None and self.gram is not None
+    def hand_over(self) -> dict[str, Tensor]:
+        """Return the part that all tasks share, once, after ``close_task``."""
+        assert self.features is not None
         solved = {} if self.features.solved is None else self.features.solved.to_tensors()
-        return {**self.features.plain.to_tensors(), **solved, "anchor.gram": self.gram.packed()}
+        return {**self.features.plain.to_tensors(), **solved, "anchor.half_gram": self._half.take()}
 
     def task_tensors(self) -> dict[str, Tensor]:
         """Return the new task's columns."""
-        return {"anchor.sums": self._new.sums.cpu(), "anchor.counts": self._new.counts.cpu()}
+        return {"anchor.sums": self._sums.cpu(), "anchor.counts": self._counts.cpu()}
 
     # -- answers --------------------------------------------------------------------------------------
 
@@ -190,7 +196,7 @@ class SharedHead:
         width, device = statistics.gram.width, self.device
         share = ridge_share(self.ridge, width, float(statistics.counts.sum()))
         self.gram = None
-        return statistics.solve_(share, lambda: Gram.from_packed(memory.shared()["anchor.gram"], width, device))
+        return statistics.solve_(share, lambda: Gram.read(memory.shared(), "anchor", width, device))
 
     def grow_blocks(self, vit: nn.Module, memory: Memory, class_of: Tensor, classes: int) -> None:
         """Append blocks that hold every task in ``memory`` to a frozen ``vit``, see ``vit_solved.grow``."""

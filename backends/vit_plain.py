@@ -12,6 +12,7 @@ from treelora_backends.vit_images import ImageTask, Pictures, shuffled_views
 from treelora_cli.backend import Learned, Score
 from treelora_cli.config import Config
 from treelora_cli.contender_heads import Gaussian
+from treelora_cli.runtime import try_gradient
 
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
@@ -109,10 +110,12 @@ class PlainSession:
         self.labels = torch.cat(local)
         """Index into the layer's rows, (n,)."""
 
-    def trial_loss(self) -> Tensor:
-        """Return a loss through the adapter on one full-sized batch."""
+    def try_step(self, parameters: Sequence[Tensor]) -> None:
+        """Compute a loss and its gradient through the adapter on one full-sized batch."""
         rows = torch.arange(min(self.batch_size, len(self.pictures)))
-        return self._features(rows, torch.zeros_like(rows)).square().mean()
+        try_gradient(
+            self.base.runtime, lambda: self._features(rows, torch.zeros_like(rows)).square().mean(), parameters
+        )
 
     def prepare(self) -> None:
         """Nothing is computed ahead."""

@@ -30,7 +30,9 @@ from treelora_cli.heads import LinearHead
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
 
-_CHUNK = 64
+_CHUNK = 32
+_LEAF_ROWS = 16
+"""Adapters see multiples of this: kernels are compiled, and kept, for each number of rows that occurs."""
 ANCHOR_SHARPNESS = 16.0
 """Factor on ridge scores, which lie between about 0 and 1, before the softmax."""
 LEAF_SHARE = 0.25
@@ -110,7 +112,7 @@ class VitPredictor:
 
     @cached_property
     def _anchor(self) -> tuple[HeadFeatures, LinearHead]:
-        head = SharedHead.restore(self.memory, self.base.trunk, self.base.config, self.base.runtime)
+        head = SharedHead.restore(self.memory.shared(), self.base.trunk, self.base.config, self.base.runtime)
         assert head.features is not None
         return head.features, head.solve_(self.memory)
 
@@ -140,7 +142,8 @@ class VitPredictor:
         adapters.write_slot(self.base.network, self.memory.tasks[task].adapter())
         weight, bias = tensors["head.weight"].to(self.device), tensors["head.bias"].to(self.device)
         with self.base.runtime.autocast():
-            pooled = self.base.trunk.pooled(cut.tokens[rows])
+            filled = torch.cat([rows, rows.new_zeros(-len(rows) % _LEAF_ROWS)])
+            pooled = self.base.trunk.pooled(cut.tokens[filled])[: len(rows)]
         own = (self.task_of == task).nonzero().squeeze(1)
         anchor = log_columns[rows][:, own] - log_tasks[rows, task][:, None]
         leaf = (pooled @ weight.T + bias).log_softmax(dim=1)

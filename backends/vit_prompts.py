@@ -15,7 +15,7 @@ surrogate loss of both draws chosen keys towards the images that chose them:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +28,7 @@ from treelora_backends.vit_plain import CHUNK, VIEWS, PlainSession
 from treelora_cli import adapters
 from treelora_cli.backend import Learned
 from treelora_cli.errors import ModelError
+from treelora_cli.runtime import try_gradient
 
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
@@ -324,10 +325,12 @@ class PromptSession:
                 found.append(torch.stack([self.prompts.query(images) for images in views], dim=1))
         self.queries = torch.cat(found)
 
-    def trial_loss(self) -> Tensor:
-        """Return a loss through the prompts on one full-sized batch."""
+    def try_step(self, parameters: Sequence[Tensor]) -> None:
+        """Compute a loss and its gradient through the prompts on one full-sized batch."""
         rows = torch.arange(min(self.plain.batch_size, len(self.plain.labels)))
-        return self._prompted(rows, torch.zeros_like(rows))[0].square().mean()
+        try_gradient(
+            self.plain.base.runtime, lambda: self._prompted(rows, torch.zeros_like(rows))[0].square().mean(), parameters
+        )
 
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield losses of the first plain mini-batches of one shuffle, the same at every call."""

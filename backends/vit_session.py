@@ -9,7 +9,7 @@ Symbols: ``n`` images, ``V`` views, ``L`` tokens, ``C`` width, ``k`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from treelora_backends.kept import room
 from treelora_backends.vit_heads import SharedHead, columns_of
 from treelora_backends.vit_images import ImageTask, shuffled_views
-from treelora_backends.vit_single import extended_statistics
+from treelora_backends.vit_single import extended_statistics, single_network_part
 
 from treelora_cli import adapters
 from treelora_cli.backend import Learned, Memory
 from treelora_cli.config import Config
+from treelora_cli.runtime import return_free_memory, try_gradient
 
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
 
-_CHUNK = 64
+_CHUNK = 32
 _TEMPERATURE = 0.1
 _SMALLEST_PROBE = 8
 """Images in a mini-batch of the probe, at least; otherwise the probe sees no image twice."""
@@ -53,7 +54,9 @@ class VitSession:
         self.head = nn.Linear(base.trunk.width, len(task.labels)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.shared_head = SharedHead.restore(memory, base.trunk, config, self.runtime)
+        shared = memory.shared()
+        self.shared_head = SharedHead.restore(shared, base.trunk, config, self.runtime)
+        self.carried = single_network_part(shared)
         self.kept: Tensor
         """Tokens before the cut of every view of this process's images, (n, V, L, C) bfloat16."""
         self.prototypes: Tensor
@@ -61,13 +64,17 @@ class VitSession:
 
     # -- before training ------------------------------------------------------------------------------
 
-    def trial_loss(self) -> Tensor:
-        """Return a loss through the adapter on one full-sized batch."""
+    def try_step(self, parameters: Sequence[Tensor]) -> None:
+        """Do one batch's share of the work: the frozen pass once, a step of training in each epoch."""
         count = min(self.batch_size, len(self.own))
         pixels = self.task.train.pixels[self.own[:count]].to(self.device)
-        with torch.no_grad():
-            cut = self.base.trunk.before(self.base.preprocessing.normalise(pixels))
-        return self.base.trunk.pooled(cut.tokens).square().mean()
+        images = self.base.preprocessing.normalise(pixels)
+        with torch.no_grad(), self.runtime.autocast():
+            for _ in range(self.views):
+                cut = self.base.trunk.before(images)
+                self.base.trunk.after(cut)
+        for _ in range(self.config.train.epochs or 0):
+            try_gradient(self.runtime, lambda: self.base.trunk.pooled(cut.tokens.float()).square().mean(), parameters)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -155,7 +162,9 @@ class VitSession:
             "head.bias": self.head.bias.detach().cpu().clone(),
         }
         trained = adapters.read_slot(self.base.network, self.base.layers, self.base.scale)
-        shared = extended_statistics(self, trained) | self.shared_head.to_tensors()
+        shared = extended_statistics(self, trained)
+        return_free_memory()
+        shared |= self.shared_head.hand_over()
         facts: dict[str, Any] = {
             "classes": len(self.task.labels),
             "columns": len(columns_of(self.memory)) + len(self.task.labels),

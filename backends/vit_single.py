@@ -11,6 +11,7 @@ Symbols: ``C`` width, ``K`` columns, ``n`` images.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -41,10 +42,14 @@ def updates_of(memory: Memory, kind: str) -> AdapterWeights:
     return mean_update([task.adapter() for task in memory.tasks])
 
 
+def single_network_part(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of the shared tensors that ``extended_statistics`` carries on; they are small."""
+    return {key: value for key, value in shared.items() if key.partition(".")[0] in KINDS}
+
+
 def extended_statistics(session: VitSession, trained: AdapterWeights) -> dict[str, Tensor]:
     """Measure the new task on both networks and carry older classes over; returns the shared tensors."""
     memory = session.memory
-    shared = memory.shared() if memory.tasks else {}
     everything = torch.arange(len(session.own))
     generator = torch.Generator().manual_seed(session.seed)
     share = _DRIFT_IMAGES // session.runtime.accelerator.num_processes
@@ -60,7 +65,7 @@ def extended_statistics(session: VitSession, trained: AdapterWeights) -> dict[st
         if memory.tasks:
             old = _pooled_with(session, updates_of(memory, kind), some)
             drift = fit_drift(session.runtime.concatenate(old), session.runtime.concatenate(features[some]))
-            known = ClassStatistics.from_tensors(shared, kind, session.device)
+            known = ClassStatistics.from_tensors(session.carried, kind, session.device)
             fresh = known.moved(drift).joined(fresh)
         tensors |= fresh.to_tensors(kind)
     return tensors
@@ -95,7 +100,7 @@ class SingleNetwork(nn.Module):
         self.names = class_names(columns)
         self.vit = base.fresh_vit(len(self.names))
         members = class_of_column(columns).to(base.runtime.device)
-        head = SharedHead.restore(memory, base.trunk, base.config, base.runtime) if kind == "merged" else None
+        head = SharedHead.restore(memory.shared(), base.trunk, base.config, base.runtime) if kind == "merged" else None
         if head is not None and head.carries_blocks:
             head.grow_blocks(self.vit, memory, members, len(self.names))
         else:

@@ -39,17 +39,37 @@ def test_sums_of_products_equal_those_of_whole_matrices(kind: str, width: int, c
 
 @settings(max_examples=40, deadline=None)
 @given(width=st.integers(1, 12))
-def test_packing_keeps_the_upper_triangle_row_by_row(width: int) -> None:
+def test_half_of_a_matrix_holds_all_of_it(width: int) -> None:
     matrix = symmetric(drawn(width, width))
-    rows = torch.cat([matrix[row, row:] for row in range(width)])
-    gram = Gram.from_packed(rows, width, CPU)
-    assert isinstance(gram, HalfGram) and gram.values.numel() == rows.numel()
-    assert torch.equal(gram.packed(), rows)
+    gram = Gram.from_dense(matrix)
+    half = gram.half()
+    assert isinstance(gram, HalfGram) and half.shape == (width * (width + 1) // 2,)
+    assert torch.equal(half.sort().values, matrix[torch.ones_like(matrix).triu() > 0].sort().values)
     assert torch.equal(gram.dense(), matrix)
-    assert torch.equal(Gram.from_dense(matrix).values, gram.values)
-    assert torch.equal(FullGram(width, matrix).packed(), rows)
+    assert torch.equal(FullGram(width, matrix).half(), half)
+    again = Gram.restored(half, width, CPU)
+    again.add_diagonal_(1.0)
+    assert torch.equal(gram.dense(), matrix), "what is restored is a copy"
     with pytest.raises(ValueError, match="do not make a symmetric matrix of width"):
-        Gram.from_packed(rows, width + 1, CPU)
+        Gram.restored(half, width + 1, CPU)
+
+
+def test_a_matrix_of_an_older_project_is_read() -> None:
+    rows = torch.tensor([0.0, 1.0, 2.0, 11.0, 12.0, 22.0])
+    wanted = [[0.0, 1.0, 2.0], [1.0, 11.0, 12.0], [2.0, 12.0, 22.0]]
+    assert Gram.read({"a.gram": rows}, "a", 3, CPU).dense().tolist() == wanted
+    half = Gram.from_dense(torch.tensor(wanted)).half()
+    assert Gram.read({"a.half_gram": half}, "a", 3, CPU).dense().tolist() == wanted
+    with pytest.raises(KeyError, match="half_gram"):
+        Gram.read({}, "a", 3, CPU)
+    with pytest.raises((ValueError, RuntimeError)):
+        Gram.read({"a.gram": rows}, "a", 4, CPU)
+
+
+def test_half_of_a_matrix_is_in_lapacks_format() -> None:
+    """Rectangular full packed, lower, not transposed, order 3: by columns 00 10 20, then 22 11 21 (LAPACK's strttf)."""
+    matrix = torch.tensor([[0.0, 10.0, 20.0], [10.0, 11.0, 21.0], [20.0, 21.0, 22.0]])
+    assert Gram.from_dense(matrix).half().tolist() == [0.0, 10.0, 20.0, 22.0, 11.0, 21.0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

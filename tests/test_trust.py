@@ -55,7 +55,7 @@ def with_nan(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "key"),
     [
-        (STATISTICS, "anchor.gram"),
+        (STATISTICS, "anchor.half_gram"),
         (STATISTICS, "latest.means"),
         (OWN_HEAD, "head.weight"),
         (OWN_HEAD, "head.bias"),
@@ -84,8 +84,8 @@ def stretched(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "key", "change"),
     [
-        (STATISTICS, "anchor.gram", stretched),
-        (STATISTICS, "anchor.gram", lambda _tensor: None),
+        (STATISTICS, "anchor.half_gram", stretched),
+        (STATISTICS, "anchor.half_gram", lambda _tensor: None),
         (STATISTICS, "feature.mean", stretched),
         (OWN_HEAD, "head.weight", stretched),
         (OWN_HEAD, "head.bias", stretched),

@@ -42,19 +42,19 @@ def solve_two_tasks(**arguments):
     images = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     memory = Memory((), dict)
     for rows, classes in ((slice(0, 24), 2), (slice(24, 60), 3)):
-        head = SharedHead.restore(memory, trunk, config, runtime)
+        head = SharedHead.restore(memory.shared(), trunk, config, runtime)
         labels = torch.arange(rows.stop - rows.start) % classes
         head.open_task(classes)
         with torch.no_grad():
             head.add(trunk.after(trunk.before(images[rows])), labels)
         head.close_task()
         names = tuple(f"{rows.start}-{one}" for one in range(classes))
-        own, shared = head.task_tensors(), head.to_tensors()
+        own, shared = head.task_tensors(), head.hand_over()
         task = TaskMemory(names[0], names, "accuracy", lambda: None, lambda own=own: own)
         memory = memory.with_task(task, shared)
     with torch.no_grad():
         seen = trunk.after(trunk.before(images))
-    return head, memory, seen, images
+    return SharedHead.restore(memory.shared(), trunk, config, runtime), memory, seen, images
 
 
 def linear_and_random(head, seen):

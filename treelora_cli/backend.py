@@ -192,8 +192,8 @@ class Score:
 class Session(Protocol):
     """One task while it is learned. The network's adapter slot is the core's; the rest is the session's."""
 
-    def trial_loss(self) -> torch.Tensor:
-        """Return some loss of one full-sized batch through what is trained, to measure arithmetic with."""
+    def try_step(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Do one batch's share of the work, gradients of ``parameters`` included, to measure arithmetic with."""
 
     def prepare(self) -> None:
         """Pass over the data once with the frozen base: statistics, prototypes, caches."""

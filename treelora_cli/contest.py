@@ -42,7 +42,7 @@ from treelora_cli.views.console import Output
 from treelora_cli.workspace import load_base
 
 if TYPE_CHECKING:
-    from treelora_cli.backend import Base, ContenderModel, Session, TaskData
+    from treelora_cli.backend import Base, ContenderModel, DataRequest, Session, TaskData
     from treelora_cli.learn import TaskReport
     from treelora_cli.methods.base import Contender
     from treelora_cli.trainer import TrainReport
@@ -148,14 +148,13 @@ class Contest:
         self.steps = 0
         self._index = 0
         self.digests: dict[str, str] = {}
-        self._held_out: dict[str, TaskData] = {}
+        self._held_out: dict[str, DataRequest] = {}
 
     def learn(self, tasks: Sequence[PlannedTask], config: Config) -> None:
         """Learn tasks, several of them as one, and score everything seen."""
         with self._phase("read"):
             data = [self.base.read_task(task.data) for task in tasks]
-            for task in tasks:  # read apart, so that no training example is held once its task is over
-                self._held_out[task.name] = self.base.read_task(dataclasses.replace(task.data, test_only=True))
+        self._held_out |= {task.name: dataclasses.replace(task.data, test_only=True) for task in tasks}
         self.digests |= {task.name: one.digest for task, one in zip(tasks, data, strict=True)}
         before = self.seconds.get("train", 0.0)
         with self._phase("train"):
@@ -165,7 +164,7 @@ class Contest:
         self.steps += report.steps
         del data
         with self._phase("evaluate"):
-            scores = {name: self._score(task) for name, task in self._held_out.items()}
+            scores = {name: self._score(self.base.read_task(data)) for name, data in self._held_out.items()}
         for task in tasks:
             known = [*self.matrix.tasks, task.name]
             complete = task is tasks[-1]
@@ -182,7 +181,7 @@ class Contest:
             adapters.write_slot(self.base.network, context.fresh)
             trained = [*(up for _, up in context.slot), *session.parameters()]
             wanted = str(self.config.train.precision)
-            self.runtime.precision = choose_precision(self.runtime, wanted, session.trial_loss, trained)
+            self.runtime.precision = choose_precision(self.runtime, wanted, lambda: session.try_step(trained))
         start = self.strategy.begin(context)
         if start is not None:
             adapters.write_slot(self.base.network, start)

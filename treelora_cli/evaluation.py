@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,32 +26,35 @@ class HeldOut:
     problem: str = ""
 
 
-def read_held_out(base: Base, records: Mapping[str, Mapping[str, Any]], limit: int | None) -> list[HeldOut]:
-    """Read the held-out data of each task from where it was when the task was learned.
+def read_held_out(base: Base, records: Mapping[str, Mapping[str, Any]], limit: int | None) -> Iterator[HeldOut]:
+    """Read the held-out data of each task from where it was when the task was learned, one after the other.
 
     Args:
         base: The loaded base.
         records: ``task.json`` by task name.
         limit: Most examples per class or task; ``None`` keeps the recorded limit.
     """
-    found = []
     for name, record in records.items():
         request = DataRequest.from_json({**record["data"], **({} if limit is None else {"test_limit": limit})})
         try:
             data = base.read_task(request)
         except DataError as error:
-            found.append(HeldOut(name, None, str(error)))
+            yield HeldOut(name, None, str(error))
             continue
         problem = "" if data.test_size else "no held-out examples"
-        found.append(HeldOut(name, data if data.test_size else None, problem))
-    return found
+        yield HeldOut(name, data if data.test_size else None, problem)
 
 
-def score_tasks(base: Base, memory: Memory, inference: str, held_out: Sequence[HeldOut]) -> dict[str, Score]:
+def score_tasks(base: Base, memory: Memory, inference: str, held_out: Iterable[HeldOut]) -> dict[str, Score]:
     """Return the score of every task that has held-out data, over everything in ``memory``."""
     with stored_fits():
         predictor = base.predictor(memory, inference)
-        return {one.name: predictor.evaluate(one.data) for one in held_out if one.data is not None}
+    scores = {}
+    for one in held_out:
+        if one.data is not None:
+            with stored_fits():
+                scores[one.name] = predictor.evaluate(one.data)
+    return scores
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -42,22 +43,38 @@ class Gram(ABC):
         return FullGram(width, torch.zeros(width, width, device=device))
 
     @staticmethod
-    def from_packed(packed: Tensor, width: int, device: torch.device) -> Gram:
-        """Return the matrix whose upper triangle, row by row, is ``packed``, (W (W + 1) / 2,).
+    def restored(half: Tensor, width: int, device: torch.device) -> Gram:
+        """Return the matrix that ``half`` of another holds, (W (W + 1) / 2,); it is copied.
 
         Raises:
             ValueError: The length does not fit the width.
         """
-        if packed.numel() != width * (width + 1) // 2:
-            raise ValueError(f"{packed.numel()} values do not make a symmetric matrix of width {width}")
-        if device.type == "cpu":
-            return HalfGram(width, _lapack("tpttf", packed.float().contiguous(), width))
-        return FullGram(width, _unpack_upper(packed.float(), width).to(device))
+        if half.numel() != width * (width + 1) // 2:
+            raise ValueError(f"{half.numel()} values do not make a symmetric matrix of width {width}")
+        own = HalfGram(width, half.float().clone())
+        return own if device.type == "cpu" else FullGram(width, own.upper().to(device))
+
+    @staticmethod
+    def read(tensors: Mapping[str, Tensor], name: str, width: int, device: torch.device) -> Gram:
+        """Return the stored matrix ``NAME.half_gram``; older projects have ``NAME.gram``, the upper triangle by rows.
+
+        Raises:
+            KeyError: Neither is there.
+            ValueError: The length does not fit the width.
+        """
+        rows = tensors.get(f"{name}.gram")
+        if rows is None:
+            return Gram.restored(tensors[f"{name}.half_gram"], width, device)
+        upper = torch.zeros(width, width)
+        upper[torch.ones(width, width).triu() > 0] = rows.float()
+        return Gram.from_dense(upper.to(device))
 
     @staticmethod
     def from_dense(matrix: Tensor) -> Gram:
         """Return a symmetric matrix (W, W) of which the upper triangle is read."""
-        return Gram.from_packed(_pack_upper(matrix), matrix.shape[0], matrix.device)
+        if matrix.device.type == "cpu":
+            return HalfGram(matrix.shape[0], _halved(matrix))
+        return FullGram(matrix.shape[0], matrix)
 
     def like(self, values: Tensor) -> Gram:
         """Return the matrix that is stored as ``values``."""
@@ -84,12 +101,16 @@ class Gram(ABC):
         """
 
     @abstractmethod
-    def packed(self) -> Tensor:
-        """Return the upper triangle row by row, (W (W + 1) / 2,), on the CPU."""
+    def half(self) -> Tensor:
+        """Return it in rectangular full packed format, (W (W + 1) / 2,), on the CPU; without a copy where it is so."""
+
+    @abstractmethod
+    def upper(self) -> Tensor:
+        """Return a matrix (W, W) with this upper triangle; what is below is not meant."""
 
     def dense(self) -> Tensor:
         """Return the whole matrix, (W, W)."""
-        return symmetric(_unpack_upper(self.packed(), self.width)).to(self.values.device)
+        return symmetric(self.upper())
 
 
 class HalfGram(Gram):
@@ -134,9 +155,16 @@ class HalfGram(Gram):
         solved, _ = lapack.spftrs(self.width, factor, np.asfortranarray(right.numpy(), dtype=np.float32), uplo="L")
         return torch.from_numpy(np.ascontiguousarray(solved))
 
-    def packed(self) -> Tensor:
-        """Return the upper triangle row by row, (W (W + 1) / 2,)."""
-        return _lapack("tfttp", self.values, self.width)
+    def half(self) -> Tensor:
+        """Return what is stored."""
+        return self.values
+
+    def upper(self) -> Tensor:
+        """Return a matrix (W, W) with this upper triangle."""
+        from scipy.linalg import lapack
+
+        lower, _ = lapack.stfttr(self.width, self.values.numpy(), uplo="L")
+        return torch.from_numpy(lower.T)
 
 
 class FullGram(Gram):
@@ -163,9 +191,13 @@ class FullGram(Gram):
             raise NotPositiveError(f"leading minor {int(failed)}")
         return torch.cholesky_solve(right, factor, upper=True)
 
-    def packed(self) -> Tensor:
-        """Return the upper triangle row by row, (W (W + 1) / 2,), on the CPU."""
-        return _pack_upper(self.values)
+    def half(self) -> Tensor:
+        """Return it in rectangular full packed format, (W (W + 1) / 2,), on the CPU."""
+        return _halved(self.values.cpu())
+
+    def upper(self) -> Tensor:
+        """Return what is stored."""
+        return self.values
 
 
 _STRIPS = 4
@@ -184,30 +216,10 @@ def solve_exactly(matrix: Tensor, right: Tensor) -> Tensor:
     return solved.to(right.dtype)
 
 
-def _pack_upper(matrix: Tensor) -> Tensor:
-    """Return the upper triangle of a (W, W) matrix row by row, on the CPU."""
-    width = matrix.shape[0]
-    packed = torch.empty(width * (width + 1) // 2, dtype=matrix.dtype)
-    start = 0
-    for row in range(width):
-        packed[start : start + width - row] = matrix[row, row:]
-        start += width - row
-    return packed
-
-
-def _unpack_upper(packed: Tensor, width: int) -> Tensor:
-    """Inverse of ``_pack_upper``; below the diagonal are zeros."""
-    matrix = torch.zeros(width, width)
-    start = 0
-    for row in range(width):
-        matrix[row, row:] = packed[start : start + width - row]
-        start += width - row
-    return matrix
-
-
-def _lapack(name: str, values: Tensor, width: int) -> Tensor:
-    """Turn one half-size format into another: rows of the upper triangle are LAPACK's columns of the lower."""
+def _halved(matrix: Tensor) -> Tensor:
+    """Return a matrix (W, W) in rectangular full packed format; its upper triangle is read."""
     from scipy.linalg import lapack
 
-    turned, _ = getattr(lapack, f"s{name}")(width, values.numpy(), uplo="L")
-    return torch.from_numpy(turned)
+    # its rows are the columns of LAPACK, and so its upper triangle is the lower one
+    half, _ = lapack.strttf(matrix.float().contiguous().numpy().T, uplo="L")
+    return torch.from_numpy(half)

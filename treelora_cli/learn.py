@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -217,7 +217,9 @@ class _Learner:
         wanted = str(self.config.train.precision)
         if wanted == "auto":
             wanted = self._precision_of_last_task() or wanted
-        self.runtime.precision = choose_precision(self.runtime, wanted, session.trial_loss, [up for _, up in slot])
+        self.runtime.precision = choose_precision(
+            self.runtime, wanted, lambda: session.try_step([up for _, up in slot])
+        )
 
     def _precision_of_last_task(self) -> str | None:
         """Return what was measured before on this kind of device: one project, one arithmetic."""
@@ -329,14 +331,16 @@ class _Learner:
         return replace(memory, tasks=tuple(tasks)), merged
 
     def _scores(self, memory: Memory) -> dict[str, Score]:
+        return score_tasks(self.base, memory, str(self.config.inference), self._held_out())
+
+    def _held_out(self) -> Iterator[HeldOut]:
         records = {task.name: self.project.task_record(task.name) for task in self.project.state.tasks}
-        held_out = read_held_out(self.base, records, None)
-        for one in held_out:
+        for one in read_held_out(self.base, records, None):
             if one.data is None:
                 self.runtime.reporter.note(f"Task '{one.name}' is not scored: {one.problem}")
+            yield one
         if self.task.test_size:
-            held_out.append(HeldOut(self.name, self.task))
-        return score_tasks(self.base, memory, str(self.config.inference), held_out)
+            yield HeldOut(self.name, self.task)
 
     def commit_of(
         self, learned: Learned, report: TrainReport, request: DataRequest, tree: Tree, matrix: ScoreMatrix

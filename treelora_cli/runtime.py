@@ -129,7 +129,7 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
     return Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
 
 
-_LARGE_BLOCK = 8 * 2**20
+_LARGE_BLOCK = 2**20
 _MALLOC_TRIM, _MALLOC_MMAP = -1, -3
 """Names of glibc's mallopt for the free memory it keeps and for the size from which a block is mapped by itself."""
 
@@ -148,7 +148,7 @@ def _map_large_blocks() -> None:
     mallopt = getattr(_c_library(), "mallopt", None)
     if mallopt is not None:
         mallopt(_MALLOC_MMAP, _LARGE_BLOCK)
-        mallopt(_MALLOC_TRIM, 2 * _LARGE_BLOCK)
+        mallopt(_MALLOC_TRIM, 4 * _LARGE_BLOCK)
 
 
 def return_free_memory() -> None:
@@ -162,23 +162,18 @@ _WORTH_IT = 0.85
 """bf16 is taken when it needs at most this share of the time; a tie must not flip from run to run."""
 
 
-def choose_precision(
-    runtime: Runtime, wanted: str, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]
-) -> str:
-    """Return the arithmetic asked for; for ``auto``, the one in which the gradients of ``loss`` come faster.
+def choose_precision(runtime: Runtime, wanted: str, step: Callable[[], None]) -> str:
+    """Return the arithmetic asked for; for ``auto``, the one in which ``step`` is faster."""
+    return measure_precision(runtime, step) if wanted == "auto" else wanted
 
-    Parameters that the loss does not reach cost nothing.
-    """
-    if wanted != "auto":
-        return wanted
+
+def try_gradient(runtime: Runtime, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
+    """Compute a loss and its gradient, to measure the time; parameters that it does not reach cost nothing."""
     import torch
 
-    def step() -> None:
-        with runtime.autocast():
-            value = loss()
-        torch.autograd.grad(value, parameters, allow_unused=True)
-
-    return measure_precision(runtime, step)
+    with runtime.autocast():
+        value = loss()
+    torch.autograd.grad(value, parameters, allow_unused=True)
 
 
 def measure_precision(runtime: Runtime, step: Callable[[], None]) -> str:

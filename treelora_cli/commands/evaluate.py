@@ -55,7 +55,7 @@ def evaluate(
     runtime = session.runtime(device)
     base = open_base(project, config, runtime)
     runtime.precision = str(project.task_record(project.state.tasks[-1].name)["precision"])
-    held_out = read_held_out(base, {name: project.task_record(name) for name in wanted}, limit)
+    held_out = list(read_held_out(base, {name: project.task_record(name) for name in wanted}, limit))
     for one in held_out:
         if one.data is None:
             session.output.note(f"Task '{one.name}' is not scored: {one.problem}")
