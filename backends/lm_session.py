@@ -10,6 +10,7 @@ Symbols: ``B`` examples, ``T`` tokens, ``C`` width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,10 +76,14 @@ class LmSession(LmSteps):
     # -- before training ------------------------------------------------------------------------------
 
     def try_step(self, parameters: Sequence[Tensor]) -> None:
-        """Compute the loss of a few examples of middling length, and its gradient."""
+        """Do a few middling examples' share of the work: the frozen blocks once, a step of training in each epoch."""
         self.base.network.eval()
-        batch = self._collated(self.trial_places())
-        try_gradient(self.runtime, lambda: self.base.lm.loss(batch), parameters)
+        labelled = self._collated(self.trial_places())
+        with self.runtime.autocast():
+            states = self.base.lm.entering(labelled.batch) if self.base.lm.cut else None
+        for _ in range(self.config.train.epochs or 0):
+            with nullcontext() if states is None else self.base.lm.entered(states.to(self.base.lm.state_dtype)):
+                try_gradient(self.runtime, lambda: self.base.lm.loss(labelled, self.tail), parameters)
 
     def prepare(self) -> None:
         """Run the frozen blocks once: features that tell and answer this task's inputs, and where training enters."""
