@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 import torch
 from conftest import plain_runtime
 
-from treelora_cli.runtime import bf16_multiplies_well, measure_precision
+from treelora_cli.runtime import Silent, bf16_multiplies_well, measure_precision, open_runtime
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [("fp32", "bf16"), ("bf16", "fp32"), ("", "fp32")])
@@ -45,3 +46,14 @@ def test_the_small_product_agrees_with_a_larger_one() -> None:
     if 0.67 < ratio < 6:
         pytest.skip("too close to the threshold to say")
     assert bf16_multiplies_well(torch.device("cpu")) == (ratio < 2)
+
+
+def test_few_compiled_kernels_are_kept_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    open_runtime("cpu", offline=True, reporter=Silent())
+    assert os.environ[name] == "64"
+    monkeypatch.setenv(name, "7")
+    open_runtime("cpu", offline=True, reporter=Silent())
+    assert os.environ[name] == "7"
