@@ -51,6 +51,7 @@ class LmSession(LmSteps):
         assert config.train.batch_size is not None and config.seed is not None
         assert config.train.prompt_tail is not None
         self.tail: int = config.train.prompt_tail
+        self.epochs: int = config.train.epochs or 0
         self.task = task
         self.runtime = base.runtime
         self.own = self.runtime.share(list(range(task.train_size)))
@@ -81,7 +82,7 @@ class LmSession(LmSteps):
         labelled = self._collated(self.trial_places())
         with self.runtime.autocast():
             states = self.base.lm.entering(labelled.batch) if self.base.lm.cut else None
-        for _ in range(self.config.train.epochs or 0):
+        for _ in range(self.epochs):
             with nullcontext() if states is None else self.base.lm.entered(states.to(self.base.lm.state_dtype)):
                 try_gradient(self.runtime, lambda: self.base.lm.loss(labelled, self.tail), parameters)
 
