@@ -62,8 +62,8 @@ class CausalLmBackend:
         fingerprint = hash_parameters(model)
         adapter = config.adapter
         assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
-        shape = {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout}
-        network = adapters.attach(model, layers, **shape, task_type="CAUSAL_LM")
+        rank, alpha, dropout = adapter.rank, adapter.alpha, adapter.dropout
+        network = adapters.attach(model, layers, rank=rank, alpha=alpha, dropout=dropout, task_type="CAUSAL_LM")
         if config.base.dtype != "nf4":
             network = network.to(runtime.device)
         network.eval()

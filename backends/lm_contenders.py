@@ -5,8 +5,9 @@ Symbols: ``n`` examples, ``F`` features of an input, ``T`` tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -208,14 +209,14 @@ def _with_tasks(base: CausalLmBase, memory: Memory, tasks: Sequence[LmTask]) -> 
     for task in tasks:
         tensors = describe(task)
         name = f"{len(memory.tasks):03d}"
-        one = TaskMemory(name, task.labels, task.metric, lambda: trained, lambda tensors=tensors: tensors)
+        one = TaskMemory(name, task.labels, task.metric, lambda: trained, partial(dict, tensors))
         memory = memory.with_task(one, {})
     return memory
 
 
-_HEADS: dict[str, Callable[[CausalLmBase], ContenderModel]] = {"answer": AnswerContender, "routed": RoutedLmContender}
+_HEADS: dict[str, Any] = {"answer": AnswerContender, "routed": RoutedLmContender}
 
 
 def make_contender(base: CausalLmBase, head: str, _config: Config) -> ContenderModel:
     """Return the model under a kind of head."""
-    return _HEADS[head](base)
+    return cast("ContenderModel", _HEADS[head](base))

@@ -141,7 +141,7 @@ def _reloaded(base: CausalLmBase, out: Path, task: str | None) -> nn.Module:
     from peft import PeftModel
 
     stock = load_model(base.config.base, base.runtime.device, offline=base.runtime.offline)
-    return cast("nn.Module", PeftModel.from_pretrained(cast("Any", stock), str(out)).eval().get_base_model())
+    return PeftModel.from_pretrained(cast("Any", stock), str(out)).eval().get_base_model()
 
 
 def _prompts(base: CausalLmBase, memory: Memory, held_out: Sequence[tuple[str, LmTask]]) -> Batch:

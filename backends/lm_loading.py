@@ -131,7 +131,8 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
     if source.gguf:
         options |= _dequantized()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True, **options)
+        model, report = loaded
     except Exception as error:  # the libraries raise many kinds for a missing, malformed or foreign file
         raise ModelError(f"{base.model}: cannot be loaded as a {config.model_type} model ({_line(error)}).") from error
     missing = sorted(report["missing_keys"])

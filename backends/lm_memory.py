@@ -57,7 +57,7 @@ def digest_of(weights: AdapterWeights) -> str:
     """Return SHA-256 over an adapter's weights, hex."""
     content = hashlib.sha256()
     for part in (*weights.down, *weights.up):
-        content.update(memoryview(part.contiguous().flatten().view(torch.uint8).numpy()))
+        content.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
     return content.hexdigest()
 
 

@@ -140,7 +140,7 @@ class LmNetwork:
         if len(targets) <= _LOSS_CHUNK:
             return nn.functional.cross_entropy(self._logits(chosen), targets)
         parts = [
-            cast("Tensor", checkpoint(self._summed_loss, some, wanted, use_reentrant=False))
+            checkpoint(self._summed_loss, some, wanted, use_reentrant=False)
             for some, wanted in zip(chosen.split(_LOSS_CHUNK), targets.split(_LOSS_CHUNK), strict=True)
         ]
         return torch.stack(parts).sum() / len(targets)
@@ -172,7 +172,7 @@ class LmNetwork:
         mask[1, -1] = 0
         ends = torch.tensor([_TRIAL_TOKENS - 2, _TRIAL_TOKENS - 3], device=self.device)
         labelled = LabelledBatch(Batch(ids, mask), torch.arange(2, device=self.device), ends, ids[0, :2])
-        found = feed_forwards(self.blocks[self.cut :], layers)
+        found = feed_forwards(list(self.blocks)[self.cut :], layers)
         with torch.no_grad():
             plain = self.loss(labelled)
             try:

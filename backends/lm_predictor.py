@@ -165,8 +165,8 @@ class LmPredictor:
         found: dict[int, Prediction] = {}
         for chosen, rows in self._groups(examples).items():
             some = [examples[row] for row in rows]
-            routed = self.inference == "routed" and chosen is not None
-            manner = manner_of(self.memory.tasks[chosen]) if routed else common_manner(self.memory)
+            routed = None if self.inference != "routed" else chosen
+            manner = common_manner(self.memory) if routed is None else manner_of(self.memory.tasks[routed])
             self._check_lengths(some, [row + 1 for row in rows], manner)
             if (head := self._closed_head(chosen)) is not None:
                 answers = self._closed_answers(head, some, chosen)

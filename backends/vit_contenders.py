@@ -5,8 +5,8 @@ Symbols: ``n`` images, ``C`` width of the pooled features, ``K`` classes seen, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -377,7 +377,7 @@ def _dualprompt(base: VitBase, config: Config) -> PromptContender:
     return PromptContender(base, DualPrompt(base.trunk.vit, settings, config.seed))
 
 
-_HEADS: dict[str, Callable[[VitBase, Config], ContenderModel]] = {
+_HEADS: dict[str, Any] = {
     "linear": lambda base, _: LinearContender(base),
     "aligned": lambda base, _: AlignedContender(base),
     "routed": lambda base, _: RoutedContender(base),
@@ -390,4 +390,4 @@ _HEADS: dict[str, Callable[[VitBase, Config], ContenderModel]] = {
 
 def make_contender(base: VitBase, head: str, config: Config) -> ContenderModel:
     """Return the network under a kind of head."""
-    return _HEADS[head](base, config)
+    return cast("ContenderModel", _HEADS[head](base, config))

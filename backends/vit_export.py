@@ -52,7 +52,7 @@ def write_merged(base: VitBase, memory: Memory, out: Path, options: ExportOption
         **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
     }
     save_for_hf(
-        vit, out, model_config=model_config, model_args=_model_args(base, len(vit.blocks)), safe_serialization=True
+        vit, str(out), model_config=model_config, model_args=_model_args(base, len(vit.blocks)), safe_serialization=True
     )
     names = ", ".join(network.names)
     card = _CARD.format(
@@ -167,7 +167,7 @@ def _reload_merged(out: Path) -> nn.Module:
 
     with safe_open(out / "model.safetensors", framework="pt") as stored:
         dtype = stored.get_tensor(next(iter(stored.keys()))).dtype
-    return cast("nn.Module", model.to(dtype).eval())
+    return model.to(dtype).eval()
 
 
 def _reload_adapter(base: VitBase, out: Path, classes: int) -> nn.Module:

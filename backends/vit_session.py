@@ -151,7 +151,7 @@ class VitSession:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the task's own linear head."""
-        return [self.head.weight, self.head.bias]
+        return list(self.head.parameters())
 
     # -- after training -------------------------------------------------------------------------------
 

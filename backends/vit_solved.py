@@ -128,8 +128,8 @@ class SolvedFeatures:
     def restore(cls, shared: Mapping[str, Tensor], trunk: Trunk, random: int, seed: int) -> SolvedFeatures:
         """Rebuild what ``to_tensors`` returned."""
         device = next(trunk.vit.parameters()).device
-        parts = [shared[f"solved.{name}"].to(device) for name in _STORED]
-        return cls.assemble(*parts, trunk, random, seed)
+        axes, means, scales, size = (shared[f"solved.{name}"].to(device) for name in _STORED)
+        return cls.assemble(axes, means, scales, size, trunk, random, seed)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return what cannot be drawn again from the seed."""
