@@ -84,7 +84,7 @@ class Answerer:
             room: Most tokens of prompt and answer together; longer prompts lose their middle.
         """
         prompts = [self._prompt(one, manner, room) for one in examples]
-        keys = [(self.weights, self.runtime.precision, manner, one.ids.tobytes()) for one in prompts]
+        keys = [(self.weights, self.runtime.forward_precision, manner, one.ids.tobytes()) for one in prompts]
         fresh = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self.known}
         new_keys, asked = list(fresh), list(fresh.values())
         most = tokens_at_once(self.lm.device)
@@ -119,7 +119,7 @@ class Answerer:
         for labels in _distinct(by_tail.values()):
             rows = [row for row, prompt in enumerate(prompts) if by_tail[prompt.tail] == labels]
             batch = pad([prompts[row].ids for row in rows], self.encoder.pad_id).to(self.lm.device)
-            with self.runtime.autocast():
+            with torch.no_grad(), self.runtime.autocast():
                 scores = self.lm.label_log_likelihoods(batch, labels)
             confidence, best = scores.softmax(dim=1).max(dim=1)
             for row, sure, index in zip(rows, confidence.tolist(), best.tolist(), strict=True):
@@ -130,7 +130,7 @@ class Answerer:
 
     def _by_generation(self, prompts: Sequence[_Prompt], manner: Manner) -> list[Answer]:
         batch = pad([prompt.ids for prompt in prompts], self.encoder.pad_id, left=True).to(self.lm.device)
-        with self.runtime.autocast():
+        with torch.no_grad(), self.runtime.autocast():
             most_new = max(1, min(manner.most_new, self.encoder.context - batch.ids.shape[1]))
             new = self.lm.generate(batch, most_new, self.encoder.end_ids, self.encoder.pad_id)
         return [(self.encoder.decode(ids), None) for ids in new]
@@ -149,7 +149,7 @@ class Answerer:
         right = count = 0
         for rows in by_length(encoded, len, tokens_at_once(self.lm.device)):
             labelled = collate([encoded[row] for row in rows], self.encoder.pad_id).to(self.lm.device)
-            with self.runtime.autocast(), torch.no_grad():
+            with torch.no_grad(), self.runtime.autocast():
                 right += self.lm.correct(labelled)
             count += len(labelled.targets)
         return float(right), float(count)

@@ -64,6 +64,12 @@ class PlainLmSession(LmSteps):
         self.base.network.eval()
         try_gradient(self.base.runtime, lambda: self.loss_of(self.trial_places()), parameters)
 
+    def try_forward(self) -> None:
+        """Compute the same loss without a gradient."""
+        self.base.network.eval()
+        with torch.no_grad(), self.base.runtime.autocast():
+            self.loss_of(self.trial_places())
+
     def prepare(self) -> None:
         """Nothing is computed ahead."""
 

@@ -43,7 +43,7 @@ class FeatureReader:
 
     def __call__(self, examples: Sequence[TextExample], description: str) -> Tensor:
         """Return the features of each input, (n, F), on the CPU."""
-        precision = self.runtime.precision
+        precision = self.runtime.forward_precision
         wanted = list(dict.fromkeys(one.content for one in examples))
         found = {content: self._known[precision, content] for content in wanted if (precision, content) in self._known}
         fresh = [content for content in wanted if content not in found]
@@ -53,7 +53,7 @@ class FeatureReader:
         with adapters.base_only(self.wrapped):
             for rows in self.runtime.reporter.track(batches, description, len(batches)):
                 batch = pad([ids[row] for row in rows], self.encoder.pad_id).to(self.lm.device)
-                with self.runtime.autocast():
+                with torch.no_grad(), self.runtime.autocast():
                     features = self.lm.features(self.lm.read(batch), batch.lengths).cpu()
                 found |= {fresh[row]: feature for row, feature in zip(rows, features, strict=True)}
         self._remember(precision, found)

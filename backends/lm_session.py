@@ -10,7 +10,7 @@ Symbols: ``B`` examples, ``T`` tokens, ``C`` width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from treelora_backends.kept import room
-from treelora_backends.lm_batches import LabelledBatch, by_length, collate, pad, shuffled_batches, tokens_at_once
+from treelora_backends.lm_batches import Batch, LabelledBatch, by_length, collate, pad, shuffled_batches, tokens_at_once
 from treelora_backends.lm_closed import ClosedHead
 from treelora_backends.lm_memory import describe
 from treelora_backends.lm_render import Ids
@@ -51,7 +51,6 @@ class LmSession(LmSteps):
         assert config.train.batch_size is not None and config.seed is not None
         assert config.train.prompt_tail is not None
         self.tail: int = config.train.prompt_tail
-        self.epochs: int = config.train.epochs or 0
         self.task = task
         self.runtime = base.runtime
         self.own = self.runtime.share(list(range(task.train_size)))
@@ -77,14 +76,23 @@ class LmSession(LmSteps):
     # -- before training ------------------------------------------------------------------------------
 
     def try_step(self, parameters: Sequence[Tensor]) -> None:
-        """Do a few middling examples' share of the work: the frozen blocks once, a step of training in each epoch."""
+        """Compute the loss of a few examples of middling length, and its gradient, from where training enters."""
         self.base.network.eval()
         labelled = self._collated(self.trial_places())
-        with self.runtime.autocast():
-            states = self.base.lm.entering(labelled.batch) if self.base.lm.cut else None
-        for _ in range(self.epochs):
-            with nullcontext() if states is None else self.base.lm.entered(states.to(self.base.lm.state_dtype)):
-                try_gradient(self.runtime, lambda: self.base.lm.loss(labelled, self.tail), parameters)
+        ids, mask = labelled.batch.ids, labelled.batch.mask
+        entered: AbstractContextManager[None] = nullcontext()
+        if self.base.lm.cut:
+            first = self.base.lm.entering(Batch(ids[:, :1], mask[:, :1]))
+            entered = self.base.lm.entered(first.repeat(1, ids.shape[1], 1))
+        with entered:
+            try_gradient(self.runtime, lambda: self.base.lm.loss(labelled, self.tail), parameters)
+
+    def try_forward(self) -> None:
+        """Run the frozen blocks over a few examples of middling length, or all blocks where none is skipped."""
+        self.base.network.eval()
+        labelled = self._collated(self.trial_places())
+        with torch.no_grad(), self.runtime.autocast():
+            _ = self.base.lm.entering(labelled.batch) if self.base.lm.cut else self.base.lm.loss(labelled)
 
     def prepare(self) -> None:
         """Run the frozen blocks once: features that tell and answer this task's inputs, and where training enters."""

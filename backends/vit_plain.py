@@ -117,6 +117,12 @@ class PlainSession:
             self.base.runtime, lambda: self._features(rows, torch.zeros_like(rows)).square().mean(), parameters
         )
 
+    @torch.no_grad()
+    def try_forward(self) -> None:
+        """Compute features of one full-sized batch without a gradient."""
+        rows = torch.arange(min(self.batch_size, len(self.pictures)))
+        self._features(rows, torch.zeros_like(rows))
+
     def prepare(self) -> None:
         """Nothing is computed ahead."""
 

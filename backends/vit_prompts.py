@@ -332,6 +332,13 @@ class PromptSession:
             self.plain.base.runtime, lambda: self._prompted(rows, torch.zeros_like(rows))[0].square().mean(), parameters
         )
 
+    @torch.no_grad()
+    def try_forward(self) -> None:
+        """Ask for the queries of one full-sized batch."""
+        rows = torch.arange(min(self.plain.batch_size, len(self.plain.labels)))
+        with bare(self.plain.base):
+            self.prompts.query(self.plain.images(rows, torch.zeros_like(rows)))
+
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield losses of the first plain mini-batches of one shuffle, the same at every call."""
         yield from (self.loss(batch) for batch in self.plain.probe_batches(count))

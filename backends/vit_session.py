@@ -65,16 +65,20 @@ class VitSession:
     # -- before training ------------------------------------------------------------------------------
 
     def try_step(self, parameters: Sequence[Tensor]) -> None:
-        """Do one batch's share of the work: the frozen pass once, a step of training in each epoch."""
-        count = min(self.batch_size, len(self.own))
-        pixels = self.task.train.pixels[self.own[:count]].to(self.device)
-        images = self.base.preprocessing.normalise(pixels)
+        """Compute a loss through the adapter and its gradient on one full-sized batch, from the cut on."""
+        with torch.no_grad():
+            tokens = self.base.trunk.before(self._first_images(1)).tokens
+        tokens = tokens.repeat(min(self.batch_size, len(self.own)), 1, 1)
+        try_gradient(self.runtime, lambda: self.base.trunk.pooled(tokens).square().mean(), parameters)
+
+    def try_forward(self) -> None:
+        """Do a part of the frozen pass."""
+        images = self._first_images(_CHUNK)
         with torch.no_grad(), self.runtime.autocast():
-            for _ in range(self.views):
-                cut = self.base.trunk.before(images)
-                self.base.trunk.after(cut)
-        for _ in range(self.config.train.epochs or 0):
-            try_gradient(self.runtime, lambda: self.base.trunk.pooled(cut.tokens.float()).square().mean(), parameters)
+            self.base.trunk.after(self.base.trunk.before(images))
+
+    def _first_images(self, count: int) -> Tensor:
+        return self.base.preprocessing.normalise(self.task.train.pixels[self.own[:count]].to(self.device))
 
     @torch.no_grad()
     def prepare(self) -> None:

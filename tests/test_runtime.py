@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from typing import cast
 
 import pytest
 import torch
 from conftest import plain_runtime
 
-from treelora_cli.runtime import Silent, bf16_multiplies_well, measure_precision, open_runtime
+from treelora_cli.backend import Session
+from treelora_cli.runtime import (
+    Runtime,
+    Silent,
+    bf16_multiplies_well,
+    choose_arithmetic,
+    measure_precision,
+    open_runtime,
+)
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [("fp32", "bf16"), ("bf16", "fp32"), ("", "fp32")])
@@ -20,6 +30,43 @@ def test_the_faster_arithmetic_is_taken_and_a_tie_is_fp32(
     runtime = plain_runtime()
     assert measure_precision(runtime, lambda: time.sleep(0.04 if runtime.precision == slow else 0.02)) == chosen
     assert runtime.precision == "fp32"
+
+
+class Halves:
+    """A session whose steps are faster in one arithmetic and whose passes are in the other."""
+
+    def __init__(self, runtime: Runtime, slow_steps: str) -> None:
+        self.runtime, self.slow_steps = runtime, slow_steps
+
+    def try_step(self, _parameters: Sequence[torch.Tensor]) -> None:
+        time.sleep(0.04 if self.runtime.precision == self.slow_steps else 0.02)
+
+    def try_forward(self) -> None:
+        time.sleep(0.02 if self.runtime.forward_precision == self.slow_steps else 0.04)
+
+
+@pytest.mark.parametrize(("slow", "fast"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_steps_and_passes_each_get_the_faster_arithmetic(monkeypatch: pytest.MonkeyPatch, slow: str, fast: str) -> None:
+    monkeypatch.setattr("treelora_cli.runtime.bf16_multiplies_well", lambda _device: True)
+    runtime = plain_runtime()
+    session = cast("Session", Halves(runtime, slow))
+    choose_arithmetic(runtime, "auto", session, [])
+    assert runtime.arithmetic == {"precision": fast, "forward_precision": slow}
+    choose_arithmetic(runtime, "bf16", session, [])
+    assert runtime.arithmetic == {"precision": "bf16", "forward_precision": "bf16"}
+
+
+def test_gradients_decide_which_arithmetic_a_pass_has() -> None:
+    runtime = plain_runtime()
+    runtime.compute_as({"precision": "fp32", "forward_precision": "bf16"})
+    left = torch.ones(2, 2)
+    with runtime.autocast():
+        assert (left @ left).dtype == torch.float32
+    with torch.no_grad(), runtime.autocast():
+        assert (left @ left).dtype == torch.bfloat16
+    runtime.compute_as({"precision": "fp32"})
+    with torch.no_grad(), runtime.autocast():
+        assert (left @ left).dtype == torch.float32
 
 
 def test_bf16_is_not_tried_where_a_product_alone_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,9 @@ class Toy:
     def try_step(self, parameters: Sequence[Tensor]) -> None:
         """No arithmetic to choose."""
 
+    def try_forward(self) -> None:
+        """No arithmetic to choose."""
+
     def prepare(self) -> None:
         """Nothing to prepare."""
 

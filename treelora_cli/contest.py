@@ -35,7 +35,7 @@ from treelora_cli.methods.catalogue import CONTENDERS, OURS, choose_head
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.records import peak_bytes, versions
 from treelora_cli.registry import load_backend
-from treelora_cli.runtime import Runtime, choose_precision, open_runtime
+from treelora_cli.runtime import Runtime, choose_arithmetic, open_runtime
 from treelora_cli.stream import PlannedTask, StreamRequest, plan_stream, run_stream
 from treelora_cli.trainer import Trainer, TrainSettings
 from treelora_cli.views.console import Output
@@ -110,7 +110,7 @@ def run_project(run: Run, request: StreamRequest, runtime: Runtime) -> dict[str,
         "kept_bytes": project.total_bytes(),
         "trained_parameters": max(record["trained_parameters"] for record in records),
         "steps": sum(report.steps for report in reports),
-        "precision": records[-1]["precision"],
+        **{key: records[-1][key] for key in runtime.arithmetic},
         "base_sha256": project.state.base["fingerprint"],
         "data_sha256": {record["name"]: record["data_sha256"] for record in records},
         **watch.peaks(),
@@ -181,7 +181,7 @@ class Contest:
             adapters.write_slot(self.base.network, context.fresh)
             trained = [*(up for _, up in context.slot), *session.parameters()]
             wanted = str(self.config.train.precision)
-            self.runtime.precision = choose_precision(self.runtime, wanted, lambda: session.try_step(trained))
+            choose_arithmetic(self.runtime, wanted, session, trained)
         start = self.strategy.begin(context)
         if start is not None:
             adapters.write_slot(self.base.network, start)
@@ -251,7 +251,7 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
         "kept_bytes": contest.model.kept_bytes() + contest.strategy.kept_bytes(),
         "trained_parameters": contest.trained_parameters,
         "steps": contest.steps,
-        "precision": runtime.precision,
+        **runtime.arithmetic,
         "base_sha256": base.fingerprint,
         "data_sha256": contest.digests,
         "lr": config.train.lr,

@@ -27,7 +27,7 @@ from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
 from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project import Commit, Project
 from treelora_cli.records import adapter_files, peak_bytes, versions
-from treelora_cli.runtime import Runtime, choose_precision, return_free_memory
+from treelora_cli.runtime import Runtime, choose_arithmetic, return_free_memory
 from treelora_cli.signature import SignatureAccumulator, SketchSpec
 from treelora_cli.trainer import Trainer, TrainReport, TrainSettings
 from treelora_cli.tree import Tree, extend_tree
@@ -191,7 +191,7 @@ class _Learner:
         slot = adapters.slot_parameters(self.base.network, self.base.layers)
         reference = adapters.reference_point(self.base.network, self.base.layers, self.scale, self.seed)
         adapters.write_slot(self.base.network, reference)
-        self._choose_precision(session, slot)
+        self._choose_arithmetic(session, slot)
         session.prepare()
         self.clock.lap("frozen pass")
         queries = self._probe(session, slot)
@@ -213,21 +213,19 @@ class _Learner:
         self.clock.lap("statistics")
         return learned, report
 
-    def _choose_precision(self, session: Session, slot: list[Any]) -> None:
-        wanted = str(self.config.train.precision)
-        if wanted == "auto":
-            wanted = self._precision_of_last_task() or wanted
-        self.runtime.precision = choose_precision(
-            self.runtime, wanted, lambda: session.try_step([up for _, up in slot])
-        )
+    def _choose_arithmetic(self, session: Session, slot: list[Any]) -> None:
+        wanted, last = str(self.config.train.precision), self._record_of_last_task()
+        if wanted == "auto" and last is not None:
+            self.runtime.compute_as(last)
+        else:
+            choose_arithmetic(self.runtime, wanted, session, [up for _, up in slot])
 
-    def _precision_of_last_task(self) -> str | None:
-        """Return what was measured before on this kind of device: one project, one arithmetic."""
+    def _record_of_last_task(self) -> dict[str, Any] | None:
+        """Return by what was measured before on this kind of device: one project, one arithmetic."""
         if not self.project.state.tasks:
             return None
         record = self.project.task_record(self.project.state.tasks[-1].name)
-        same = record["device"] == self.runtime.device.type
-        return str(record["precision"]) if same else None
+        return record if record["device"] == self.runtime.device.type else None
 
     def _probe(self, session: Session, slot: list[Any]) -> np.ndarray[Any, Any]:
         """Average the new task's gradients at the reference point; return the mini-batches' sketches."""
@@ -265,7 +263,7 @@ class _Learner:
             "state": self.project.state.digest(),
             "data": self.task.digest,
             "train": train,
-            "precision": self.runtime.precision,
+            **self.runtime.arithmetic,
         }
 
     def _save_checkpoint(self, step: int, tensors: dict[str, torch.Tensor], request: DataRequest) -> None:
@@ -378,7 +376,7 @@ class _Learner:
             "nearest": None if nearest is None else names[nearest],
             "warm_start_from": None if parent is None else names[parent],
             "settings": {k: v for k, v in to_dict(self.config).items() if k != "stream"},
-            "precision": self.runtime.precision,
+            **self.runtime.arithmetic,
             "processes": self.runtime.accelerator.num_processes,
             "device": self.runtime.device.type,
             "steps": report.steps,

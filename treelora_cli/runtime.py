@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -14,6 +14,8 @@ from treelora_cli.errors import UsageError
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+
+    from treelora_cli.backend import Session
 
 T = TypeVar("T")
 
@@ -41,10 +43,16 @@ class Silent:
 
 @dataclass
 class Runtime:
-    """Processes and device (through accelerate), precision and reporter of one command."""
+    """Processes and device (through accelerate), arithmetic and reporter of one command.
+
+    Attributes:
+        precision: ``fp32`` or ``bf16``, where gradients are computed.
+        forward_precision: The same where none are.
+    """
 
     accelerator: Accelerator
     precision: str = "fp32"
+    forward_precision: str = "fp32"
     offline: bool = False
     reporter: Reporter = field(default_factory=Silent)
 
@@ -59,12 +67,23 @@ class Runtime:
         return bool(self.accelerator.is_main_process)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of the forward pass in the chosen precision."""
+        """Return the context of a pass in the chosen arithmetic: that of gradients, unless torch's are off."""
         import torch
 
-        if self.precision == "bf16":
+        precision = self.precision if torch.is_grad_enabled() else self.forward_precision
+        if precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """Both precisions, by name."""
+        return {"precision": self.precision, "forward_precision": self.forward_precision}
+
+    def compute_as(self, record: Mapping[str, Any]) -> None:
+        """Take the ``arithmetic`` of a record; older ones have one precision for all."""
+        self.precision = str(record["precision"])
+        self.forward_precision = str(record.get("forward_precision", self.precision))
 
     def share(self, items: list[T]) -> list[T]:
         """Return this process's part of ``items``: every ``world``-th, from its rank on."""
@@ -166,9 +185,17 @@ _WORTH_IT = 0.85
 """bf16 is taken when it needs at most this share of the time; a tie must not flip from run to run."""
 
 
-def choose_precision(runtime: Runtime, wanted: str, step: Callable[[], None]) -> str:
-    """Return the arithmetic asked for; for ``auto``, the one in which ``step`` is faster."""
-    return measure_precision(runtime, step) if wanted == "auto" else wanted
+def choose_arithmetic(runtime: Runtime, wanted: str, session: Session, trained: Sequence[torch.Tensor]) -> None:
+    """Compute as asked for; with ``auto``, steps and passes without gradients each in what is faster for them.
+
+    Small batches through few blocks gain nothing from bf16 where passes over many tokens halve their time.
+    """
+    if wanted != "auto":
+        runtime.compute_as({"precision": wanted})
+        return
+    steps = measure_precision(runtime, lambda: session.try_step(trained))
+    passes = measure_precision(runtime, session.try_forward)
+    runtime.compute_as({"precision": steps, "forward_precision": passes})
 
 
 def try_gradient(runtime: Runtime, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
@@ -188,14 +215,14 @@ def measure_precision(runtime: Runtime, step: Callable[[], None]) -> str:
     """
     import torch
 
-    before = runtime.precision
+    before = runtime.arithmetic
 
     def seconds(precision: str) -> float:
-        runtime.precision = precision
+        runtime.compute_as({"precision": precision})
         return _least_seconds(step, runtime.device)
 
     pays = bf16_multiplies_well(runtime.device) and seconds("bf16") < _WORTH_IT * seconds("fp32")
-    runtime.precision = before
+    runtime.compute_as(before)
     votes = runtime.concatenate(torch.tensor([float(pays)], device=runtime.device))
     return "bf16" if float(votes[0]) > 0.5 else "fp32"
 

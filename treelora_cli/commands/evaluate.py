@@ -54,7 +54,7 @@ def evaluate(
     config = project_config(project, from_flags(inference=None if untouched else inference))
     runtime = session.runtime(device)
     base = open_base(project, config, runtime)
-    runtime.precision = str(project.task_record(project.state.tasks[-1].name)["precision"])
+    runtime.compute_as(project.task_record(project.state.tasks[-1].name))
     held_out = list(read_held_out(base, {name: project.task_record(name) for name in wanted}, limit))
     for one in held_out:
         if one.data is None:
