@@ -182,6 +182,11 @@ class LmNetwork:
                 return []  # layers that take or give more than states
         return found if bool(torch.allclose(plain, ours, rtol=1e-4, atol=1e-5)) else []
 
+    def trained_part(self) -> list[nn.Module]:
+        """Return what runs in every step: the adapted blocks and the output layer."""
+        head = self.model.get_output_embeddings()
+        return [*list(self.blocks)[self.cut :], *([] if head is None else [head])]
+
     # -- frozen blocks --------------------------------------------------------------------------------
 
     def _watched(self, batch: Batch, after: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:

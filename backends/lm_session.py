@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from treelora_backends.kept import room
 from treelora_backends.lm_batches import Batch, LabelledBatch, by_length, collate, pad, shuffled_batches, tokens_at_once
 from treelora_backends.lm_closed import ClosedHead
+from treelora_backends.lm_halves import HalfWeights
 from treelora_backends.lm_memory import describe
 from treelora_backends.lm_render import Ids
 from treelora_backends.lm_router import TaskRouter
@@ -30,7 +31,6 @@ from treelora_backends.lm_task import LmTask
 from treelora_cli.backend import Learned, Memory
 from treelora_cli.config import Config
 from treelora_cli.errors import DataError, UsageError
-from treelora_cli.runtime import try_gradient
 
 if TYPE_CHECKING:
     from treelora_backends.hf_causal_lm import CausalLmBase
@@ -64,6 +64,7 @@ class LmSession(LmSteps):
             )
         self.router = TaskRouter.restore(memory, config)
         self._entering: list[Tensor] = []
+        self._halves: HalfWeights | None = None
         self._closed: dict[str, Tensor] = {}
         if config.train.grad_checkpointing:
             self.checkpoint_gradients("--grad-checkpointing")
@@ -84,8 +85,9 @@ class LmSession(LmSteps):
         if self.base.lm.cut:
             first = self.base.lm.entering(Batch(ids[:, :1], mask[:, :1]))
             entered = self.base.lm.entered(first.repeat(1, ids.shape[1], 1))
-        with entered:
-            try_gradient(self.runtime, lambda: self.base.lm.loss(labelled, self.tail), parameters)
+        with entered, self._arithmetic():
+            loss = self.base.lm.loss(labelled, self.tail)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def try_forward(self) -> None:
         """Run the frozen blocks over a few examples of middling length, or all blocks where none is skipped."""
@@ -164,24 +166,31 @@ class LmSession(LmSteps):
         """Return the mean loss over a batch's labels; of a large one, parts are kept in memory in turn."""
         most = _TOKENS_KEPT.get(self.base.lm.device.type, _TOKENS_KEPT_ELSEWHERE) * (_LIGHTER if self.tail else 1)
         parts = [[places[row] for row in rows] for rows in by_length(places, lambda one: self.lengths[one], most)]
-        with self.runtime.autocast():
-            if len(parts) == 1:
-                return self._loss_of_part(parts[0])
-            labels = sum(len(self.task.train[self.own[place]].answer) for place in places)
-            losses = []
-            for part in parts:
-                share = sum(len(self.task.train[self.own[place]].answer) for place in part) / labels
-                losses.append(checkpoint(self._loss_of_part, part, use_reentrant=False) * share)
-            return torch.stack(losses).sum()
+        if len(parts) == 1:
+            return self._loss_of_part(parts[0])
+        labels = sum(len(self.task.train[self.own[place]].answer) for place in places)
+        losses = []
+        for part in parts:
+            share = sum(len(self.task.train[self.own[place]].answer) for place in part) / labels
+            losses.append(checkpoint(self._loss_of_part, part, use_reentrant=False) * share)
+        return torch.stack(losses).sum()
 
     def _loss_of_part(self, places: list[int]) -> Tensor:
         """Return the mean loss over the labels of some examples, from where training enters."""
         labelled = self._collated(places)
-        if not self._entering:
-            return self.base.lm.loss(labelled, self.tail)
-        states = pad_sequence([self._entering[place] for place in places], batch_first=True)
-        with self.base.lm.entered(states.to(self.base.lm.device, self.base.lm.state_dtype)):
-            return self.base.lm.loss(labelled, self.tail)
+        with self._arithmetic():
+            if not self._entering:
+                return self.base.lm.loss(labelled, self.tail)
+            states = pad_sequence([self._entering[place] for place in places], batch_first=True)
+            with self.base.lm.entered(states.to(self.base.lm.device, self.base.lm.state_dtype)):
+                return self.base.lm.loss(labelled, self.tail)
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        """Return the context of a step in the chosen arithmetic; on a CPU bf16 is for frozen linear layers alone."""
+        if self.runtime.precision != "bf16" or self.base.lm.device.type != "cpu":
+            return self.runtime.autocast()
+        self._halves = self._halves or HalfWeights(self.base.lm.trained_part())
+        return self._halves.used()
 
     # -- after training -------------------------------------------------------------------------------
 
