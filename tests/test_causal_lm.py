@@ -339,6 +339,28 @@ def deep(tmp_path_factory):
     return {family: save_model(root / family, family, depth=4, **extra) for family, extra in settings.items()}
 
 
+def test_steps_in_bf16_keep_attention_and_adapters_in_float32(deep, data):
+    base = load(deep["llama"], blocks=3, dropout=0.0)
+    adapters.write_slot(base.network, adapters.reference_point(base.network, base.layers, 4.0, 0))
+    session = base.session(base.read_task(DataRequest(data / "colours.jsonl")), Memory((), dict), base.config)
+    session.prepare()
+    ups = [up for _, up in adapters.slot_parameters(base.network, base.layers)]
+    full = session.loss([0, 1, 2, 3])
+    wanted = torch.cat([one.flatten() for one in torch.autograd.grad(full, ups)])
+    seen = []
+    attention = base.lm.blocks[-1].self_attn
+    attention.register_forward_hook(lambda _m, _i, out: seen.append(out[0].dtype))
+    base.runtime.precision = "bf16"
+    half = session.loss([0, 1, 2, 3])
+    found = torch.cat([one.flatten() for one in torch.autograd.grad(half, ups)])
+    assert seen == [torch.float32] and half.dtype == found.dtype == torch.float32
+    assert half.item() != full.item()
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0.02)
+    assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.99
+    session.try_step(ups)
+    session.try_forward()
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["colours", "moods", "chats", "texts"])
