@@ -96,7 +96,9 @@ class TrainConfig:
         "last tokens of a prompt through whose feed-forward layers gradients pass; 0, or grad_checkpointing: all",
         low=0,
     )
-    precision: str | None = _setting(None, "arithmetic of the forward pass", choices=("auto", "fp32", "bf16"))
+    precision: str | None = _setting(
+        None, "arithmetic; auto measures, steps and passes without gradients apart", choices=("auto", "fp32", "bf16")
+    )
     grad_checkpointing: bool | None = _setting(None, "recompute activations to save memory")
 
 
