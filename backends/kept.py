@@ -30,20 +30,18 @@ class Aside:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._array: np.ndarray[Any, Any] | None = tensor.contiguous().numpy()
-        self._shape, self._type = self._array.shape, self._array.dtype
+        array = tensor.contiguous().numpy()
+        self._shape, self._type = array.shape, array.dtype
+        self._array: np.ndarray[Any, Any] | None = None
         try:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115
-            self._array.tofile(self._file)
+            array.tofile(self._file)
         except OSError:  # such as a full disk
-            return
-        self._array = None
+            self._array = array
 
-    def take(self) -> Tensor:
-        """Return the tensor, once."""
-        if self._array is None:
-            self._file.seek(0)
-            self._array = np.fromfile(self._file, self._type).reshape(self._shape)
-            self._file.close()
-        array, self._array = self._array, None
-        return torch.from_numpy(array)
+    def read(self) -> Tensor:
+        """Return a copy."""
+        if self._array is not None:
+            return torch.from_numpy(self._array.copy())
+        self._file.seek(0)
+        return torch.from_numpy(np.fromfile(self._file, self._type).reshape(self._shape))

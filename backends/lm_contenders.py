@@ -89,7 +89,7 @@ class PlainLmSession(LmSteps):
 
     def finish(self) -> Learned:
         """Nothing is handed over: the contender reads what it needs."""
-        return Learned({}, {}, {})
+        return Learned({}, dict, {})
 
 
 class AnswerContender:
@@ -216,7 +216,7 @@ def _with_tasks(base: CausalLmBase, memory: Memory, tasks: Sequence[LmTask]) -> 
         tensors = describe(task)
         name = f"{len(memory.tasks):03d}"
         one = TaskMemory(name, task.labels, task.metric, lambda: trained, partial(dict, tensors))
-        memory = memory.with_task(one, {})
+        memory = memory.with_task(one, dict)
     return memory
 
 

@@ -105,7 +105,7 @@ class TaskRouter:
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the part that all tasks share."""
         assert self.map is not None and self.gram is not None
-        return {**self.map.to_tensors(), "route.half_gram": self.gram.half()}
+        return {**self.map.to_tensors(), "route.half_gram": self.gram.half().clone()}
 
     def task_tensors(self) -> dict[str, Tensor]:
         """Return the new task's part."""

@@ -90,9 +90,9 @@ class LmSession(LmSteps):
         torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def try_forward(self) -> None:
-        """Run the frozen blocks over a few examples of middling length, or all blocks where none is skipped."""
+        """Run the frozen blocks over as much as they read at once, or all blocks where none is skipped."""
         self.base.network.eval()
-        labelled = self._collated(self.trial_places())
+        labelled = self._collated(self.trial_places(tokens_at_once(self.base.lm.device)))
         with torch.no_grad(), self.runtime.autocast():
             _ = self.base.lm.entering(labelled.batch) if self.base.lm.cut else self.base.lm.loss(labelled)
 
@@ -203,4 +203,4 @@ class LmSession(LmSteps):
             "tokens": sum(len(one) for one in self.task.train),
             "answer_tokens": int(tensors["answer.tokens"]),
         }
-        return Learned(tensors, self.router.to_tensors(), facts)
+        return Learned(tensors, self.router.to_tensors, facts)

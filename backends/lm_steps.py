@@ -45,11 +45,12 @@ class LmSteps(ABC):
         except ValueError as error:
             raise UsageError(f"{setting}: {error}") from error
 
-    def trial_places(self) -> list[int]:
-        """Return the places of a few examples of middling length."""
+    def trial_places(self, tokens: int = 0) -> list[int]:
+        """Return the places of a few examples of middling length, of more where they have fewer tokens."""
         order = sorted(range(len(self.lengths)), key=lambda place: self.lengths[place])
-        middle = max(0, len(order) // 2 - _TRIAL_EXAMPLES // 2)
-        return order[middle : middle + _TRIAL_EXAMPLES]
+        count = max(_TRIAL_EXAMPLES, tokens // self.lengths[order[len(order) // 2]])
+        middle = max(0, len(order) // 2 - count // 2)
+        return order[middle : middle + count]
 
     @property
     def steps_per_epoch(self) -> int:

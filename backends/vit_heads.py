@@ -148,7 +148,7 @@ class SharedHead:
             self._settle()
 
     def close_task(self) -> None:
-        """Sum over processes; the Gram matrix then waits aside until ``hand_over``."""
+        """Sum over processes; the Gram matrix then waits aside."""
         if self.features is None:
             self._settle()
         new = self._new.over_processes(self.gram, self.runtime)
@@ -172,11 +172,11 @@ class SharedHead:
             self._new.add(self.features(one), labels)
         self._waiting.clear()
 
-    def hand_over(self) -> dict[str, Tensor]:
-        """Return the part that all tasks share, once, after ``close_task``."""
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return a copy of the part that all tasks share, after ``close_task``."""
         assert self.features is not None
         solved = {} if self.features.solved is None else self.features.solved.to_tensors()
-        return {**self.features.plain.to_tensors(), **solved, "anchor.half_gram": self._half.take()}
+        return {**self.features.plain.to_tensors(), **solved, "anchor.half_gram": self._half.read()}
 
     def task_tensors(self) -> dict[str, Tensor]:
         """Return the new task's columns."""

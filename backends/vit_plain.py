@@ -164,7 +164,7 @@ class PlainSession:
 
     def finish(self) -> Learned:
         """Nothing is handed over: the contender reads what it needs."""
-        return Learned({}, {}, {})
+        return Learned({}, dict, {})
 
     # -- what heads measure ---------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from treelora_backends.vit_single import extended_statistics, single_network_par
 from treelora_cli import adapters
 from treelora_cli.backend import Learned, Memory
 from treelora_cli.config import Config
-from treelora_cli.runtime import return_free_memory, try_gradient
+from treelora_cli.runtime import try_gradient
 
 if TYPE_CHECKING:
     from treelora_backends.timm_vit import VitBase
@@ -166,14 +166,13 @@ class VitSession:
             "head.bias": self.head.bias.detach().cpu().clone(),
         }
         trained = adapters.read_slot(self.base.network, self.base.layers, self.base.scale)
-        shared = extended_statistics(self, trained)
-        return_free_memory()
-        shared |= self.shared_head.hand_over()
+        own = extended_statistics(self, trained)
         facts: dict[str, Any] = {
             "classes": len(self.task.labels),
             "columns": len(columns_of(self.memory)) + len(self.task.labels),
         }
-        return Learned(tensors | self.shared_head.task_tensors(), shared, facts)
+        head = self.shared_head
+        return Learned(tensors | head.task_tensors(), lambda: {**own, **head.to_tensors()}, facts)
 
     @torch.no_grad()
     def pooled(self, rows: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Trunk:
         vit: The timm model, without classifier; its blocks may hold LoRA layers.
         cut: Index of the first adapted block.
         feature_blocks: How many of the last blocks are read as features; ``None`` for as many as make at most
-            ``FEATURE_LIMIT`` features, at least one.
+            ``FEATURE_LIMIT`` features, at least one, and not the first block, which says little.
     """
 
     def __init__(self, vit: nn.Module, cut: int, feature_blocks: int | None) -> None:
@@ -83,7 +83,8 @@ class Trunk:
         self.prefix_tokens = int(getattr(vit, "num_prefix_tokens", 0))
         self.has_class_token = getattr(vit, "cls_token", None) is not None
         if feature_blocks is None:
-            feature_blocks = max(1, (FEATURE_LIMIT - self._token_features) // self._block_features)
+            most = (FEATURE_LIMIT - self._token_features) // self._block_features
+            feature_blocks = max(1, min(most, len(self.blocks) - 1))
         self.first_feature = max(0, len(self.blocks) - feature_blocks)
         self._block_arguments: list[dict[str, Any]] | None = None
         self._pools_class_token: bool | None = None

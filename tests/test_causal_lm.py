@@ -710,7 +710,7 @@ def test_router_tells_tasks_of_unequal_sizes_apart():
     for task, features in enumerate(drawn):
         router = TaskRouter.restore(memory, config)
         router.add_task(features, runtime)
-        tensors, shared = router.task_tensors(), router.to_tensors()
+        tensors, shared = router.task_tensors(), router.to_tensors
         memory = memory.with_task(TaskMemory(f"t{task}", (), "", dict, lambda kept=tensors: kept), shared)
     router = TaskRouter.restore(memory, config)
     for task, features in enumerate(fresh):

@@ -47,9 +47,7 @@ def test_half_of_a_matrix_holds_all_of_it(width: int) -> None:
     assert torch.equal(half.sort().values, matrix[torch.ones_like(matrix).triu() > 0].sort().values)
     assert torch.equal(gram.dense(), matrix)
     assert torch.equal(FullGram(width, matrix).half(), half)
-    again = Gram.restored(half, width, CPU)
-    again.add_diagonal_(1.0)
-    assert torch.equal(gram.dense(), matrix), "what is restored is a copy"
+    assert torch.equal(Gram.restored(half, width, CPU).dense(), matrix)
     with pytest.raises(ValueError, match="do not make a symmetric matrix of width"):
         Gram.restored(half, width + 1, CPU)
 

@@ -73,7 +73,7 @@ class Toy:
         return iter(())
 
     def finish(self) -> Learned:
-        return Learned({}, {}, {})
+        return Learned({}, dict, {})
 
 
 class Plain:

@@ -1,5 +1,6 @@
 """Blocks appended to the frozen network compute what was solved, in a plain timm model."""
 
+import pytest
 import timm
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from treelora_cli.runtime import Runtime
 RIDGE = 0.003
 
 
-def make_vit(classes=0, **arguments):
+def make_vit(classes=0, depth=2, **arguments):
     vit = timm.create_model(
         "vit_tiny_patch16_224",
         pretrained=False,
@@ -24,7 +25,7 @@ def make_vit(classes=0, **arguments):
         patch_size=8,
         embed_dim=32,
         num_heads=2,
-        depth=2,
+        depth=depth,
         **arguments,
     )
     torch.manual_seed(3)  # after timm drew a classifier of this or that size
@@ -49,7 +50,7 @@ def solve_two_tasks(**arguments):
             head.add(trunk.after(trunk.before(images[rows])), labels)
         head.close_task()
         names = tuple(f"{rows.start}-{one}" for one in range(classes))
-        own, shared = head.task_tensors(), head.hand_over()
+        own, shared = head.task_tensors(), head.to_tensors
         task = TaskMemory(names[0], names, "accuracy", lambda: None, lambda own=own: own)
         memory = memory.with_task(task, shared)
     with torch.no_grad():
@@ -121,3 +122,12 @@ def test_a_class_in_two_tasks_is_scored_once():
 def test_average_pooling_cannot_carry_solved_blocks():
     assert fits(Trunk(make_vit(), 1, None))
     assert not fits(Trunk(make_vit(global_pool="avg"), 1, None))
+
+
+@pytest.mark.parametrize(("depth", "first"), [(1, 0), (2, 1), (4, 1)])
+def test_features_come_from_every_block_but_the_first_where_they_are_few(depth, first):
+    trunk = Trunk(make_vit(depth=depth), depth - 1, None)
+    assert trunk.first_feature == first
+    with torch.no_grad():
+        features = trunk.after(trunk.before(torch.randn(2, 3, 16, 16)))
+    assert features.layered.shape == (2, trunk.feature_width)

@@ -133,15 +133,15 @@ class Memory:
 
     Attributes:
         tasks: The tasks.
-        shared: Reads the statistics, anew at each call.
+        shared: Reads the statistics, anew at each call: whoever asks may use them up.
     """
 
     tasks: tuple[TaskMemory, ...]
     shared: Callable[[], Tensors]
 
-    def with_task(self, task: TaskMemory, shared: Tensors) -> Memory:
+    def with_task(self, task: TaskMemory, shared: Callable[[], Tensors]) -> Memory:
         """Return the memory after one more task."""
-        return replace(self, tasks=(*self.tasks, task), shared=lambda: shared)
+        return replace(self, tasks=(*self.tasks, task), shared=shared)
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,12 @@ class Learned:
 
     Attributes:
         tensors: Kept with the task (``head.safetensors``).
-        shared: The statistics shared by all tasks, this one included; replaces the former.
+        shared: Reads the statistics shared by all tasks, this one included, as in ``Memory``; replaces the former.
         facts: JSON-able facts for ``task.json``.
     """
 
     tensors: Tensors
-    shared: Tensors
+    shared: Callable[[], Tensors]
     facts: dict[str, Any]
 
 

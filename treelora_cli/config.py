@@ -108,7 +108,7 @@ class HeadConfig:
 
     width: int | None = _setting(None, "random features of the shared head, beside the linear ones", low=16, high=65536)
     blocks: int | None = _setting(
-        None, "last blocks whose tokens feed the head; none: as many as make 3,072 features", low=1
+        None, "last blocks whose tokens feed the head; none: as many as make 3,072 features, not the first", low=1
     )
     ridge: float | None = _setting(
         None, "ridge penalty at one feature per example, as a share of the mean eigenvalue", low=0

@@ -44,14 +44,14 @@ class Gram(ABC):
 
     @staticmethod
     def restored(half: Tensor, width: int, device: torch.device) -> Gram:
-        """Return the matrix that ``half`` of another holds, (W (W + 1) / 2,); it is copied.
+        """Return the matrix that ``half`` of another holds, (W (W + 1) / 2,), whose memory is taken over.
 
         Raises:
             ValueError: The length does not fit the width.
         """
         if half.numel() != width * (width + 1) // 2:
             raise ValueError(f"{half.numel()} values do not make a symmetric matrix of width {width}")
-        own = HalfGram(width, half.float().clone())
+        own = HalfGram(width, half.float())
         return own if device.type == "cpu" else FullGram(width, own.upper().to(device))
 
     @staticmethod

@@ -352,7 +352,7 @@ class _Learner:
             labels=self.task.labels,
             adapter_files=adapter_files(self.base.network, self.config.base.model, self.trained),
             tensors=learned.tensors,
-            shared=learned.shared,
+            shared=learned.shared(),
             tree=tree,
             bandit_arrays={key: np.ascontiguousarray(value) for key, value in arrays.items()},
             bandit_meta=searched if meta else {},
