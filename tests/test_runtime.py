@@ -95,12 +95,12 @@ def test_the_small_product_agrees_with_a_larger_one() -> None:
     assert bf16_multiplies_well(torch.device("cpu")) == (ratio < 2)
 
 
-def test_few_compiled_kernels_are_kept_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+@pytest.mark.parametrize("name", ["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"])
+def test_few_compiled_kernels_are_kept_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "")
     monkeypatch.delenv(name)
     open_runtime("cpu", offline=True, reporter=Silent())
-    assert os.environ[name] == "64"
+    assert os.environ[name] == "32"
     monkeypatch.setenv(name, "7")
     open_runtime("cpu", offline=True, reporter=Silent())
     assert os.environ[name] == "7"

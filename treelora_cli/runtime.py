@@ -145,13 +145,14 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
     if not present[wanted]:
         raise UsageError(f"--device {device}: not present on this machine. Leave it out to use the best.")
     _map_large_blocks()
-    os.environ.setdefault(_COMPILED_KERNELS, "64")  # read when the first is compiled
+    for name in _COMPILED_KERNELS:
+        os.environ.setdefault(name, "32")  # read when the first is compiled
     accelerator = Accelerator(cpu=wanted == "cpu")
     return Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
 
 
-_COMPILED_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-"""bf16 kernels that torch's library keeps, one for each shape: a megabyte each, and by default a thousand."""
+_COMPILED_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""How many bf16 kernels torch's libraries keep, one for each shape: a megabyte each, and by default a thousand."""
 _LARGE_BLOCK = 2**20
 _MALLOC_TRIM, _MALLOC_MMAP = -1, -3
 """Names of glibc's mallopt for the free memory it keeps and for the size from which a block is mapped by itself."""
