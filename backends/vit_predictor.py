@@ -98,9 +98,8 @@ class VitPredictor:
     @torch.no_grad()
     def class_scores(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return log-scores over class names (B, classes), and the likeliest task (B,) where one is routed to."""
-        if self.inference != "routed":
-            with self.base.runtime.autocast():
-                return self.single(images).float(), None
+        if self.inference != "routed":  # as stock timm computes it; solved blocks lose their answers in bf16
+            return self.single(images).float(), None
         return self._routed(images)
 
     @cached_property

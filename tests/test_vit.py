@@ -23,6 +23,8 @@ from treelora_cli import adapters
 from treelora_cli.adapters import AdapterWeights
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, resolve
 from treelora_cli.errors import ModelError, UsageError
+from treelora_cli.project import Project
+from treelora_cli.workspace import open_base, project_config
 
 ARGUMENTS: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 3}
 FAMILIES = {
@@ -320,3 +322,15 @@ def test_weights_that_are_not_finite_are_refused(family: str, stored: Path, tmp_
     save_file(state, tmp_path / "nan.safetensors")
     with pytest.raises(ModelError, match=r"nan\.safetensors holds weights that are not finite\."):
         loaded(family, tmp_path / "nan.safetensors")
+
+
+@pytest.mark.parametrize("inference", ["merged", "latest"])
+def test_one_network_answers_in_float32_whatever_a_project_computes_in(learned_project: Path, inference: str) -> None:
+    """Solved blocks hold large numbers whose small differences are the answer: bf16 would lose it."""
+    project, runtime = Project.open(learned_project), plain_runtime()
+    base = open_base(project, project_config(project, Config()), runtime)
+    predictor = base.predictor(project.memory(), inference)
+    images = torch.randn(4, 3, *base.preprocessing.size, generator=torch.Generator().manual_seed(0))
+    full, _ = predictor.class_scores(images)
+    runtime.compute_as({"precision": "bf16"})
+    assert torch.equal(predictor.class_scores(images)[0], full)
