@@ -6,12 +6,12 @@ several times as long in bf16 there, stays in float32; so do adapters, norms and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from treelora_backends.lm_forwards import standing_in
 
 
 class HalfWeights:
@@ -23,29 +23,19 @@ class HalfWeights:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         inner = {id(one): one for module in modules for one in module.modules()}
-        self._layers = [one for one in inner.values() if type(one) is nn.Linear and _is_frozen(one)]
-        self._forwards = [_multiplication(layer) for layer in self._layers]
+        layers = [one for one in inner.values() if type(one) is nn.Linear and _is_frozen(one)]
+        self._pairs = [(layer, _multiplication(layer)) for layer in layers]
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Within, the layers multiply with the copies."""
-        before = [vars(layer).get("forward") for layer in self._layers]
-        for layer, forward in zip(self._layers, self._forwards, strict=True):
-            cast("Any", layer).forward = forward
-        try:
-            yield
-        finally:
-            for layer, forward in zip(self._layers, before, strict=True):
-                del cast("Any", layer).forward
-                if forward is not None:
-                    cast("Any", layer).forward = forward
+    def used(self) -> AbstractContextManager[None]:
+        """Return the context in which the layers multiply with the copies."""
+        return standing_in(self._pairs)
 
 
 def _is_frozen(layer: nn.Linear) -> bool:
     return layer.weight.dtype == torch.float32 and not any(one.requires_grad for one in layer.parameters())
 
 
-def _multiplication(layer: nn.Linear) -> Any:
+def _multiplication(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     weight = layer.weight.detach().bfloat16()
     bias = None if layer.bias is None else layer.bias.detach().bfloat16()
 

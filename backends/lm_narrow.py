@@ -12,14 +12,15 @@ Symbols: ``B`` texts, ``T`` tokens, ``C`` width, ``N`` chosen positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from treelora_backends.lm_batches import LabelledBatch
+from treelora_backends.lm_forwards import standing_in
 
 _NAMES = ("mlp", "feed_forward", "ffn")
 
@@ -77,9 +78,10 @@ def feed_forwards(blocks: Sequence[nn.Module], layers: Sequence[nn.Module]) -> l
     return found
 
 
-@contextmanager
-def narrowed(layers: Sequence[nn.Module | None], last: Places, tail: tuple[Places, Places] | None) -> Iterator[None]:
-    """Within, feed-forward layers run narrowed; see the module docstring.
+def narrowed(
+    layers: Sequence[nn.Module | None], last: Places, tail: tuple[Places, Places] | None
+) -> AbstractContextManager[None]:
+    """Return the context in which feed-forward layers run narrowed; see the module docstring.
 
     Args:
         layers: Of the adapted blocks, in order; the last of them belongs to the last block.
@@ -88,16 +90,7 @@ def narrowed(layers: Sequence[nn.Module | None], last: Places, tail: tuple[Place
     """
     chosen = [*([tail] * (len(layers) - 1)), (last, None)]
     pairs = [(layer, places) for layer, places in zip(layers, chosen, strict=True) if layer is not None and places]
-    before = [vars(layer).get("forward") for layer, _ in pairs]
-    for layer, (with_graph, without) in pairs:
-        cast("Any", layer).forward = _stand_in(layer.forward, with_graph, without)
-    try:
-        yield
-    finally:
-        for (layer, _), forward in zip(pairs, before, strict=True):
-            del cast("Any", layer).forward
-            if forward is not None:
-                cast("Any", layer).forward = forward
+    return standing_in([(layer, _stand_in(layer.forward, *places)) for layer, places in pairs])
 
 
 def _stand_in(plain: Callable[..., Any], with_graph: Places, without: Places | None) -> Callable[..., Tensor]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from treelora_backends.lm_batches import Batch, LabelledBatch
+from treelora_backends.lm_forwards import standing_in
 from treelora_backends.lm_narrow import feed_forwards, narrowed, read_places, tail_places
 
 _LOSS_CHUNK = 512
@@ -256,20 +257,12 @@ class LmNetwork:
         """Return the part of ``features`` that tells an input's task, (B, 4C): all but the earlier blocks'."""
         return features[:, : features.shape[1] * _ROUTING_PARTS // (_ROUTING_PARTS + len(self.read_blocks) - 1)]
 
-    @contextmanager
-    def entered(self, states: Tensor) -> Iterator[None]:
-        """Within, a pass enters the first adapted block with ``states`` (B, T, C) and skips what lies before."""
-        skipped = [cast("Any", block) for block in self.blocks[: self.cut]]
-        before = [vars(block).get("forward") for block in skipped]
-        for index, block in enumerate(skipped):
-            block.forward = self._stand_in(states if index == 0 else None)
-        try:
-            yield
-        finally:
-            for block, forward in zip(skipped, before, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
+    def entered(self, states: Tensor) -> AbstractContextManager[None]:
+        """Return the context in which passes skip the frozen blocks and take ``states`` (B, T, C) for their output."""
+        skipped = list(self.blocks)[: self.cut]
+        return standing_in(
+            [(block, self._stand_in(states if index == 0 else None)) for index, block in enumerate(skipped)]
+        )
 
     def _stand_in(self, given: Tensor | None) -> Any:
         def forward(hidden: Tensor, *_inputs: Any, **_options: Any) -> Any:

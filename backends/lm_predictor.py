@@ -140,10 +140,8 @@ class LmPredictor:
         if metric != "token_accuracy" and (head := self._closed_head(chosen)) is not None:
             return sum_scores(examples, self._closed_answers(head, examples, chosen), metric)
         self._load(chosen)
-        routed = self.inference == "routed" and chosen is not None
-        manner = (
-            manner_of(self.memory.tasks[chosen]) if routed and chosen is not None else self._own_manner(task, holder)
-        )
+        routed = None if self.inference != "routed" else chosen
+        manner = self._own_manner(task, holder) if routed is None else manner_of(self.memory.tasks[routed])
         return self.answerer.score_sum(examples, manner, metric)
 
     def _own_manner(self, task: LmTask, holder: int | None) -> Manner:
