@@ -43,7 +43,7 @@ class CausalLmBackend:
         """Return the paper's rank, scale and depth, and what measured best for the rest."""
         return Config(
             inference="routed",
-            adapter=AdapterConfig(rank=8, alpha=32.0, dropout=0.1),
+            adapter=AdapterConfig(rank=8, alpha=32.0, dropout=0.0),
             tree=TreeConfig(depth=64, probe_batches=8),
             train=TrainConfig(epochs=2, lr=2e-3, batch_size=4, reg=0.5, prompt_tail=16),
             head=HeadConfig(width=512),
@@ -92,7 +92,7 @@ class CausalLmBase:
         self.runtime = runtime
         assert config.adapter.alpha is not None and config.adapter.rank is not None
         self.scale: float = config.adapter.alpha / config.adapter.rank
-        self.lm = LmNetwork(model, layers)
+        self.lm = LmNetwork(model, layers, runtime.autocast)
         self.context = _context_of(model)
         assert config.train.max_length is not None
         longest = min(config.train.max_length, self.context)

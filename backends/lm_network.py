@@ -10,45 +10,30 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from treelora_backends.lm_batches import Batch, LabelledBatch
+from treelora_backends.lm_features import Reading, routing_part
 from treelora_backends.lm_forwards import standing_in
-from treelora_backends.lm_narrow import feed_forwards, narrowed, read_places, tail_places
+from treelora_backends.lm_narrow import feed_forward, narrowed
+from treelora_backends.lm_tail import Divided, chosen_states, divide
 
 _LOSS_CHUNK = 512
 """Positions whose logits are in memory at a time."""
 _TRIAL_TOKENS = 6
-_OPENING = 16
-"""Tokens of an input's beginning that are looked at by themselves."""
+_UNLIKE = (AttributeError, TypeError, ValueError, LookupError, RuntimeError)
+"""What a model of another make may raise where it is tried in parts."""
 _READ = 3
 """Blocks of the first half whose states are read."""
-_ROUTING_PARTS = 4
 
 
 class _Reached(Exception):
     """The forward pass arrived at the last block that is read."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the frozen blocks make of right-padded texts.
-
-    Attributes:
-        embedded: Embeddings, (B, T, C).
-        read: States after each of ``read_blocks``, the last of which tells inputs apart, each (B, T, C).
-        entering: States that enter the first adapted block, (B, T, C); ``None`` when the pass stopped before.
-    """
-
-    embedded: Tensor
-    read: tuple[Tensor, ...]
-    entering: Tensor | None
 
 
 class LmNetwork:
@@ -57,23 +42,32 @@ class LmNetwork:
     Args:
         model: The model itself, not PEFT's wrapper.
         layers: Names of the adapted modules in ``model``; the blocks before the first of them are frozen.
+        passing: Returns the context in which parts of a step that have no gradients are computed.
 
     Attributes:
         cut: Index of the first adapted block; 0 where the blocks before it cannot be skipped.
+        divides: True where texts may be read in two parts.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str] = (),
+        passing: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self.model = cast("Any", model)
         self.body: nn.Module = body_of(model)
         self.blocks = blocks_of(model)
+        self._passing = passing
         self._head_is_linear = True
         self._head_is_linear = self._agrees_with_forward()
         self._blocks_return_tuples = False
         self.cut = _first_adapted(model, self.blocks, layers)
         if self.cut and not self._skips_exactly():
             self.cut = 0
-        self._narrow: list[nn.Module | None] = []
+        self._narrow: nn.Module | None = None
         self._narrow = self._narrowable([model.get_submodule(layer) for layer in layers])
+        self.divides = self._divides_exactly()
 
     @property
     def device(self) -> torch.device:
@@ -128,15 +122,20 @@ class LmNetwork:
         states = self._states(self._run(batch.ids, batch.mask, use_cache=False))
         return self._logits(states[rows, columns])
 
-    def loss(self, labelled: LabelledBatch, tail: int = 0) -> Tensor:
+    def loss(self, labelled: LabelledBatch, tail: int = 0, entering: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy over the labelled positions.
 
         Args:
             labelled: Texts.
-            tail: Last tokens of a prompt through whose feed-forward layers gradients pass; 0 for every token.
+            tail: Last tokens of a prompt through which gradients pass, see ``lm_tail``; 0 for every token.
+            entering: States that enter the first adapted block, (B, T, C); the blocks before it are then skipped.
         """
-        with self._narrowed(labelled, tail):
-            states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
+        divided = divide(labelled, tail) if tail and self.divides and not self._recomputes else None
+        if divided is not None and divided.first.ids.shape[1]:
+            states, labelled = self._end_states(divided, entering), divided.end
+        else:
+            with self._narrowed(labelled), self._maybe_entered(entering):
+                states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
         chosen, targets = states[labelled.rows, labelled.columns], labelled.targets  # (M, C)
         if len(targets) <= _LOSS_CHUNK:
             return nn.functional.cross_entropy(self._logits(chosen), targets)
@@ -157,31 +156,89 @@ class LmNetwork:
         pairs = zip(chosen.split(_LOSS_CHUNK), labelled.targets.split(_LOSS_CHUNK), strict=True)
         return sum(int((self._logits(some).argmax(dim=1) == wanted).sum()) for some, wanted in pairs)
 
-    # -- feed-forward layers --------------------------------------------------------------------------
+    # -- what the loss does not need ------------------------------------------------------------------
 
-    def _narrowed(self, labelled: LabelledBatch, tail: int) -> AbstractContextManager[None]:
-        """Return the context in which feed-forward layers do no more than the loss needs."""
-        recomputed = bool(getattr(self.model, "is_gradient_checkpointing", False))  # outside of any context
-        if not self._narrow or recomputed:
+    @property
+    def _recomputes(self) -> bool:
+        """True under gradient checkpointing, which computes blocks again outside of any context, without a cache."""
+        return bool(getattr(self.model, "is_gradient_checkpointing", False))
+
+    def _narrowed(self, labelled: LabelledBatch) -> AbstractContextManager[None]:
+        """Return the context in which the last feed-forward layer runs where a label is predicted only."""
+        if self._narrow is None or self._recomputes:
             return nullcontext()
-        return narrowed(self._narrow, read_places(labelled), tail_places(labelled, tail) if tail else None)
+        return narrowed(self._narrow, labelled.rows, labelled.columns)
 
-    def _narrowable(self, layers: Sequence[nn.Module]) -> list[nn.Module | None]:
-        """Return the adapted blocks' feed-forward layers; none when the loss is another through them."""
-        ids = torch.arange(_TRIAL_TOKENS, device=self.device).repeat(2, 1)
-        mask = torch.ones_like(ids)
-        mask[1, -1] = 0
-        ends = torch.tensor([_TRIAL_TOKENS - 2, _TRIAL_TOKENS - 3], device=self.device)
-        labelled = LabelledBatch(Batch(ids, mask), torch.arange(2, device=self.device), ends, ids[0, :2])
-        found = feed_forwards(list(self.blocks)[self.cut :], layers)
+    def _narrowable(self, layers: Sequence[nn.Module]) -> nn.Module | None:
+        """Return the last block's feed-forward layer; ``None`` when the loss is another through it narrowed."""
+        found = feed_forward(self.blocks[-1], layers)
+        if found is None:
+            return None
+        labelled = self._trial()
         with torch.no_grad():
             plain = self.loss(labelled)
             try:
-                with narrowed(found, read_places(labelled), tail_places(labelled, 1)):
+                with narrowed(found, labelled.rows, labelled.columns):
                     ours = self.loss(labelled)
-            except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
-                return []  # layers that take or give more than states
-        return found if bool(torch.allclose(plain, ours, rtol=1e-4, atol=1e-5)) else []
+            except _UNLIKE:
+                return None  # a layer that takes or gives more than states
+        return found if bool(torch.allclose(plain, ours, rtol=1e-4, atol=1e-5)) else None
+
+    def _divides_exactly(self) -> bool:
+        """True when texts read in two parts have the same loss."""
+        labelled = self._trial()
+        with torch.no_grad():
+            plain = self.loss(labelled)
+            try:
+                entering = self.entering(labelled.batch) if self.cut else None
+                divided = divide(labelled, 2)
+                states = self._end_states(divided, entering)[divided.end.rows, divided.end.columns]
+                ours = nn.functional.cross_entropy(self._logits(states), labelled.targets)
+            except _UNLIKE:
+                return False  # no cache, or one of another kind
+        return bool(torch.allclose(plain, ours, rtol=1e-3, atol=1e-4))
+
+    def _trial(self) -> LabelledBatch:
+        """Return three texts of different lengths, each with one label; the last has it after its first token."""
+        ids = torch.arange(_TRIAL_TOKENS, device=self.device).repeat(3, 1)
+        mask = torch.ones_like(ids)
+        mask[1, -1] = 0
+        ends = torch.tensor([_TRIAL_TOKENS - 2, _TRIAL_TOKENS - 3, 0], device=self.device)
+        return LabelledBatch(Batch(ids, mask), torch.arange(3, device=self.device), ends, ids[0, :3])
+
+    def _end_states(self, divided: Divided, entering: Tensor | None) -> Tensor:
+        """Return the last states of the ends, (B, E, C or V); the first parts are read without a graph."""
+        first, end = divided.first, divided.end.batch
+        mask = torch.cat([first.mask, end.mask], dim=1)
+
+        def entered(places: Tensor) -> AbstractContextManager[None]:
+            return self._maybe_entered(None if entering is None else chosen_states(entering, places))
+
+        nowhere = end.ids.new_empty(0)  # of the last block only what is attended to is needed
+        last = nullcontext() if self._narrow is None else narrowed(self._narrow, nowhere, nowhere)
+        with torch.no_grad(), self._passing(), entered(divided.first_places), last:
+            cache = self._continue(first.ids, first.mask, None).past_key_values
+        if entering is not None:  # the skipped blocks hold nothing of the first part but its length
+            nothing = torch.zeros(1, 1, 1, 1, device=first.ids.device).expand(len(first.ids), 1, first.ids.shape[1], 1)
+            for layer in cache.layers[: self.cut]:
+                layer.update(nothing, nothing)
+        with entered(divided.end_places):
+            return self._states(self._continue(end.ids, mask, cache))
+
+    def _continue(self, ids: Tensor, mask: Tensor, cache: Any) -> Any:
+        """Run texts on from cached keys and values: ids (B, T), mask (B, cached + T)."""
+        runner = self.body if self._head_is_linear else self.model
+        taken = inspect.signature(runner.forward).parameters
+        options: dict[str, Any] = {"use_cache": True}
+        if cache is not None:
+            options["cache" if "cache" in taken else "past_key_values"] = cache
+        if "position_ids" in taken:
+            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return self._run(ids, mask, **options)
+
+    def first_blocks(self, count: int) -> list[nn.Module]:
+        """Return the first so many blocks."""
+        return list(self.blocks)[:count]
 
     def trained_part(self) -> list[nn.Module]:
         """Return what runs in every step: the adapted blocks and the output layer."""
@@ -232,30 +289,9 @@ class LmNetwork:
         """True when one pass serves both to tell inputs apart and to enter the adapted blocks."""
         return self.cut > self.feature_block
 
-    def features(self, reading: Reading, lengths: Tensor) -> Tensor:
-        """Return what is told of an input by frozen states, each part normalised, (B, F).
-
-        The parts: mean embedding, mean embedding of the opening (where a task's form shows), mean and last hidden
-        state after the middle block, and the mean states after the earlier blocks that are read.
-
-        Args:
-            reading: Of right-padded texts that begin with the inputs.
-            lengths: Tokens of each input, (B,).
-        """
-        embedded, hidden = reading.embedded, reading.read[-1]  # (B, T, C)
-        places = torch.arange(embedded.shape[1], device=embedded.device)
-        counted = (places < lengths[:, None]).float()
-        counted[:, 0] *= (lengths == 1).float()  # models park a huge state on the first token
-        opening = counted.clone()
-        opening[:, 1 + _OPENING :] = 0
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-        parts = [_mean(embedded, counted), _mean(embedded, opening), _mean(hidden, counted), last]
-        parts += [_mean(earlier, counted) for earlier in reading.read[:-1]]
-        return torch.cat([nn.functional.layer_norm(part, part.shape[-1:]) for part in parts], dim=1)
-
     def routing(self, features: Tensor) -> Tensor:
-        """Return the part of ``features`` that tells an input's task, (B, 4C): all but the earlier blocks'."""
-        return features[:, : features.shape[1] * _ROUTING_PARTS // (_ROUTING_PARTS + len(self.read_blocks) - 1)]
+        """Return the part of inputs' features (B, F) that tells their task, (B, 4C)."""
+        return routing_part(features, len(self.read_blocks))
 
     def entered(self, states: Tensor) -> AbstractContextManager[None]:
         """Return the context in which passes skip the frozen blocks and take ``states`` (B, T, C) for their output."""
@@ -263,6 +299,9 @@ class LmNetwork:
         return standing_in(
             [(block, self._stand_in(states if index == 0 else None)) for index, block in enumerate(skipped)]
         )
+
+    def _maybe_entered(self, states: Tensor | None) -> AbstractContextManager[None]:
+        return nullcontext() if states is None else self.entered(states)
 
     def _stand_in(self, given: Tensor | None) -> Any:
         def forward(hidden: Tensor, *_inputs: Any, **_options: Any) -> Any:
@@ -285,7 +324,7 @@ class LmNetwork:
             try:
                 with self.entered(self.entering(Batch(ids, mask))):
                     cut = self._states(self._run(ids, mask, use_cache=False))
-            except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
+            except _UNLIKE:
                 return False  # blocks that hand more to each other than states
         counted = mask.bool()
         return cut.shape == whole.shape and bool(torch.allclose(cut[counted], whole[counted], rtol=1e-3, atol=1e-3))
@@ -317,11 +356,7 @@ class LmNetwork:
         tokens = torch.tensor(label, device=batch.ids.device)
         ids = tokens[:-1].expand(len(batch.ids), count)
         mask = torch.cat([batch.mask, torch.ones_like(ids)], dim=1)
-        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-        runner = self.body if self._head_is_linear else self.model
-        if "position_ids" in inspect.signature(runner.forward).parameters:
-            options["position_ids"] = batch.lengths[:, None] + torch.arange(count, device=ids.device)
-        states = self._states(self._run(ids, mask, **options))  # (B, count, C)
+        states = self._states(self._continue(ids, mask, cache))  # (B, count, C)
         scores = self._logits(states).log_softmax(dim=2)
         return scores.gather(2, tokens[1:].expand(len(ids), count)[:, :, None]).sum(dim=(1, 2))
 
@@ -341,11 +376,6 @@ class LmNetwork:
             end = next((place for place, one in enumerate(row) if one in end_ids), len(row))
             continued.append(row[:end])
         return continued
-
-
-def _mean(states: Tensor, weights: Tensor) -> Tensor:
-    """Average states (B, T, C) over the tokens that count, (B, C)."""
-    return (states * weights[:, :, None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
 
 
 def _first_adapted(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from treelora_backends.lm_batches import by_length, pad, tokens_at_once
+from treelora_backends.lm_halves import Passes
 from treelora_backends.lm_network import LmNetwork
 from treelora_backends.lm_render import Encoder
 
@@ -50,11 +51,12 @@ class FeatureReader:
         ids = [self.encoder.content_ids(content) for content in fresh]
         batches = list(by_length(ids, len, tokens_at_once(self.lm.device)))
         self.wrapped.eval()
+        passes = Passes(self.runtime, self.lm.first_blocks(self.lm.feature_block + 1) if fresh else [])
         with adapters.base_only(self.wrapped):
             for rows in self.runtime.reporter.track(batches, description, len(batches)):
                 batch = pad([ids[row] for row in rows], self.encoder.pad_id).to(self.lm.device)
-                with torch.no_grad(), self.runtime.autocast():
-                    features = self.lm.features(self.lm.read(batch), batch.lengths).cpu()
+                with passes.without_gradients():
+                    features = self.lm.read(batch).features(batch.lengths).cpu()
                 found |= {fresh[row]: feature for row, feature in zip(rows, features, strict=True)}
         self._remember(precision, found)
         return torch.stack([found[one.content] for one in examples])

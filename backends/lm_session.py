@@ -10,7 +10,7 @@ Symbols: ``B`` examples, ``T`` tokens, ``C`` width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from treelora_backends.kept import room
 from treelora_backends.lm_batches import Batch, LabelledBatch, by_length, collate, pad, shuffled_batches, tokens_at_once
 from treelora_backends.lm_closed import ClosedHead
-from treelora_backends.lm_halves import HalfWeights
+from treelora_backends.lm_halves import HalfWeights, Passes
 from treelora_backends.lm_memory import describe
 from treelora_backends.lm_render import Ids
 from treelora_backends.lm_router import TaskRouter
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 _TOKENS_KEPT = {"cpu": 1024}
 _TOKENS_KEPT_ELSEWHERE = 16_384
 """Tokens whose activations are kept for the backward pass; those of a larger batch are computed twice."""
-_LIGHTER = 2
-"""With gradients through few tokens' feed-forward layers a token keeps less than half as much."""
 
 
 class LmSession(LmSteps):
@@ -81,19 +79,19 @@ class LmSession(LmSteps):
         self.base.network.eval()
         labelled = self._collated(self.trial_places())
         ids, mask = labelled.batch.ids, labelled.batch.mask
-        entered: AbstractContextManager[None] = nullcontext()
+        entering = None
         if self.base.lm.cut:
             first = self.base.lm.entering(Batch(ids[:, :1], mask[:, :1]))
-            entered = self.base.lm.entered(first.repeat(1, ids.shape[1], 1))
-        with entered, self._arithmetic():
-            loss = self.base.lm.loss(labelled, self.tail)
+            entering = first.repeat(1, ids.shape[1], 1)
+        with self._arithmetic():
+            loss = self.base.lm.loss(labelled, self.tail, entering)
         torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def try_forward(self) -> None:
         """Run the frozen blocks over as much as they read at once, or all blocks where none is skipped."""
         self.base.network.eval()
         labelled = self._collated(self.trial_places(tokens_at_once(self.base.lm.device)))
-        with torch.no_grad(), self.runtime.autocast():
+        with self._passes().without_gradients():
             _ = self.base.lm.entering(labelled.batch) if self.base.lm.cut else self.base.lm.loss(labelled)
 
     def prepare(self) -> None:
@@ -111,7 +109,9 @@ class LmSession(LmSteps):
             head = ClosedHead.fit(read, answers, self.task.labels, self.runtime)
             self._closed = {} if head is None else head.to_tensors()
 
-    @torch.no_grad()
+    def _passes(self) -> Passes:
+        return Passes(self.runtime, self.base.lm.first_blocks(self.base.lm.cut))
+
     def _run_frozen_blocks(self) -> dict[int, Tensor]:
         """Keep the states that enter the adapted blocks; returns the features found on the way, by place."""
         lm, encoder = self.base.lm, self.base.encoder
@@ -122,9 +122,10 @@ class LmSession(LmSteps):
         starts = np.cumsum([0, *(len(ids) for ids in tokens)])
         kept: Tensor | None = None
         self.base.network.eval()
+        passes = self._passes()
         for places in self.runtime.reporter.track(batches, "Frozen pass", len(batches)):
             batch = pad([tokens[place] for place in places], encoder.pad_id).to(lm.device)
-            with self.runtime.autocast():
+            with passes.without_gradients():
                 reading = lm.read(batch, to_cut=True) if lm.read_once else None
                 states = lm.entering(batch) if reading is None else reading.entering
             assert states is not None
@@ -135,7 +136,7 @@ class LmSession(LmSteps):
                 self._entering[place].copy_(states[row, : len(tokens[place])])
             if reading is not None:
                 lengths = torch.tensor([inputs.get(place, 1) for place in places], device=lm.device)
-                found = lm.features(reading, lengths).cpu()
+                found = reading.features(lengths).cpu()
                 features |= {place: found[row] for row, place in enumerate(places) if place in inputs}
         return features
 
@@ -164,8 +165,8 @@ class LmSession(LmSteps):
 
     def loss_of(self, places: list[int]) -> Tensor:
         """Return the mean loss over a batch's labels; of a large one, parts are kept in memory in turn."""
-        most = _TOKENS_KEPT.get(self.base.lm.device.type, _TOKENS_KEPT_ELSEWHERE) * (_LIGHTER if self.tail else 1)
-        parts = [[places[row] for row in rows] for rows in by_length(places, lambda one: self.lengths[one], most)]
+        most = _TOKENS_KEPT.get(self.base.lm.device.type, _TOKENS_KEPT_ELSEWHERE)
+        parts = [[places[row] for row in rows] for rows in by_length(places, self._tokens_with_graph, most)]
         if len(parts) == 1:
             return self._loss_of_part(parts[0])
         labels = sum(len(self.task.train[self.own[place]].answer) for place in places)
@@ -175,15 +176,22 @@ class LmSession(LmSteps):
             losses.append(checkpoint(self._loss_of_part, part, use_reentrant=False) * share)
         return torch.stack(losses).sum()
 
+    def _tokens_with_graph(self, place: int) -> int:
+        one = self.task.train[self.own[place]]
+        prompt = len(one.prompt)
+        if self.tail and self.base.lm.divides:
+            prompt = min(prompt, self.tail)
+        return prompt + len(one.answer)
+
     def _loss_of_part(self, places: list[int]) -> Tensor:
         """Return the mean loss over the labels of some examples, from where training enters."""
         labelled = self._collated(places)
-        with self._arithmetic():
-            if not self._entering:
-                return self.base.lm.loss(labelled, self.tail)
+        entering = None
+        if self._entering:
             states = pad_sequence([self._entering[place] for place in places], batch_first=True)
-            with self.base.lm.entered(states.to(self.base.lm.device, self.base.lm.state_dtype)):
-                return self.base.lm.loss(labelled, self.tail)
+            entering = states.to(self.base.lm.device, self.base.lm.state_dtype)
+        with self._arithmetic():
+            return self.base.lm.loss(labelled, self.tail, entering)
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         """Return the context of a step in the chosen arithmetic; on a CPU bf16 is for frozen linear layers alone."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import plain_runtime
 from torch import nn
-from treelora_backends.lm_halves import HalfWeights
+from treelora_backends.lm_halves import HalfWeights, Passes
 
 
 def network() -> nn.Sequential:
@@ -50,3 +51,18 @@ def test_a_stand_in_that_was_there_comes_back() -> None:
     with HalfWeights([layer]).used():
         assert layer(torch.ones(1, 6)).abs().sum() > 0
     assert layer(torch.ones(1, 6)).abs().sum() == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_passes_without_gradients_keep_bf16_where_it_was_chosen(precision: str) -> None:
+    runtime = plain_runtime()
+    runtime.compute_as({"precision": "fp32", "forward_precision": precision})
+    layer, inputs = nn.Linear(6, 8).requires_grad_(False), torch.randn(5, 6)
+    passes = Passes(runtime, [layer])
+    with passes.without_gradients():
+        assert not torch.is_grad_enabled()
+        assert ("forward" in vars(layer)) == (precision == "bf16")
+        given = layer(inputs)
+    assert given.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert "forward" not in vars(layer) and torch.is_grad_enabled()
+    torch.testing.assert_close(given.float(), layer(inputs), rtol=2e-2, atol=2e-2)

@@ -1,16 +1,11 @@
-import json
-
 import pytest
 import torch
 from test_causal_lm import load, save_model
 from torch import nn
 from treelora_backends.lm_batches import Batch, LabelledBatch
-from treelora_backends.lm_narrow import tail_places
 from treelora_backends.lm_network import LmNetwork
 
 from treelora_cli import adapters
-from treelora_cli.backend import DataRequest, Memory
-from treelora_cli.config import TrainConfig
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
 
@@ -53,89 +48,38 @@ def assert_same(ones, others):
 
 
 def plainly(base, compute):
-    """Compute with every feed-forward layer as the model has it."""
-    kept, base.lm._narrow = base.lm._narrow, []
+    """Compute with the last feed-forward layer as the model has it."""
+    kept, base.lm._narrow = base.lm._narrow, None
     try:
         return compute()
     finally:
         base.lm._narrow = kept
 
 
-def test_the_end_of_a_text_is_its_answer_and_the_prompts_last_tokens():
-    end, rest = tail_places(labelled_batch(), 2)
-    assert list(zip(end.rows.tolist(), end.columns.tolist(), strict=True)) == [
-        *((0, column) for column in (5, 6, 7, 8)),
-        *((1, column) for column in (4, 5, 6)),
-        *((2, column) for column in (0, 1, 2, 3, 4)),
-    ]
-    assert list(zip(rest.rows.tolist(), rest.columns.tolist(), strict=True)) == [
-        *((0, column) for column in range(5)),
-        *((1, column) for column in range(4)),
-    ]
-
-
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("tail", [0, 9])
-def test_leaving_out_what_is_not_read_changes_neither_loss_nor_gradients(models, family, targets, tail):
+def test_leaving_out_what_is_not_read_changes_neither_loss_nor_gradients(models, family, targets):
     base = opened(models[family], targets=targets)
     batch = labelled_batch()
-    assert [layer is not None for layer in base.lm._narrow] == [targets == "auto"] * 3
+    assert (base.lm._narrow is not None) == (targets == "auto")
     wanted = plainly(base, lambda: base.lm.loss(batch))
-    ours = base.lm.loss(batch, tail)
+    ours = base.lm.loss(batch)
     torch.testing.assert_close(ours, wanted)
     assert_same(gradients(base, ours), gradients(base, wanted))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_short_tails_give_the_gradient_of_feed_forward_layers_detached_before_them(models, family):
-    base = opened(models[family])
-    batch = labelled_batch()
-    _, before = tail_places(batch, 2)
-    cut_off = torch.zeros(3, 9, 1, dtype=torch.bool)
-    cut_off[before.rows, before.columns] = True
-    hooks = [
-        layer.register_forward_pre_hook(lambda _m, inputs: (torch.where(cut_off, inputs[0].detach(), inputs[0]),))
-        for layer in base.lm._narrow[:-1]
-    ]
-    wanted = plainly(base, lambda: gradients(base, base.lm.loss(batch)))
-    for hook in hooks:
-        hook.remove()
-    whole = plainly(base, lambda: gradients(base, base.lm.loss(batch)))
-    ours = base.lm.loss(batch, tail=2)
-    torch.testing.assert_close(ours, plainly(base, lambda: base.lm.loss(batch)))
-    found = gradients(base, ours)
-    assert_same(found, wanted)
-    assert any(not torch.allclose(one, other, rtol=1e-3) for one, other in zip(found, whole, strict=True))
 
 
 def test_the_last_feed_forward_layer_sees_the_positions_that_are_read_and_is_itself_again_afterwards(models):
     base = opened(models["llama"])
     batch = labelled_batch()
-    last = base.lm._narrow[-1]
+    last = base.lm._narrow
     seen = []
     hook = last.gate_proj.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].shape[:2]))
     base.lm.loss(batch)
     assert seen == [(1, 6)]
-    assert all("forward" not in vars(layer) for layer in base.lm._narrow)
+    assert "forward" not in vars(last)
     base.lm.logits_at(batch.batch, batch.rows, batch.columns)
     hook.remove()
     assert seen[1:] == [(3, 9)]
-
-
-@pytest.mark.parametrize("tail", [0, 3])
-def test_training_and_probing_use_the_tail_that_is_set(models, tail, tmp_path):
-    base = load(models["llama"], blocks=3, train=TrainConfig(prompt_tail=tail, batch_size=2))
-    rows = [{"prompt": f"What colour is the apple {number}?", "answer": "red"} for number in range(4)]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    session = base.session(base.read_task(DataRequest(tmp_path / "t.jsonl")), Memory((), dict), base.config)
-    asked = []
-    plain = base.lm.loss
-    base.lm.loss = lambda labelled, tail=0: asked.append(tail) or plain(labelled, tail)
-    session.prepare()
-    session.loss([0, 1])
-    next(iter(session.probe_losses(1)))
-    assert asked == [tail, tail]
 
 
 class Mixing(nn.Module):
@@ -157,17 +101,17 @@ def test_layers_that_are_not_position_by_position_run_as_they_are(models, kind):
     base = opened(models["llama"])
     model = base.lm.model
     if kind is Mixing:
-        model.model.layers[2].mlp = Mixing()
+        model.model.layers[3].mlp = Mixing()
     else:
-        model.model.layers[2].mlp = Pair()
-        model.model.layers[2].mlp.register_forward_hook(lambda _m, _i, out: out[0])
-    assert LmNetwork(model, base.layers)._narrow == []
+        model.model.layers[3].mlp = Pair()
+        model.model.layers[3].mlp.register_forward_hook(lambda _m, _i, out: out[0])
+    assert LmNetwork(model, base.layers)._narrow is None
 
 
-def test_gradient_checkpointing_runs_the_layers_as_they_are(models):
+def test_gradient_checkpointing_runs_the_layer_as_it_is(models):
     base = opened(models["llama"])
     batch = labelled_batch()
     wanted = plainly(base, lambda: gradients(base, base.lm.loss(batch)))
     base.lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     base.network.train()
-    assert_same(gradients(base, base.lm.loss(batch, tail=2)), wanted)
+    assert_same(gradients(base, base.lm.loss(batch)), wanted)

@@ -32,6 +32,25 @@ def test_the_faster_arithmetic_is_taken_and_a_tie_is_fp32(
     assert runtime.precision == "fp32"
 
 
+@pytest.mark.parametrize(("slower", "runs"), [(2.0, 2), (1.1, 4)])
+def test_a_clear_difference_is_measured_once_and_a_small_one_three_times(
+    monkeypatch: pytest.MonkeyPatch, slower: float, runs: int
+) -> None:
+    monkeypatch.setattr("treelora_cli.runtime.bf16_multiplies_well", lambda _device: True)
+    runtime = plain_runtime()
+    ran: list[str] = []
+    clock = 0.0
+
+    def step() -> None:
+        nonlocal clock
+        ran.append(runtime.precision)
+        clock += slower if runtime.precision == "fp32" else 1.0
+
+    monkeypatch.setattr("treelora_cli.runtime.time.perf_counter", lambda: clock)
+    assert measure_precision(runtime, step) == ("bf16" if slower == 2.0 else "fp32")
+    assert ran.count("fp32") == ran.count("bf16") == runs
+
+
 class Halves:
     """A session whose steps are faster in one arithmetic and whose passes are in the other."""
 

@@ -93,7 +93,7 @@ class TrainConfig:
     max_length: int | None = _setting(None, "longest input, in tokens", low=8)
     prompt_tail: int | None = _setting(
         None,
-        "last tokens of a prompt through whose feed-forward layers gradients pass; 0, or grad_checkpointing: all",
+        "last tokens of a prompt through which gradients pass; 0, or grad_checkpointing: all",
         low=0,
     )
     precision: str | None = _setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -218,11 +219,14 @@ def measure_precision(runtime: Runtime, step: Callable[[], None]) -> str:
 
     before = runtime.arithmetic
 
-    def seconds(precision: str) -> float:
+    def run(precision: str) -> float:
         runtime.compute_as({"precision": precision})
-        return _least_seconds(step, runtime.device)
+        return _seconds(step, runtime.device)
 
-    pays = bf16_multiplies_well(runtime.device) and seconds("bf16") < _WORTH_IT * seconds("fp32")
+    def share() -> float:
+        return _share_of_time(lambda: run("bf16"), lambda: run("fp32"), clear=_CLEAR)
+
+    pays = bf16_multiplies_well(runtime.device) and share() < _WORTH_IT
     runtime.compute_as(before)
     votes = runtime.concatenate(torch.tensor([float(pays)], device=runtime.device))
     return "bf16" if float(votes[0]) > 0.5 else "fp32"
@@ -232,23 +236,43 @@ def bf16_multiplies_well(device: torch.device) -> bool:
     """Return whether a small matrix product in bf16 is no slower than twice the same in fp32."""
     import torch
 
-    def seconds(dtype: torch.dtype) -> float:
+    def multiply(dtype: torch.dtype) -> float:
         left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((64, 512), (512, 256)))
-        return _least_seconds(lambda: left @ right, device)
+        return _seconds(lambda: left @ right, device)
 
-    return seconds(torch.bfloat16) <= 2 * seconds(torch.float32)
+    return _share_of_time(lambda: multiply(torch.bfloat16), lambda: multiply(torch.float32)) <= 2
 
 
-def _least_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the shortest of three runs of ``work`` after one that is not counted."""
+_TRIALS = 3
+_CLEAR = 1.5
+"""Steps take seconds: one that takes so many times as long as the other is not measured again."""
+
+
+def _share_of_time(one: Callable[[], float], other: Callable[[], float], clear: float = math.inf) -> float:
+    """Return the least seconds of ``one`` by those of ``other``; each is run once before, which is not counted.
+
+    Args:
+        one: Does its work and returns the seconds.
+        other: The same.
+        clear: Ratio from which on a first result is not checked by further trials.
+    """
+    one(), other()
+    ones, others = [], []
+    for _ in range(_TRIALS):
+        ones.append(one())
+        others.append(other())
+        share = min(ones) / max(min(others), 1e-9)
+        if not 1 / clear < share < clear:
+            break
+    return share
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return how long ``work`` takes."""
     import torch
 
+    start = time.perf_counter()
     work()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
