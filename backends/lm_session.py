@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from treelora_backends.kept import room
+from treelora_backends.kept import KeptRows
 from treelora_backends.lm_batches import Batch, LabelledBatch, by_length, collate, pad, shuffled_batches, tokens_at_once
 from treelora_backends.lm_closed import ClosedHead
 from treelora_backends.lm_halves import HalfWeights, Passes
@@ -61,7 +61,8 @@ class LmSession(LmSteps):
                 f"--batch-size {config.train.batch_size} leaves some of {processes} processes without an example."
             )
         self.router = TaskRouter.restore(memory, config)
-        self._entering: list[Tensor] = []
+        self._starts = np.cumsum([0, *lengths]).tolist()
+        self._entering: KeptRows | None = None
         self._halves: HalfWeights | None = None
         self._closed: dict[str, Tensor] = {}
         if config.train.grad_checkpointing:
@@ -119,8 +120,6 @@ class LmSession(LmSteps):
         inputs = self._leading_inputs(tokens) if lm.read_once else {}
         batches = list(by_length(tokens, len, tokens_at_once(lm.device)))
         features: dict[int, Tensor] = {}
-        starts = np.cumsum([0, *(len(ids) for ids in tokens)])
-        kept: Tensor | None = None
         self.base.network.eval()
         passes = self._passes()
         for places in self.runtime.reporter.track(batches, "Frozen pass", len(batches)):
@@ -129,11 +128,9 @@ class LmSession(LmSteps):
                 reading = lm.read(batch, to_cut=True) if lm.read_once else None
                 states = lm.entering(batch) if reading is None else reading.entering
             assert states is not None
-            if kept is None:
-                kept = room((int(starts[-1]), states.shape[-1]))
-                self._entering = [kept[starts[place] : starts[place + 1]] for place in range(len(tokens))]
+            self._entering = self._entering or KeptRows(states.shape[-1:])
             for row, place in enumerate(places):
-                self._entering[place].copy_(states[row, : len(tokens[place])])
+                self._entering.write(self._starts[place], states[row, : len(tokens[place])])
             if reading is not None:
                 lengths = torch.tensor([inputs.get(place, 1) for place in places], device=lm.device)
                 found = reading.features(lengths).cpu()
@@ -188,7 +185,8 @@ class LmSession(LmSteps):
         labelled = self._collated(places)
         entering = None
         if self._entering:
-            states = pad_sequence([self._entering[place] for place in places], batch_first=True)
+            each = [self._entering.read(self._starts[place], self.lengths[place]) for place in places]
+            states = pad_sequence(each, batch_first=True)
             entering = states.to(self.base.lm.device, self.base.lm.state_dtype)
         with self._arithmetic():
             return self.base.lm.loss(labelled, self.tail, entering)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from treelora_backends.kept import room
+from treelora_backends.kept import KeptRows
 from treelora_backends.vit_heads import SharedHead, columns_of
 from treelora_backends.vit_images import ImageTask, shuffled_views
 from treelora_backends.vit_single import extended_statistics, single_network_part
@@ -57,8 +57,8 @@ class VitSession:
         shared = memory.shared()
         self.shared_head = SharedHead.restore(shared, base.trunk, config, self.runtime)
         self.carried = single_network_part(shared)
-        self.kept: Tensor
-        """Tokens before the cut of every view of this process's images, (n, V, L, C) bfloat16."""
+        self.kept: KeptRows
+        """Tokens before the cut, (L, C), of every view of this process's images, views side by side."""
         self.prototypes: Tensor
         self.centre: Tensor
 
@@ -102,14 +102,15 @@ class VitSession:
                 cut = self.base.trunk.before(images)
                 features = self.base.trunk.after(cut)
             if not hasattr(self, "kept"):
-                self.kept = room((len(self.own), self.views, *cut.tokens.shape[1:]))
-            self.kept[rows, view] = cut.tokens.to(torch.bfloat16).cpu()
+                self.kept = KeptRows(cut.tokens.shape[1:])
+            for row, tokens in zip(rows.tolist(), cut.tokens, strict=True):
+                self.kept.write(row * self.views + view, tokens)
             pooled_sum.index_add_(0, labels, features.pooled)
             self.shared_head.add(features, labels)
 
     def _entering(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return the tokens before the cut of chosen views, (B, L, C)."""
-        return self.kept[rows, views].to(self.device).float()
+        return self.kept.read_each(rows * self.views + views).to(self.device).float()
 
     def _set_prototypes(self, pooled_sum: Tensor) -> None:
         """Class means of the frozen features, centred: the head of the probe's loss."""

@@ -154,7 +154,7 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
 
 _COMPILED_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """How many bf16 kernels torch's libraries keep, one for each shape: a megabyte each, and by default a thousand."""
-_LARGE_BLOCK = 2**20
+_LARGE_BLOCK = 2**21
 _MALLOC_TRIM, _MALLOC_MMAP = -1, -3
 """Names of glibc's mallopt for the free memory it keeps and for the size from which a block is mapped by itself."""
 
