@@ -349,11 +349,12 @@ def test_steps_in_bf16_keep_attention_and_adapters_in_float32(deep, data):
     wanted = torch.cat([one.flatten() for one in torch.autograd.grad(full, ups)])
     seen = []
     attention = base.lm.blocks[-1].self_attn
-    attention.register_forward_hook(lambda _m, _i, out: seen.append(out[0].dtype))
-    base.runtime.precision = "bf16"
+    attention.register_forward_hook(lambda _m, _i, out: seen.append((torch.is_grad_enabled(), out[0].dtype)))
+    base.runtime.compute_as({"precision": "bf16"})
     half = session.loss([0, 1, 2, 3])
     found = torch.cat([one.flatten() for one in torch.autograd.grad(half, ups)])
-    assert seen == [torch.float32] and half.dtype == found.dtype == torch.float32
+    assert seen == [(False, torch.bfloat16), (True, torch.float32)]  # the prompt's first tokens are only read
+    assert half.dtype == found.dtype == torch.float32
     assert half.item() != full.item()
     torch.testing.assert_close(half, full, rtol=0.02, atol=0.02)
     assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.99
@@ -412,7 +413,7 @@ def test_targets(family, targets, count, request):
 def test_gradient_checkpointing_gives_the_same_gradients(llama, data):
     grads = []
     for wanted in (False, True):
-        base = load(llama, dropout=0.0, train=TrainConfig(grad_checkpointing=wanted))
+        base = load(llama, dropout=0.0, train=TrainConfig(prompt_tail=0, grad_checkpointing=wanted))
         adapters.write_slot(base.network, adapters.reference_point(base.network, base.layers, 4.0, 0))
         session = base.session(base.read_task(DataRequest(data / "colours.jsonl")), Memory((), dict), base.config)
         ups = [up for _, up in adapters.slot_parameters(base.network, base.layers)]
