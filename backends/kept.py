@@ -43,6 +43,11 @@ class KeptRows:
         except OSError as error:
             raise _no_room(error) from error
 
+    def write_each(self, places: Tensor, rows: Tensor) -> None:
+        """Keep rows (n, *shape) each under its place, (n,); raises as ``write`` does."""
+        for place, row in zip(places.tolist(), rows.to(torch.bfloat16).cpu(), strict=True):
+            self.write(place, row)
+
     def read(self, first: int, count: int) -> Tensor:
         """Return the rows at ``first`` and after it, (count, *shape), on the CPU."""
         rows = torch.empty(count, *self._shape, dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,12 @@ class Passes:
 
     def __init__(self, runtime: Runtime, modules: Sequence[nn.Module]) -> None:
         self._runtime = runtime
-        self._halves: HalfWeights | None = None
-        if runtime.forward_precision == "bf16" and runtime.device.type == "cpu":
-            self._halves = HalfWeights(modules)
+        self._modules = modules
+
+    @cached_property
+    def _halves(self) -> HalfWeights | None:
+        wanted = self._runtime.forward_precision == "bf16" and self._runtime.device.type == "cpu"
+        return HalfWeights(self._modules) if wanted else None
 
     @contextmanager
     def without_gradients(self) -> Iterator[None]:

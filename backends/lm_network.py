@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -104,8 +105,16 @@ class LmNetwork:
     # -- logits and loss ------------------------------------------------------------------------------
 
     def _run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-        runner = self.body if self._head_is_linear else self.model
-        return runner(input_ids=ids, attention_mask=mask, **options)
+        return self._runner(input_ids=ids, attention_mask=mask, **options)
+
+    @property
+    def _runner(self) -> Any:
+        return self.body if self._head_is_linear else self.model
+
+    @cached_property
+    def _taken(self) -> frozenset[str]:
+        """Names of what the model's forward pass takes."""
+        return frozenset(inspect.signature(self._runner.forward).parameters)
 
     def _states(self, out: Any) -> Tensor:
         """Return what ``_logits`` continues from, (B, T, C or V)."""
@@ -226,13 +235,11 @@ class LmNetwork:
             return self._states(self._continue(end.ids, mask, cache))
 
     def _continue(self, ids: Tensor, mask: Tensor, cache: Any) -> Any:
-        """Run texts on from cached keys and values: ids (B, T), mask (B, cached + T)."""
-        runner = self.body if self._head_is_linear else self.model
-        taken = inspect.signature(runner.forward).parameters
+        """Run texts on from cached keys and values, if any: ids (B, T), mask (B, cached + T)."""
         options: dict[str, Any] = {"use_cache": True}
         if cache is not None:
-            options["cache" if "cache" in taken else "past_key_values"] = cache
-        if "position_ids" in taken:
+            options["cache" if "cache" in self._taken else "past_key_values"] = cache
+        if "position_ids" in self._taken:
             options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         return self._run(ids, mask, **options)
 
@@ -295,10 +302,8 @@ class LmNetwork:
 
     def entered(self, states: Tensor) -> AbstractContextManager[None]:
         """Return the context in which passes skip the frozen blocks and take ``states`` (B, T, C) for their output."""
-        skipped = list(self.blocks)[: self.cut]
-        return standing_in(
-            [(block, self._stand_in(states if index == 0 else None)) for index, block in enumerate(skipped)]
-        )
+        skipped = enumerate(self.first_blocks(self.cut))
+        return standing_in([(block, self._stand_in(states if index == 0 else None)) for index, block in skipped])
 
     def _maybe_entered(self, states: Tensor | None) -> AbstractContextManager[None]:
         return nullcontext() if states is None else self.entered(states)
@@ -314,19 +319,17 @@ class LmNetwork:
         """True when a pass that skips the frozen blocks ends like one that runs them."""
         kinds: list[bool] = []
         hook = self.blocks[0].register_forward_hook(lambda _m, _i, out: kinds.append(isinstance(out, tuple)))
-        ids = torch.arange(_TRIAL_TOKENS, device=self.device).repeat(2, 1)
-        mask = torch.ones_like(ids)
-        mask[1, -1] = 0
+        batch = self._trial().batch
         with torch.no_grad():
-            whole = self._states(self._run(ids, mask, use_cache=False))
+            whole = self._states(self._run(batch.ids, batch.mask, use_cache=False))
             hook.remove()
             self._blocks_return_tuples = kinds[0]
             try:
-                with self.entered(self.entering(Batch(ids, mask))):
-                    cut = self._states(self._run(ids, mask, use_cache=False))
+                with self.entered(self.entering(batch)):
+                    cut = self._states(self._run(batch.ids, batch.mask, use_cache=False))
             except _UNLIKE:
                 return False  # blocks that hand more to each other than states
-        counted = mask.bool()
+        counted = batch.mask.bool()
         return cut.shape == whole.shape and bool(torch.allclose(cut[counted], whole[counted], rtol=1e-3, atol=1e-3))
 
     # -- answers --------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class FeatureReader:
         ids = [self.encoder.content_ids(content) for content in fresh]
         batches = list(by_length(ids, len, tokens_at_once(self.lm.device)))
         self.wrapped.eval()
-        passes = Passes(self.runtime, self.lm.first_blocks(self.lm.feature_block + 1) if fresh else [])
+        passes = Passes(self.runtime, self.lm.first_blocks(self.lm.feature_block + 1))
         with adapters.base_only(self.wrapped):
             for rows in self.runtime.reporter.track(batches, description, len(batches)):
                 batch = pad([ids[row] for row in rows], self.encoder.pad_id).to(self.lm.device)

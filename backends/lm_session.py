@@ -129,8 +129,8 @@ class LmSession(LmSteps):
                 states = lm.entering(batch) if reading is None else reading.entering
             assert states is not None
             self._entering = self._entering or KeptRows(states.shape[-1:])
-            for row, place in enumerate(places):
-                self._entering.write(self._starts[place], states[row, : len(tokens[place])])
+            for place, row in zip(places, states.to(torch.bfloat16).cpu(), strict=True):  # one way to the CPU for all
+                self._entering.write(self._starts[place], row[: self.lengths[place]])
             if reading is not None:
                 lengths = torch.tensor([inputs.get(place, 1) for place in places], device=lm.device)
                 found = reading.features(lengths).cpu()

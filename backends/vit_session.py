@@ -103,8 +103,7 @@ class VitSession:
                 features = self.base.trunk.after(cut)
             if not hasattr(self, "kept"):
                 self.kept = KeptRows(cut.tokens.shape[1:])
-            for row, tokens in zip(rows.tolist(), cut.tokens, strict=True):
-                self.kept.write(row * self.views + view, tokens)
+            self.kept.write_each(rows * self.views + view, cut.tokens)
             pooled_sum.index_add_(0, labels, features.pooled)
             self.shared_head.add(features, labels)
 

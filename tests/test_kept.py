@@ -42,6 +42,13 @@ def test_rows_come_back_as_they_were_kept_in_any_order() -> None:
         kept.read(4, 1)
 
 
+def test_rows_are_kept_each_under_its_place() -> None:
+    kept = KeptRows((2, 3))
+    rows = torch.arange(18.0).reshape(3, 2, 3)
+    kept.write_each(torch.tensor([2, 0, 1]), rows)
+    assert torch.equal(kept.read(0, 3), rows[[1, 2, 0]].bfloat16())
+
+
 @pytest.mark.parametrize("when", ["made", "written"])
 def test_a_full_disk_is_said_in_one_line(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.RawIOBase):
