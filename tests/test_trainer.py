@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from treelora_cli.adapters import AdapterWeights
 from treelora_cli.backend import Learned
 from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError
+from treelora_cli.methods import treelora
 from treelora_cli.methods.base import StepView
 from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
 from treelora_cli.trainer import Trainer, TrainSettings, stop_on_signal
@@ -205,9 +206,30 @@ def test_a_checkpoint_after_each_epoch_but_the_last() -> None:
     assert list(saved) == [STEPS, 2 * STEPS]
 
 
+@pytest.mark.parametrize("ahead", [1, 4, 32])
+def test_a_search_that_runs_ahead_selects_what_one_step_by_step_does(
+    ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(treelora, "_AHEAD", ahead)
+    method, alone = treelora_of(Toy()), treelora_of(Toy())
+    slot = [(nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4, 2)))]
+    for step in range(10):
+        assert method.state()[1] == alone.state()[1] or ahead > 1
+        method.penalty(StepView(step, 10, 5, 0.1, slot), torch.ones(()))
+        task = int(alone.bandit.step(alone.queries[step % 4])[0])
+        assert torch.equal(method._targets[0][0], method._target(task, 0, torch.device("cpu"))[0])
+    assert method.state()[1] == alone.state()[1]
+    for name, array in alone.state()[0].items():
+        assert np.array_equal(method.state()[0][name], array), name
+
+
 @pytest.mark.parametrize("stop_after", range(1, 15))
-@pytest.mark.parametrize("protect", [False, True])
-def test_resuming_after_any_step_is_bit_identical(stop_after: int, protect: bool) -> None:
+@pytest.mark.parametrize("protect", [0, 4, 32])
+def test_resuming_after_any_step_is_bit_identical(
+    stop_after: int, protect: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``protect`` is the number of steps that the search runs ahead, 0 for no protection."""
+    monkeypatch.setattr(treelora, "_AHEAD", protect)
     whole = Toy()
     whole_method = treelora_of(whole) if protect else Plain()
     trainer_of(whole, whole_method).run(lambda *_: None)
@@ -237,8 +259,9 @@ def test_resuming_after_any_step_is_bit_identical(stop_after: int, protect: bool
     torch.randn(7)  # nothing may depend on the global generator
     assert trainer.run(lambda *_: None).steps == 15
     assert all(torch.equal(a, b) for a, b in zip(parameters_of(rest), parameters_of(whole), strict=True))
-    if protect:
-        assert (rest_method.bandit.pulls() == whole_method.bandit.pulls()).all()
+    (arrays, facts), (expected, expected_facts) = rest_method.state(), whole_method.state()
+    assert facts == expected_facts
+    assert all(np.array_equal(array, arrays[name]) for name, array in expected.items())
 
 
 # -- trouble ----------------------------------------------------------------------------------------------

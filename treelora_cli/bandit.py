@@ -32,6 +32,7 @@ from typing import Literal, TypeAlias, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from treelora_cli.layer_search import LayerSearch
 from treelora_cli.search_arms import SearchArms, checked_array, search_arms
 from treelora_cli.split import FloatArray, IntArray, l1_distance
 from treelora_cli.tree import Tree
@@ -41,11 +42,6 @@ Width: TypeAlias = Literal["observed", "literal"]
 Search: TypeAlias = Literal["lcb", "flat", "exhaustive", "random"]
 
 FORMAT_VERSION = 1
-# The estimate of sigma starts as if this many pulls had shown this spread, in scaled distance: a
-# few early pulls that happen to agree must not end the search.
-_PRIOR_SIGMA = 0.05
-_PRIOR_PULLS = 2.0
-_SIGMA_FLOOR = 0.01
 # An arm counts as adequately pulled with a quarter of the pulls of the most pulled one.
 _ADEQUATE_SHARE = 0.25
 _COUNTERS = ("step_count", "distance_computations", "node_visits")
@@ -98,23 +94,23 @@ class TreeBandit:
         self.step_count = 0
         self.distance_computations = 0
         self.node_visits = 0
-        self._adopt(search_arms(tree) if arms is None else arms)
+        self.arms = search_arms(tree) if arms is None else arms
         layers, nodes = tree.layer_count, self.arms.tasks.size
-        self._counts = np.zeros((layers, nodes), dtype=np.int64)
-        self._sums = np.zeros((layers, nodes))
-        self._squares = np.zeros(layers)  # of pulls about their arm's mean, summed over arms
-        self._repeats = np.zeros(layers, dtype=np.int64)  # pulls beyond each arm's first
-        self._witness = np.tile(np.arange(nodes), (layers, 1))
         self._last = np.full(layers, -1, dtype=np.int64)
+        none = np.zeros((layers, nodes), dtype=np.int64)
+        itself = np.tile(np.arange(nodes), (layers, 1))
+        self._begin(none, np.zeros((layers, nodes)), itself, np.zeros(layers), np.zeros(layers, dtype=np.int64))
 
-    def _adopt(self, arms: SearchArms) -> None:
-        """Take over a set of search nodes."""
-        self.arms = arms
-        self._slack = np.ascontiguousarray(self.smoothness * arms.spreads.T)  # (D, N)
-        self._rows = np.arange(self.tree.layer_count)
-        nodes = np.arange(arms.tasks.size)
-        self._offset = self._rows[:, None] * nodes.size  # (D, 1)
-        self._below = np.where(arms.tasks[:, None] < 0, arms.children, nodes[:, None])  # (N, 2), an arm is below itself
+    def _begin(
+        self, counts: IntArray, sums: FloatArray, witness: IntArray, squares: FloatArray, repeats: IntArray
+    ) -> None:
+        """Search every layer from these statistics, `(D, N)` and `(D,)`; the rows are worked on in place."""
+        slack = np.ascontiguousarray(self.smoothness * self.arms.spreads.T)  # (D, N)
+        literal = self.width == "literal"
+        self._layers = [
+            LayerSearch(self.arms, *row, literal=literal)
+            for row in zip(slack, counts, sums, witness, squares.tolist(), repeats.tolist(), strict=True)
+        ]
 
     def step(self, query: NDArray[np.floating]) -> IntArray:
         """Pull once in every layer and return the tasks pulled.
@@ -139,119 +135,43 @@ class TreeBandit:
         self.step_count += 1
         if self.search == "exhaustive":
             self._last = self._pull_all(query)
-        elif self.search == "lcb":
-            path = self._walk()
-            self._last = self._pull(query, path[:, -1], path)
-            self._refresh(path)
         else:
-            arm = self._flat_arm() if self.search == "flat" else self._random_arm()
-            self._last = self._pull(query, arm, self._path_up(arm))
+            self._last = self._pull(query, self._paths())
         return self._last.copy()
 
-    def _walk(self) -> IntArray:
-        """Nodes from the root to the chosen arm, `(D, depth + 1)`; a short path repeats its arm."""
-        doubled = 2.0 * self.sigma()[:, None]
-        cursor = np.zeros(self._rows.size, dtype=np.int64)
-        path = [cursor]
-        while (self.arms.tasks[cursor] < 0).any():
-            pair = self._below[cursor]  # (D, 2)
-            nodes = np.concatenate([pair, self._witness[self._rows[:, None], pair]], axis=1)
-            bound = self._own_bound(nodes, doubled)  # (D, 4)
-            value = np.maximum(bound[:, :2], bound[:, 2:])
-            cursor = np.where(value[:, 1] < value[:, 0], pair[:, 1], pair[:, 0])
-            path.append(cursor)
-        return np.stack(path, axis=1)
+    def _paths(self) -> list[list[int]]:
+        """Nodes from the root to the arm that the search chooses, for each layer."""
+        if self.search == "lcb":
+            paths = [layer.walk(self.step_count) for layer in self._layers]
+            self.node_visits += sum(4 * (len(path) - 1) for path in paths)  # two on the way down, two up
+            return paths
+        if self.search == "flat":
+            bounds = np.stack([layer.own_bounds(self.step_count) for layer in self._layers])[:, self.arms.arm_of]
+            self.node_visits += bounds.size
+            tasks = bounds.argmin(axis=1)  # the lower task of equals
+        else:
+            tasks = self.rng.integers(self.tree.task_count, size=len(self._layers))
+        return [self.arms.path_to(int(task)) for task in tasks]
 
-    def _own_bound(self, nodes: IntArray, doubled: FloatArray) -> FloatArray:
-        """Own bound `b_k` of nodes `(D, k)`, -inf where unpulled; `doubled` is `2 sigma`, `(D, 1)`."""
-        place = nodes + self._offset  # in the arrays read flat, which is much faster than by two indices
-        count = self._counts.take(place)
-        pulled = np.maximum(count, 1)
-        width = doubled * np.sqrt(np.log(max(self.step_count, 1)) / pulled)
-        bound = self._sums.take(place) / pulled - width - self._slack.take(place)
-        return np.where(count > 0, bound, -np.inf)
-
-    def _refresh(self, path: IntArray) -> None:
-        """Give the path's inner nodes their witnesses, from the arm up.
-
-        A node on the path differs from before in its own bound and in what the path's next node has become; the
-        other child is as it was. All bounds are therefore evaluated at once. Where a short path repeats its
-        arm, every choice is between the arm and itself.
-        """
-        depth = path.shape[1] - 1
-        parents, chosen = path[:, :-1], path[:, 1:]  # (D, depth)
-        self.node_visits += 4 * int((self.arms.tasks[parents] < 0).sum())  # two on the way down, two up
-        pair = self._below[parents]  # (D, depth, 2)
-        second = pair[:, :, 1] == chosen
-        other = np.where(second, pair[:, :, 0], pair[:, :, 1])
-        witness = self._witness[self._rows[:, None], other]
-        bound = self._own_bound(np.concatenate([path, other, witness], axis=1), 2.0 * self.sigma()[:, None])
-        own, other_own, other_below = np.split(bound, [depth + 1, 2 * depth + 1], axis=1)
-        other_value = np.maximum(other_own, other_below)
-        other_attained = np.where(other_own >= other_below, other, witness)
-        value, attained = own[:, -1], path[:, -1]
-        for level in range(depth - 1, -1, -1):  # the first child wins a tie
-            rival = other_value[:, level]
-            wins = np.where(second[:, level], value < rival, value <= rival)
-            below, best = np.where(wins, value, rival), np.where(wins, attained, other_attained[:, level])
-            self._witness[self._rows, parents[:, level]] = best
-            value = np.maximum(own[:, level], below)
-            attained = np.where(own[:, level] >= below, parents[:, level], best)
-
-    def _path_up(self, arm: IntArray) -> IntArray:
-        """Nodes from the arms `(D,)` to the root, which repeats where a path is short."""
-        path = [arm]
-        while path[-1].any():
-            path.append(self.arms.parents[path[-1]])
-        return np.stack(path, axis=1)
-
-    def _flat_arm(self) -> IntArray:
-        """Arm of least LCB in each layer, the lower task of equals."""
-        arms = self.arms.arm_of
-        nodes = np.broadcast_to(arms, (self._rows.size, arms.size))
-        bound = self._own_bound(nodes, 2.0 * self.sigma()[:, None])
-        self.node_visits += bound.size
-        return np.asarray(arms[bound.argmin(axis=1)])
-
-    def _random_arm(self) -> IntArray:
-        """A uniform arm for each layer."""
-        return self.arms.arm_of[self.rng.integers(self.tree.task_count, size=self._rows.size)]
-
-    def _pull(self, query: NDArray[np.floating], arm: IntArray, path: IntArray) -> IntArray:
-        """Compare each layer with its arm `(D,)`, update the path `(D, k)`, return the tasks."""
-        tasks = self.arms.tasks[arm]
-        distance = l1_distance(self.tree.signatures[tasks, self._rows], query)  # (D,)
+    def _pull(self, query: NDArray[np.floating], paths: list[list[int]]) -> IntArray:
+        """Compare each layer with the arm its path ends at, update the paths, return the tasks."""
+        tasks = self.arms.tasks[[path[-1] for path in paths]]
+        distance = l1_distance(self.tree.signatures[tasks, np.arange(tasks.size)], query)  # (D,)
         self.distance_computations += distance.size
-        count, total = self._counts[self._rows, arm], self._sums[self._rows, arm]
-        self._note_spread(distance[:, None], count[:, None], total[:, None])
-        # Indexing adds once where a node repeats in a row, so a padded path counts one pull.
-        self._counts[self._rows[:, None], path] += 1
-        self._sums[self._rows[:, None], path] += distance[:, None]
+        for layer, path, found in zip(self._layers, paths, distance.tolist(), strict=True):
+            layer.pull(path, found)
+            if self.search == "lcb":
+                layer.refresh(path, self.step_count)
         return tasks
 
     def _pull_all(self, query: NDArray[np.floating]) -> IntArray:
         """Compare every task in every layer; return the task of least mean distance, `(D,)`."""
-        arms = self.arms.arm_of
         distance = l1_distance(self.tree.signatures, query).T  # (T, D) -> (D, T)
         self.distance_computations += distance.size
-        self._note_spread(distance, self._counts[:, arms], self._sums[:, arms])
-        self._counts[:, arms] += 1
-        self._sums[:, arms] += distance
-        for level in self.arms.levels:
-            below = self.arms.children[level]  # (k, 2)
-            self._counts[:, level] = self._counts[:, below].sum(axis=2)
-            self._sums[:, level] = self._sums[:, below].sum(axis=2)
-        self.node_visits += self._counts.size
-        return np.asarray(self._sums[:, arms].argmin(axis=1))
-
-    def _note_spread(self, distance: FloatArray, count: IntArray, total: FloatArray) -> None:
-        """Add pulls `(D, k)` to the squares about their arms' means, given the arms' state before.
-
-        A pull `x` after `n` with mean `mu` adds `(x - mu)^2 n / (n + 1)` (Welford).
-        """
-        off_mean = distance - total / np.maximum(count, 1)
-        self._squares += (off_mean**2 * count / (count + 1)).sum(axis=1)
-        self._repeats += (count > 0).sum(axis=1)
+        for layer, row in zip(self._layers, distance, strict=True):
+            layer.pull_all(row)
+        self.node_visits += self.arms.tasks.size * len(self._layers)
+        return np.asarray(self.mean_distances().argmin(axis=1))
 
     def sigma(self) -> FloatArray:
         """Spread of one pull in each layer, float64 `(D,)`, in scaled distance.
@@ -259,15 +179,11 @@ class TreeBandit:
         Observed: the standard deviation of pulls about their own arm's mean, pooled over the arms,
         with a weak prior and a floor of 0.01. Literal: 1.
         """
-        if self.width == "literal":
-            return np.ones(self._rows.size)
-        squares = _PRIOR_PULLS * _PRIOR_SIGMA**2 + self._squares
-        return np.maximum(np.sqrt(squares / (_PRIOR_PULLS + self._repeats)), _SIGMA_FLOOR)
+        return np.array([layer.sigma() for layer in self._layers])
 
     def lower_bounds(self) -> FloatArray:
         """The exact LCB of every search node, float64 `(D, N)`; its cost grows with `T`."""
-        nodes = np.broadcast_to(np.arange(self.arms.tasks.size), self._counts.shape)
-        bound = self._own_bound(nodes, 2.0 * self.sigma()[:, None])
+        bound = np.stack([layer.own_bounds(self.step_count) for layer in self._layers])
         for level in self.arms.levels:
             least = bound[:, self.arms.children[level]].min(axis=2)
             bound[:, level] = np.maximum(bound[:, level], least)
@@ -275,15 +191,18 @@ class TreeBandit:
 
     def pulls(self) -> IntArray:
         """Pulls of each task in each layer, int64 `(D, T)`."""
-        return self._counts[:, self.arms.arm_of]
+        return self._counts()[:, self.arms.arm_of]
+
+    def _counts(self) -> IntArray:
+        return np.stack([layer.counts for layer in self._layers])
 
     def node_pulls(self) -> IntArray:
         """Pulls at or below each node of the tree, int64 `(D, len(tree.nodes))`."""
-        return self._counts[:, : len(self.tree.nodes)].copy()
+        return self._counts()[:, : len(self.tree.nodes)]
 
     def mean_distances(self) -> FloatArray:
         """Mean distance of each task in each layer, float64 `(D, T)`, NaN where unpulled."""
-        counts, sums = self.pulls(), self._sums[:, self.arms.arm_of]
+        counts, sums = self.pulls(), np.stack([layer.sums[self.arms.arm_of] for layer in self._layers])
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
     def regret(self) -> FloatArray:
@@ -326,13 +245,14 @@ class TreeBandit:
 
     def state_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Statistics and search nodes as arrays."""
+        layers = self._layers
         return self.arms.to_arrays() | {
-            "counts": self._counts,
-            "sums": self._sums,
-            "squares": self._squares,
-            "repeats": self._repeats,
-            "witness": self._witness,
-            "last": self._last,
+            "counts": self._counts(),
+            "sums": np.stack([layer.sums for layer in layers]),
+            "squares": np.array([layer.squares for layer in layers]),
+            "repeats": np.array([layer.repeats for layer in layers]),
+            "witness": np.stack([layer.witness for layer in layers]),
+            "last": self._last.copy(),
         }
 
     def state_meta(self) -> dict[str, object]:
@@ -374,18 +294,23 @@ class TreeBandit:
 
     def _restore(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         """Take over stored statistics after checking their shapes and ranges."""
-        per_node, per_layer = self._counts.shape, self._last.shape
+        per_layer = self._last.shape
+        per_node = *per_layer, self.arms.tasks.size
         ints, floats = np.int64, np.float64
-        self._counts = checked_array(arrays, "counts", per_node, ints)
-        self._sums = checked_array(arrays, "sums", per_node, floats)
-        self._squares = checked_array(arrays, "squares", per_layer, floats)
-        self._repeats = checked_array(arrays, "repeats", per_layer, ints)
-        self._witness = checked_array(arrays, "witness", per_node, ints)
-        self._last = checked_array(arrays, "last", per_layer, ints)
-        if self._witness.min() < 0 or self._witness.max() >= self.arms.tasks.size:
+        counts = checked_array(arrays, "counts", per_node, ints)
+        witness = checked_array(arrays, "witness", per_node, ints)
+        if witness.min() < 0 or witness.max() >= self.arms.tasks.size:
             raise ValueError("bandit witness: a node out of range")
-        if self._counts.min() < 0:
+        if counts.min() < 0:
             raise ValueError("bandit counts: a negative number of pulls")
+        self._last = checked_array(arrays, "last", per_layer, ints)
+        self._begin(
+            counts,
+            checked_array(arrays, "sums", per_node, floats),
+            witness,
+            checked_array(arrays, "squares", per_layer, floats),
+            checked_array(arrays, "repeats", per_layer, ints),
+        )
 
 
 def _check_choices(width: object, search: object, smoothness: object) -> None:

@@ -43,12 +43,25 @@ class SearchArms:
         return arms[np.argsort(self.tasks[arms])]
 
     @cached_property
+    def child_pairs(self) -> list[tuple[int, int] | None]:
+        """The two children of each node in Python's integers, ``None`` for an arm."""
+        rows = zip(self.children.tolist(), self.tasks.tolist(), strict=True)
+        return [(pair[0], pair[1]) if task < 0 else None for pair, task in rows]
+
+    @cached_property
     def parents(self) -> IntArray:
         """Parent of each node, int64 `(N,)`; the root is its own."""
         parent = np.zeros(self.tasks.size, dtype=np.int64)
         inner = np.flatnonzero(self.tasks < 0)
         parent[self.children[inner]] = inner[:, None]
         return parent
+
+    def path_to(self, task: int) -> list[int]:
+        """Nodes from the root to a task's arm."""
+        path = [int(self.arm_of[task])]
+        while path[-1]:
+            path.append(int(self.parents[path[-1]]))
+        return path[::-1]
 
     @cached_property
     def levels(self) -> list[IntArray]:

@@ -67,7 +67,7 @@ def write_project(root: Path, tasks: int) -> Project:
         "given": {},
     }
     project = Project.create(root, "", backend="vit", base=base, fixed=FIXED)
-    signatures = clustered_signatures(tasks)
+    signatures = clustered_signatures(tasks, LAYERS)
     tree = build_tree(signatures, DEPTH)
     bandit = TreeBandit(tree)
     bandit.step(signatures[0])
@@ -115,7 +115,7 @@ def command(root: Path, *arguments: str) -> tuple[float, int]:
 def next_task(root: Path) -> dict[str, float]:
     """Seconds by phase of what surrounds the training of one more task."""
     found = {}
-    signature = clustered_signatures(10, seed=3)[0]
+    signature = clustered_signatures(10, LAYERS, seed=3)[0]
     found["open"], project = timed(lambda: Project.open(root))
     found["read memory"], memory = timed(project.memory)
     found["read tree"], tree = timed(project.tree)

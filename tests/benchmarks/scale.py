@@ -1,6 +1,7 @@
 """What the tree and its search cost with 10 to 10,000 simulated tasks, and a project of 1,000.
 
     python tests/benchmarks/scale.py --out recipes/plots
+    python tests/benchmarks/scale.py --out FOLDER --layers 2     as many as the default trains of a small ViT
 
 Each number of tasks is measured in a process of its own, so that its memory is its own. Prints Markdown tables and
 writes ``scale.svg``.
@@ -25,18 +26,18 @@ from charts import log_chart, table
 from numpy.typing import NDArray
 
 LAYERS, WIDTH, DEPTH = 12, 512, 5
-"""Of the signatures: adapted layers, entries a layer; and the tree's depth, as for a ViT."""
+"""Of the signatures: adapted layers, entries a layer; and the tree's depth, as for a whole ViT."""
 STEPS = 200
 
 
-def clustered_signatures(tasks: int, seed: int = 0) -> NDArray[np.float32]:
-    """Tasks in nested clusters of ten, (tasks, LAYERS, WIDTH): branches shrink by 0.7 a level."""
+def clustered_signatures(tasks: int, layers: int, seed: int = 0) -> NDArray[np.float32]:
+    """Tasks in nested clusters of ten, (tasks, layers, WIDTH): branches shrink by 0.7 a level."""
     rng = np.random.default_rng(seed)
-    values = np.zeros((tasks, LAYERS, WIDTH), dtype=np.float32)
+    values = np.zeros((tasks, layers, WIDTH), dtype=np.float32)
     group, size = tasks, 1.0
     while True:
         count = -(-tasks // group)
-        branch = rng.standard_normal((count, LAYERS, WIDTH), dtype=np.float32) * np.float32(size)
+        branch = rng.standard_normal((count, layers, WIDTH), dtype=np.float32) * np.float32(size)
         values += np.repeat(branch, group, axis=0)[:tasks]
         if group == 1:
             break
@@ -58,15 +59,15 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
-def measure(tasks: int) -> dict[str, float]:
+def measure(tasks: int, layers: int) -> dict[str, float]:
     """Build, search, insert, save and load with a number of tasks, all in this process."""
     from safetensors.numpy import load_file, save_file
 
     from treelora_cli.bandit import TreeBandit
     from treelora_cli.tree import Tree, build_tree
 
-    values = clustered_signatures(tasks)
-    noise = np.random.default_rng(1).standard_normal((2 * STEPS, LAYERS, WIDTH)).astype(np.float32)
+    values = clustered_signatures(tasks, layers)
+    noise = np.random.default_rng(1).standard_normal((2 * STEPS, layers, WIDTH)).astype(np.float32)
     queries = values[tasks // 2] + 0.5 * noise / np.linalg.norm(noise, axis=-1, keepdims=True)
     queries /= np.linalg.norm(queries, axis=-1, keepdims=True)
     before = resident()
@@ -79,7 +80,7 @@ def measure(tasks: int) -> dict[str, float]:
     step = statistics.median(timed(lambda query=query: bandit.step(query))[0] for query in queries[STEPS:])
     flat = TreeBandit(tree, search="flat", arms=bandit.arms)
     flat_step = statistics.median(timed(lambda query=query: flat.step(query))[0] for query in queries[STEPS:])
-    new = clustered_signatures(10, seed=2)
+    new = clustered_signatures(10, layers, seed=2)
     insert = statistics.median(timed(lambda row=row: tree.insert(row))[0] for row in new[:5])
 
     def save(folder: Path) -> None:
@@ -107,7 +108,7 @@ def measure(tasks: int) -> dict[str, float]:
         "prepare": prepare,
         "step": step,
         "flat_step": flat_step,
-        "visits": bandit.node_visits / bandit.step_count / LAYERS,
+        "visits": bandit.node_visits / bandit.step_count / layers,
         "insert": insert,
         "save": save_seconds,
         "load": load_seconds,
@@ -124,16 +125,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("recipes/plots"), help="folder of the chart")
     parser.add_argument("--tasks", type=int, nargs="+", default=[10, 100, 1000, 10_000])
+    parser.add_argument("--layers", type=int, default=LAYERS, help="adapted layers")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
-        print(json.dumps(measure(options.one)))
+        print(json.dumps(measure(options.one, options.layers)))
         return
     found = []
     for tasks in options.tasks:
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", str(tasks)], check=True, stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, __file__, "--one", str(tasks), "--layers", str(options.layers)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found.append(json.loads(done.stdout))
     mib = 2**20
     heading = (

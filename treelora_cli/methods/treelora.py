@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _SEARCH_ROUNDS = 4
 """Times the probe's sketches are walked down the tree before training; a comparison costs no gradient."""
 
+_AHEAD = 32
+"""Training steps searched for at once: in between two of them a search finds nothing it reads in the processor's caches
+and takes several times as long."""
+
 
 @dataclass(frozen=True)
 class TreeLoraSettings:
@@ -69,6 +73,8 @@ class TreeLora:
             self.bandit = TreeBandit(tree, width=settings.width, search=settings.search, seed=settings.seed)
             for index in range(_SEARCH_ROUNDS * len(queries)):
                 self.bandit.step(queries[index % len(queries)])
+        self._selected: dict[int, np.ndarray[Any, Any]] = {}
+        self._behind: tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]] | None = None
 
     def nearest(self) -> int | None:
         """Return the earlier task that the search finds nearest over all layers."""
@@ -86,10 +92,10 @@ class TreeLora:
         return self.reference if parent is None else self._earlier(parent)
 
     def penalty(self, view: StepView, loss: Tensor) -> Tensor | None:
-        """Search one step and return eq. 3's term towards the selected tasks, layer by layer."""
+        """Return eq. 3's term towards the tasks that the search selects at this step, layer by layer."""
         if self.bandit is None:
             return None
-        chosen = self.bandit.step(self.queries[view.step % len(self.queries)])
+        chosen = self._select(self.bandit, view)
         if self.settings.reg == 0:
             return None
         device = view.slot[0][0].device
@@ -98,6 +104,18 @@ class TreeLora:
             return None
         ramp = regularizer.ramp(view.step % view.steps_per_epoch, view.steps_per_epoch)
         return regularizer.penalty(view.slot, self._targets, loss, self.settings.reg, ramp)
+
+    def _select(self, bandit: TreeBandit, view: StepView) -> np.ndarray[Any, Any]:
+        """Return the tasks selected at this step, (D,); the search runs ahead, for its queries are known."""
+        before = _SEARCH_ROUNDS * len(self.queries)
+        made = bandit.step_count - before
+        if made <= view.step:
+            self._behind = bandit.state_arrays(), bandit.state_meta()
+            end = min(max(made + _AHEAD, view.step + 1), view.total)
+            self._selected = {step: bandit.step(self.queries[step % len(self.queries)]) for step in range(made, end)}
+        if bandit.step_count == before + view.step + 1:
+            self._behind = None
+        return self._selected[view.step]
 
     def before_step(self, view: StepView) -> None:
         """Leave the gradients as they are."""
@@ -120,12 +138,15 @@ class TreeLora:
         return self._on_device[key]
 
     def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-        """Return the bandit's statistics."""
+        """Return the bandit's statistics; where the search is ahead of the training, those before it went ahead."""
         if self.bandit is None:
             return {}, {}
+        if self._behind is not None:
+            return self._behind
         return self.bandit.state_arrays(), self.bandit.state_meta()
 
     def load_state(self, arrays: dict[str, np.ndarray[Any, Any]], facts: dict[str, Any]) -> None:
         """Continue the search where it stopped."""
         if self.tree is not None:
             self.bandit = TreeBandit.from_state(self.tree, arrays, facts)
+            self._selected, self._behind = {}, None
