@@ -188,7 +188,7 @@ DEFAULTS = Config(
         precision="auto",
         grad_checkpointing=False,
     ),
-    head=HeadConfig(width=1500, ridge=0.07, views=2, merged="solved", closed="solved"),
+    head=HeadConfig(width=1500, ridge=0.07, views=1, merged="solved", closed="solved"),
 )
 """The lowest level of precedence; a backend's own defaults stand above it."""
 
