@@ -146,7 +146,7 @@ class TreeBandit:
             self.node_visits += sum(4 * (len(path) - 1) for path in paths)  # two on the way down, two up
             return paths
         if self.search == "flat":
-            bounds = np.stack([layer.own_bounds(self.step_count) for layer in self._layers])[:, self.arms.arm_of]
+            bounds = self._own_bounds()[:, self.arms.arm_of]
             self.node_visits += bounds.size
             tasks = bounds.argmin(axis=1)  # the lower task of equals
         else:
@@ -183,11 +183,15 @@ class TreeBandit:
 
     def lower_bounds(self) -> FloatArray:
         """The exact LCB of every search node, float64 `(D, N)`; its cost grows with `T`."""
-        bound = np.stack([layer.own_bounds(self.step_count) for layer in self._layers])
+        bound = self._own_bounds()
         for level in self.arms.levels:
             least = bound[:, self.arms.children[level]].min(axis=2)
             bound[:, level] = np.maximum(bound[:, level], least)
         return bound
+
+    def _own_bounds(self) -> FloatArray:
+        """Own bound of every search node at the present step, float64 `(D, N)`."""
+        return np.stack([layer.own_bounds(self.step_count) for layer in self._layers])
 
     def pulls(self) -> IntArray:
         """Pulls of each task in each layer, int64 `(D, T)`."""
