@@ -279,6 +279,17 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plain_runtime() -> Any:
     """A runtime of one process on the CPU that shows nothing."""
-    from treelora_cli.runtime import Silent, open_runtime
+    from treelora_cli.backend.runtime import Silent, open_runtime
 
     return open_runtime("cpu", offline=True, reporter=Silent())
+
+
+def check_error(done: Result, code: int, line: str) -> None:
+    """One line of error with the documented code and nothing else to be afraid of."""
+    assert done.code == code, done.err or done.out
+    assert "Traceback" not in done.err
+    errors = [text for text in done.err.splitlines() if text.startswith("Error: ")]
+    assert len(errors) == 1, done.err
+    assert done.err.splitlines()[-1] == errors[0], "the message is one line, the last"
+    assert re.search(line, errors[0]), errors[0]
+    record_bad_input(done)

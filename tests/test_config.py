@@ -27,7 +27,7 @@ from treelora_cli.config import (
     to_yaml,
 )
 from treelora_cli.errors import ConfigError
-from treelora_cli.recipes import shipped_recipes, stream_tasks
+from treelora_cli.learning.recipes import shipped_recipes, stream_tasks
 
 # -- strictness -------------------------------------------------------------------------------------------
 

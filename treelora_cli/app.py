@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from treelora_cli import __version__
+from treelora_cli.backend.runtime import quiet_libraries
 from treelora_cli.commands.compare import compare
 from treelora_cli.commands.context import Session
 from treelora_cli.commands.demo import demo
@@ -23,7 +23,7 @@ from treelora_cli.commands.rollback import rollback
 from treelora_cli.commands.run import run
 from treelora_cli.commands.status import status
 from treelora_cli.commands.train_task import train_task
-from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError, is_out_of_memory
+from treelora_cli.errors import Interrupted, describe_error
 from treelora_cli.project.signals import terminate_like_interrupt
 from treelora_cli.views.console import Output
 
@@ -129,34 +129,3 @@ def run_command(given: list[str]) -> int:
         message, code = describe_error(error)
         output.error(message, code)
         return code
-
-
-def describe_error(error: BaseException) -> tuple[str, int]:
-    """Return the line to show and the exit code."""
-    if isinstance(error, TreeLoraError):
-        return str(error), error.exit_code
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return "Interrupted; nothing was committed.", Interrupted.exit_code
-    format_message = getattr(error, "format_message", None)
-    if format_message is not None:  # the parser's own usage errors
-        context = getattr(error, "ctx", None)
-        hint = f" See: {context.command_path} --help" if context is not None else ""
-        return f"{format_message()}{hint}", 2
-    if is_out_of_memory(error):
-        return "Out of memory; nothing was committed. Retry with a smaller --batch-size.", ResourceError.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Disk full; nothing was committed. Free space and retry.", ResourceError.exit_code
-    first = (str(error).splitlines() or [""])[0]
-    return f"Unexpected {type(error).__name__}: {first}. Run again with --debug and report it.", 1
-
-
-def quiet_libraries() -> None:
-    """Keep libraries' warnings off the terminal unless asked for."""
-    import os
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")

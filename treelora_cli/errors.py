@@ -6,6 +6,7 @@ Every message is one line: what is wrong, where, and what to do next.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -82,3 +83,24 @@ def suggest(value: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known name nearest to ``value``, or nothing."""
     near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def describe_error(error: BaseException) -> tuple[str, int]:
+    """Return the line to show and the exit code."""
+    if isinstance(error, TreeLoraError):
+        return str(error), error.exit_code
+    import typer
+
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return "Interrupted; nothing was committed.", Interrupted.exit_code
+    format_message = getattr(error, "format_message", None)
+    if format_message is not None:  # the parser's own usage errors
+        context = getattr(error, "ctx", None)
+        hint = f" See: {context.command_path} --help" if context is not None else ""
+        return f"{format_message()}{hint}", 2
+    if is_out_of_memory(error):
+        return "Out of memory; nothing was committed. Retry with a smaller --batch-size.", ResourceError.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Disk full; nothing was committed. Free space and retry.", ResourceError.exit_code
+    first = (str(error).splitlines() or [""])[0]
+    return f"Unexpected {type(error).__name__}: {first}. Run again with --debug and report it.", 1

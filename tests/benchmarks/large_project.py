@@ -29,12 +29,12 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 from scale import DEPTH, LAYERS, clustered_signatures
 
-from treelora_cli.backend import DataRequest
-from treelora_cli.bandit import TreeBandit
-from treelora_cli.metrics import ScoreMatrix
+from treelora_cli.algorithm.bandit import TreeBandit
+from treelora_cli.algorithm.tree import build_tree
+from treelora_cli.backend.contract import DataRequest
 from treelora_cli.project import Commit, Project
 from treelora_cli.project.state import TaskEntry
-from treelora_cli.tree import build_tree
+from treelora_cli.score_matrix import ScoreMatrix
 
 NAMES = tuple(f"blocks.{index}.attn.qkv" for index in range(LAYERS))
 FIXED = {"adapter.alpha": 8.0, "adapter.rank": 4}

@@ -18,9 +18,9 @@ import numpy as np
 from charts import log_chart, table
 from numpy.typing import NDArray
 
-from treelora_cli.bandit import Search, TreeBandit, Width
-from treelora_cli.split import l1_distance
-from treelora_cli.tree import build_tree
+from treelora_cli.algorithm.bandit import Search, TreeBandit, Width
+from treelora_cli.algorithm.distances import l1_distance
+from treelora_cli.algorithm.tree import build_tree
 
 LAYERS, WIDTH, NOISE = 6, 64, 0.5
 NEAR = 0.05

@@ -63,8 +63,8 @@ def measure(tasks: int, layers: int) -> dict[str, float]:
     """Build, search, insert, save and load with a number of tasks, all in this process."""
     from safetensors.numpy import load_file, save_file
 
-    from treelora_cli.bandit import TreeBandit
-    from treelora_cli.tree import Tree, build_tree
+    from treelora_cli.algorithm.bandit import TreeBandit
+    from treelora_cli.algorithm.tree import Tree, build_tree
 
     values = clustered_signatures(tasks, layers)
     noise = np.random.default_rng(1).standard_normal((2 * STEPS, layers, WIDTH)).astype(np.float32)

@@ -36,8 +36,8 @@ class _Crafted(Project):
 
 def _use(project: Project) -> None:
     """Read everything that commands read."""
-    from treelora_cli.backend import DataRequest
-    from treelora_cli.bandit import pull_summary
+    from treelora_cli.algorithm.bandit import pull_summary
+    from treelora_cli.backend.contract import DataRequest
 
     project.tree()
     found = project.bandit()

@@ -12,8 +12,9 @@ from treelora_cli.commands.context import Session, session_of
 from treelora_cli.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
-    from treelora_cli.comparison import Failure, Outcome, Run
-    from treelora_cli.comparison_rows import Row
+    from treelora_cli.compare.results import Failure, Outcome
+    from treelora_cli.compare.rows import Row
+    from treelora_cli.compare.runs import Run
     from treelora_cli.config import Config
 
 
@@ -55,10 +56,11 @@ def compare(
     in --out: the same command goes on where it stopped. A method that fails is named, the others go on, and the exit
     code is 7.
     """
-    from treelora_cli.comparison import finish_runs, plan_runs
-    from treelora_cli.comparison_rows import check_baseline, summarise
+    from treelora_cli.compare.results import finish_runs
+    from treelora_cli.compare.rows import check_baseline, summarise
+    from treelora_cli.compare.runs import plan_runs
     from treelora_cli.config import from_flags
-    from treelora_cli.recipes import find_recipe
+    from treelora_cli.learning.recipes import find_recipe
 
     session = session_of(context)
     path = find_recipe(recipe).absolute()
@@ -93,10 +95,10 @@ def compare(
 
 def check_stream(runs: list[Run], flags: Config) -> None:
     """Raise a usage, data or model error now that every process would raise later."""
+    from treelora_cli.backend.registry import load_backend
     from treelora_cli.config import load_config, overlay, resolve
+    from treelora_cli.learning.stream import StreamRequest, plan_stream
     from treelora_cli.methods.catalogue import OURS, choose_head
-    from treelora_cli.registry import load_backend
-    from treelora_cli.stream import StreamRequest, plan_stream
 
     for run in runs:
         plan_stream(StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False))
@@ -125,7 +127,7 @@ def _started(session: Session, run: Run) -> None:
 
 
 def _finished(session: Session, run: Run, outcome: Outcome | Failure, before: bool) -> None:
-    from treelora_cli.comparison import Failure
+    from treelora_cli.compare.results import Failure
     from treelora_cli.views.comparison import outcome_line
 
     told = f"failed: {outcome.message}" if isinstance(outcome, Failure) else outcome_line(outcome)
@@ -144,7 +146,7 @@ def _show(
 ) -> None:
     import dataclasses
 
-    from treelora_cli.comparison_rows import flat_row
+    from treelora_cli.compare.rows import flat_row
     from treelora_cli.views.comparison import NOTES, comparison_table, csv_text
 
     if csv is not None:

@@ -16,7 +16,7 @@ from treelora_cli.project import Project
 from treelora_cli.views.console import Output
 
 if TYPE_CHECKING:
-    from treelora_cli.runtime import Runtime
+    from treelora_cli.backend.runtime import Runtime
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Session:
 
     def runtime(self, device: str | None) -> Runtime:
         """Start accelerate; in all processes but the main one nothing is shown."""
-        from treelora_cli.runtime import open_runtime
+        from treelora_cli.backend.runtime import open_runtime
 
         if self.offline:
             os.environ["HF_HUB_OFFLINE"] = "1"

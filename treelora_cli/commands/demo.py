@@ -21,15 +21,15 @@ def demo(
     device: options.Device = None,
 ) -> None:
     """Learn handwritten digits as five tasks of two classes, show the tree, export and verify. Offline."""
-    from treelora_cli.backend import ExportOptions
+    from treelora_cli.backend.contract import ExportOptions
     from treelora_cli.config import Config
     from treelora_cli.data.digits import write_digits
-    from treelora_cli.export import ExportRequest, write_export
-    from treelora_cli.recipes import shipped_recipes
-    from treelora_cli.stream import StreamRequest
+    from treelora_cli.learning.export import ExportRequest, write_export
+    from treelora_cli.learning.opening import open_base, project_config
+    from treelora_cli.learning.recipes import shipped_recipes
+    from treelora_cli.learning.stream import StreamRequest
     from treelora_cli.views.scores import percent
     from treelora_cli.views.task_tree import tree_document, tree_view
-    from treelora_cli.workspace import open_base, project_config
 
     session = session_of(context)
     if directory.exists() and (directory.is_file() or any(directory.iterdir())):

@@ -11,9 +11,9 @@ from treelora_cli.commands.context import Session, session_of
 from treelora_cli.errors import CheckError, DataError, UsageError
 
 if TYPE_CHECKING:
-    from treelora_cli.backend import Score
-    from treelora_cli.evaluation import HeldOut
-    from treelora_cli.metrics import Standing
+    from treelora_cli.backend.contract import Score
+    from treelora_cli.learning.evaluation import HeldOut
+    from treelora_cli.score_matrix import Standing
 
 
 BASE = "base"
@@ -38,8 +38,8 @@ def evaluate(
 ) -> None:
     """Score the held-out data of every task over everything learned so far."""
     from treelora_cli.config import from_flags
-    from treelora_cli.evaluation import read_held_out, score_tasks
-    from treelora_cli.workspace import open_base, project_config
+    from treelora_cli.learning.evaluation import read_held_out, score_tasks
+    from treelora_cli.learning.opening import open_base, project_config
 
     untouched = inference == BASE
     if untouched and max_forgetting is not None:

@@ -25,11 +25,11 @@ def export(
     device: options.Device = None,
 ) -> None:
     """Write a model or adapter that timm, transformers or peft loads without treelora."""
-    from treelora_cli.backend import ExportOptions
+    from treelora_cli.backend.contract import ExportOptions
     from treelora_cli.config import Config
-    from treelora_cli.export import ExportRequest, write_export
+    from treelora_cli.learning.export import ExportRequest, write_export
+    from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.views.scores import percent
-    from treelora_cli.workspace import open_base, project_config
 
     session = session_of(context)
     project = session.project()

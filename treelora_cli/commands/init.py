@@ -48,8 +48,8 @@ def init(
 ) -> None:
     """Make a project in DIR around a frozen base model."""
     from treelora_cli.config import from_flags
-    from treelora_cli.recipes import find_recipe
-    from treelora_cli.workspace import make_project
+    from treelora_cli.learning.opening import make_project
+    from treelora_cli.learning.recipes import find_recipe
 
     session = session_of(context)
     flags = from_flags(

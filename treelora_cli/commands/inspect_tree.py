@@ -59,7 +59,7 @@ def inspect_tree(
 
 
 def _bandit(project: Project) -> tuple[dict[str, Any] | None, RenderableType]:
-    from treelora_cli.bandit import pull_summary
+    from treelora_cli.algorithm.bandit import pull_summary
     from treelora_cli.views.task_tree import bandit_table
 
     saved = project.bandit()

@@ -20,9 +20,9 @@ def predict(
 ) -> None:
     """Answer each INPUT: a label for an image, text for a prompt; no task identity given."""
     from treelora_cli.config import from_flags
-    from treelora_cli.evaluation import stored_fits
+    from treelora_cli.learning.evaluation import stored_fits
+    from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.views.scores import percent
-    from treelora_cli.workspace import open_base, project_config
 
     session = session_of(context)
     project = session.project()

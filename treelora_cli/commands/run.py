@@ -11,7 +11,7 @@ from treelora_cli.commands import options
 from treelora_cli.commands.context import Session, session_of
 
 if TYPE_CHECKING:
-    from treelora_cli.learn import TaskReport
+    from treelora_cli.learning.task import TaskReport
     from treelora_cli.project import Project
 
 
@@ -42,8 +42,8 @@ def run(
 ) -> None:
     """Make a project and learn every task of RECIPE in order."""
     from treelora_cli.config import from_flags
-    from treelora_cli.recipes import find_recipe
-    from treelora_cli.stream import StreamRequest
+    from treelora_cli.learning.recipes import find_recipe
+    from treelora_cli.learning.stream import StreamRequest
 
     session = session_of(context)
     path = find_recipe(recipe)
@@ -71,7 +71,7 @@ def run(
 
 def run_and_report(session: Session, request: Any, device: str | None) -> tuple[Project, list[TaskReport]]:
     """Run a stream, noting each task as it is learned."""
-    from treelora_cli.stream import run_stream
+    from treelora_cli.learning.stream import run_stream
     from treelora_cli.views.scores import summary
 
     reports: list[TaskReport] = []

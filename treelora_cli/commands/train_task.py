@@ -13,9 +13,9 @@ from treelora_cli.commands.context import Session, parse_pairs, session_of
 from treelora_cli.errors import DamagedError, ProjectError, UsageError
 
 if TYPE_CHECKING:
-    from treelora_cli.backend import Base, DataRequest
+    from treelora_cli.backend.contract import Base, DataRequest
     from treelora_cli.config import Config
-    from treelora_cli.learn import TaskReport
+    from treelora_cli.learning.task import TaskReport
     from treelora_cli.project import Project
 
 
@@ -50,10 +50,10 @@ def train_task(
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Score every task afterwards.")] = True,
 ) -> None:
     """Learn one more task from DATA and commit it. The earlier tasks' data is not needed."""
-    from treelora_cli.backend import DataRequest
+    from treelora_cli.backend.contract import DataRequest
     from treelora_cli.config import from_flags
-    from treelora_cli.learn import learn_task
-    from treelora_cli.workspace import open_base, project_config
+    from treelora_cli.learning.opening import open_base, project_config
+    from treelora_cli.learning.task import learn_task
 
     session = session_of(context)
     flags = from_flags(
@@ -113,7 +113,7 @@ def _task_name(name: str | None, data: Path) -> str:
 def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple[str, DataRequest]:
     from dataclasses import replace
 
-    from treelora_cli.backend import DataRequest
+    from treelora_cli.backend.contract import DataRequest
 
     facts = project.checkpoint.facts()
     if facts is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.backend import DataRequest
+from treelora_cli.backend.contract import DataRequest
 from treelora_cli.data.held_out import set_aside
 from treelora_cli.data.paths import existing
 from treelora_cli.data.tables import TABLE_SUFFIXES, Row, read_table

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.backend import DataRequest
+from treelora_cli.backend.contract import DataRequest
 from treelora_cli.data.held_out import set_aside
 from treelora_cli.data.paths import existing
 from treelora_cli.data.tables import TABLE_SUFFIXES, Row, read_table
+from treelora_cli.data.text_scores import METRICS
 from treelora_cli.errors import DataError, suggest
-from treelora_cli.scores import METRICS
 
 STYLES = ("plain", "labels", "chat", "text")
 """How examples become model input: prompt as it is; sentence with the label names; chat; free text."""

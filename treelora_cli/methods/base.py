@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from treelora_cli.adapters import AdapterWeights
+    from treelora_cli.backend.adapters import AdapterWeights
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from treelora_cli.adapters import AdapterWeights
+    from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.methods.base import StepView, TaskContext
 
 

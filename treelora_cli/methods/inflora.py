@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treelora_cli.adapters import AdapterWeights, base_only, fold_slot
+from treelora_cli.backend.adapters import AdapterWeights, base_only, fold_slot
 from treelora_cli.methods.seqlora import SeqLora
 
 if TYPE_CHECKING:

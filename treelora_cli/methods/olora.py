@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from treelora_cli.adapters import fold_slot
+from treelora_cli.backend.adapters import fold_slot
 from treelora_cli.methods.seqlora import SeqLora
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from treelora_cli.adapters import AdapterWeights
+    from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.methods.base import StepView, TaskContext
 
 

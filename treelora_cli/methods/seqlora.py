@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from treelora_cli.adapters import read_slot
+from treelora_cli.backend.adapters import read_slot
 from treelora_cli.methods.base import Unprotected
 
 if TYPE_CHECKING:
-    from treelora_cli.adapters import AdapterWeights
+    from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.methods.base import TaskContext
 
 

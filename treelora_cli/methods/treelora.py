@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treelora_cli import regularizer
-from treelora_cli.bandit import Search, TreeBandit, Width
+from treelora_cli.algorithm import pull as regularizer
+from treelora_cli.algorithm.bandit import Search, TreeBandit, Width
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from treelora_cli.adapters import AdapterWeights
+    from treelora_cli.algorithm.tree import Tree
+    from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.methods.base import StepView
-    from treelora_cli.tree import Tree
 
 _SEARCH_ROUNDS = 4
 """Times the probe's sketches are walked down the tree before training; a comparison costs no gradient."""

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from treelora_cli.metrics import ScoreMatrix
-    from treelora_cli.tree import Tree
+    from treelora_cli.algorithm.tree import Tree
+    from treelora_cli.score_matrix import ScoreMatrix
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from treelora_cli import __version__
 from treelora_cli.config import DEFAULTS, Config, load_config
 from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, UsageError
-from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project.checkpoint import Checkpoint
 from treelora_cli.project.commit import Commit, all_finite, check_finite, contents_of, place_merged
 from treelora_cli.project.history import History
@@ -22,14 +21,15 @@ from treelora_cli.project.lock import exclusive_lock, lock_holder
 from treelora_cli.project.signals import signals_held
 from treelora_cli.project.state import State, TaskEntry, parse_state
 from treelora_cli.project.store import Content, FileRecord, Store, as_user_error, refuse_links, write_file
+from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from treelora_cli.adapters import AdapterWeights
-    from treelora_cli.backend import Memory, TaskMemory
-    from treelora_cli.tree import Tree
+    from treelora_cli.algorithm.tree import Tree
+    from treelora_cli.backend.adapters import AdapterWeights
+    from treelora_cli.backend.contract import Memory, TaskMemory
 
 T = TypeVar("T")
 
@@ -159,7 +159,7 @@ class Project:
 
     def tree(self) -> Tree | None:
         """Return the tree over all tasks, task ``i`` being ``state.tasks[i]``; ``None`` before the first."""
-        from treelora_cli.tree import Tree
+        from treelora_cli.algorithm.tree import Tree
 
         if not self.state.tasks:
             return None
@@ -175,7 +175,7 @@ class Project:
         Raises:
             DamagedError: They do not fit each other.
         """
-        from treelora_cli.bandit import pull_summary
+        from treelora_cli.algorithm.bandit import pull_summary
 
         if "bandit.json" not in self.state.files:
             return None
@@ -208,7 +208,7 @@ class Project:
         Raises:
             DamagedError: It is not what this program writes.
         """
-        from treelora_cli.backend import DataRequest
+        from treelora_cli.backend.contract import DataRequest
 
         where = f"{self.entry(name).directory}/task.json"
         record = self._read_json(where)
@@ -255,7 +255,7 @@ class Project:
 
     def memory(self) -> Memory:
         """Return what later predictions need; tensors are read and verified when first asked for."""
-        from treelora_cli.backend import Memory
+        from treelora_cli.backend.contract import Memory
 
         adapter_of = functools.lru_cache(maxsize=_ADAPTERS_AT_HAND)(self.adapter)
         tasks = tuple(self._task_memory(entry, adapter_of) for entry in self.state.tasks)
@@ -263,7 +263,7 @@ class Project:
         return Memory(tasks, functools.partial(self._read_tensors, "head.safetensors") if self.state.tasks else dict)
 
     def _task_memory(self, entry: TaskEntry, adapter_of: Callable[[str], AdapterWeights]) -> TaskMemory:
-        from treelora_cli.backend import TaskMemory
+        from treelora_cli.backend.contract import TaskMemory
 
         record = self.task_record(entry.name)
         return TaskMemory(
@@ -276,7 +276,7 @@ class Project:
 
     def adapter(self, name: str) -> AdapterWeights:
         """Return a task's adapter, its group's when it was merged."""
-        from treelora_cli.adapters import AdapterWeights
+        from treelora_cli.backend.adapters import AdapterWeights
 
         where = f"{self.entry(name).adapter}/adapter_model.safetensors"
         rank = self.state.fixed["adapter.rank"]

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treelora_cli.errors import DamagedError, ProjectError
-from treelora_cli.metrics import ScoreMatrix
 from treelora_cli.project.commit import to_json, tree_files
 from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock
 from treelora_cli.project.project import STATE, Project
 from treelora_cli.project.state import State, parse_state
 from treelora_cli.project.store import record_of, write_file
+from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from treelora_cli.tree import Tree
+    from treelora_cli.algorithm.tree import Tree
 
 _TREE = ("tree.json", "tree.safetensors")
 _BANDIT = ("bandit.json", "bandit.safetensors")
@@ -145,7 +145,7 @@ def _signatures(project: Project, damaged: set[str]) -> list[np.ndarray[Any, Any
 
 
 def _regrown(project: Project, damaged: set[str], signatures: list[np.ndarray[Any, Any]]) -> Tree | None:
-    from treelora_cli.tree import extend_tree
+    from treelora_cli.algorithm.tree import extend_tree
 
     tree: Tree | None = None
     settings = _tree_settings(project, damaged)

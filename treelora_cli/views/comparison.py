@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
-from treelora_cli.comparison import Outcome
-from treelora_cli.comparison_rows import Figure, Row, flat_row
+from treelora_cli.compare.results import Outcome
+from treelora_cli.compare.rows import Figure, Row, flat_row
 from treelora_cli.views.scores import FORMULAS, percent
 
 NOTES = (

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from treelora_cli.metrics import ScoreMatrix, Standing
+from treelora_cli.score_matrix import ScoreMatrix, Standing
 
 FORMULAS = (
     "OP = mean of a[N][j];  forgetting = mean of a[j][j] - a[N][j] (lower is better);"

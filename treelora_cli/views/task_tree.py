@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
-from treelora_cli.tree import Tree, l1_distance
+from treelora_cli.algorithm.tree import Tree, l1_distance
 
 _MANY = 30
 """Tasks beyond which neither a line that names all of them nor a table with a column for each can be read."""

@@ -1,0 +1,171 @@
+"""Answer prompts with whatever weights a network holds: by likelihood of each label, or by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from treelora_backends.causal_lm.batches import by_length, collate, pad, tokens_at_once
+from treelora_backends.causal_lm.network.network import LmNetwork
+from treelora_backends.causal_lm.render import Encoder, Ids, cut_middle
+from treelora_cli.backend.runtime import Runtime
+from treelora_cli.data.text import TextExample
+from treelora_cli.data.text_scores import score_text
+
+_LABEL_TOKENS = 128
+"""A label set with more tokens than this beyond first ones is cheaper to generate from."""
+_TAIL = 24
+"""Characters of a prompt's end on which the tokens of an answer can depend."""
+
+Answer = tuple[str, float | None]
+"""Text, and its probability among the labels where there are any."""
+Known = dict[tuple[str, str, "Manner", bytes], Answer]
+"""Answers by weights, precision, manner and prompt."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How inputs are rendered and answered.
+
+    Attributes:
+        style: One of ``data.text.STYLES``.
+        labels: The closed set of answers; empty for open ones.
+        by_label: Choose the likeliest label instead of generating.
+        most_new: Longest generated answer, in tokens.
+    """
+
+    style: str
+    labels: tuple[str, ...]
+    by_label: bool
+    most_new: int
+
+    def reserve(self, room: int) -> int:
+        """Return how many of ``room`` tokens are kept free for the answer; a prompt is worth more than a long one."""
+        return min(self.most_new, room // 4)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    ids: Ids
+    tail: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Answerer:
+    """Answers with one network as it stands.
+
+    Args:
+        lm: The network.
+        encoder: Its tokenizer.
+        runtime: Device and arithmetic.
+        known: Answers given before, kept by what they depend on: a stream asks the same of every task's
+            unchanged adapter after each new task.
+    """
+
+    def __init__(self, lm: LmNetwork, encoder: Encoder, runtime: Runtime, known: Known | None = None) -> None:
+        self.lm = lm
+        self.encoder = encoder
+        self.runtime = runtime
+        self.known: Known = {} if known is None else known
+        self.weights = ""
+        """Names the weights in the network, in ``known``."""
+
+    def answers(self, examples: Sequence[TextExample], manner: Manner, room: int) -> list[Answer]:
+        """Return (answer, probability among the labels) of each input.
+
+        Args:
+            examples: Inputs; their own answers are not looked at.
+            manner: How to answer.
+            room: Most tokens of prompt and answer together; longer prompts lose their middle.
+        """
+        prompts = [self._prompt(one, manner, room) for one in examples]
+        keys = [(self.weights, self.runtime.forward_precision, manner, one.ids.tobytes()) for one in prompts]
+        fresh = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self.known}
+        new_keys, asked = list(fresh), list(fresh.values())
+        most = tokens_at_once(self.lm.device)
+        batches = list(by_length(asked, lambda one: len(one) + manner.most_new, most))
+        short = manner.by_label and self._labels_are_short(prompts[0], manner)
+        ask = self._by_label if short else self._by_generation
+        for rows in self.runtime.reporter.track(batches, "Answering", len(batches)):
+            answers = ask([asked[row] for row in rows], manner)
+            self.known.update(zip((new_keys[row] for row in rows), answers, strict=True))
+        return [self.known[key] for key in keys]
+
+    def _prompt(self, example: TextExample, manner: Manner, room: int) -> _Prompt:
+        text = self.encoder.prompt_text(example, manner.style, manner.labels)
+        ids = cut_middle(self.encoder.prompt_ids(text, manner.style), max(1, room - manner.reserve(room)))
+        return _Prompt(np.asarray(ids, dtype=np.int32), text[-_TAIL:])
+
+    # -- labels ---------------------------------------------------------------------------------------
+
+    def _labels_are_short(self, prompt: _Prompt, manner: Manner) -> bool:
+        return sum(len(label) - 1 for label in self._label_ids(prompt.tail, manner)) <= _LABEL_TOKENS
+
+    def _label_ids(self, tail: str, manner: Manner) -> list[list[int]]:
+        """Return the tokens of each label after a prompt with this end; none begins another."""
+        start = self.encoder.prompt_ids(tail, manner.style)
+        found = [self.encoder.answer_ids(tail, start, label, manner.style) for label in manner.labels]
+        clash = any(a is not b and b[: len(a)] == a for a in found for b in found)
+        return [[*label, *self.encoder.end_ids[:1]] for label in found] if clash else found
+
+    def _by_label(self, prompts: Sequence[_Prompt], manner: Manner) -> list[Answer]:
+        by_tail = {tail: self._label_ids(tail, manner) for tail in dict.fromkeys(one.tail for one in prompts)}
+        answers: dict[int, Answer] = {}
+        for labels in _distinct(by_tail.values()):
+            rows = [row for row, prompt in enumerate(prompts) if by_tail[prompt.tail] == labels]
+            batch = pad([prompts[row].ids for row in rows], self.encoder.pad_id).to(self.lm.device)
+            with torch.no_grad(), self.runtime.autocast():
+                scores = self.lm.label_log_likelihoods(batch, labels)
+            confidence, best = scores.softmax(dim=1).max(dim=1)
+            for row, sure, index in zip(rows, confidence.tolist(), best.tolist(), strict=True):
+                answers[row] = (manner.labels[index], sure)
+        return [answers[row] for row in range(len(prompts))]
+
+    # -- generation -----------------------------------------------------------------------------------
+
+    def _by_generation(self, prompts: Sequence[_Prompt], manner: Manner) -> list[Answer]:
+        batch = pad([prompt.ids for prompt in prompts], self.encoder.pad_id, left=True).to(self.lm.device)
+        with torch.no_grad(), self.runtime.autocast():
+            most_new = max(1, min(manner.most_new, self.encoder.context - batch.ids.shape[1]))
+            new = self.lm.generate(batch, most_new, self.encoder.end_ids, self.encoder.pad_id)
+        return [(self.encoder.decode(ids), None) for ids in new]
+
+    # -- scores ---------------------------------------------------------------------------------------
+
+    def score_sum(self, examples: Sequence[TextExample], manner: Manner, metric: str) -> tuple[float, float]:
+        """Return (sum of scores, their number) of examples; free text counts its tokens."""
+        if metric == "token_accuracy":
+            return self._token_hits(examples)
+        room = min(self.encoder.context, self.encoder.max_length + manner.most_new)
+        return sum_scores(examples, self.answers(examples, manner, room), metric)
+
+    def _token_hits(self, examples: Sequence[TextExample]) -> tuple[float, float]:
+        encoded = [self.encoder.encode(one, "text", ()) for one in examples]
+        right = count = 0
+        for rows in by_length(encoded, len, tokens_at_once(self.lm.device)):
+            labelled = collate([encoded[row] for row in rows], self.encoder.pad_id).to(self.lm.device)
+            with torch.no_grad(), self.runtime.autocast():
+                right += self.lm.correct(labelled)
+            count += len(labelled.targets)
+        return float(right), float(count)
+
+
+def sum_scores(examples: Sequence[TextExample], answers: Sequence[Answer], metric: str) -> tuple[float, float]:
+    """Return (sum of scores, their number) of answers to examples."""
+    pairs = zip(examples, answers, strict=True)
+    scores = [score_text(metric, one.prompt, text, one.answer) for one, (text, _) in pairs]
+    return sum(scores), float(len(scores))
+
+
+def _distinct(label_sets: Iterable[list[list[int]]]) -> list[list[list[int]]]:
+    """Return each tokenisation of the labels once."""
+    found: list[list[list[int]]] = []
+    for labels in label_sets:
+        if labels not in found:
+            found.append(labels)
+    return found

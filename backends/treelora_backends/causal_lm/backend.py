@@ -1,0 +1,199 @@
+"""The ``causal-lm`` backend: any causal language model of transformers, by hub id, directory or GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from treelora_backends.causal_lm.answers import Known
+from treelora_backends.causal_lm.contenders import make_contender
+from treelora_backends.causal_lm.export import check_export, load_line, write_adapter, write_merged
+from treelora_backends.causal_lm.loading import choose_layers, load_model, load_tokenizer, resolve, source_of
+from treelora_backends.causal_lm.network.network import LmNetwork
+from treelora_backends.causal_lm.predictor import LmPredictor
+from treelora_backends.causal_lm.render import Encoder
+from treelora_backends.causal_lm.router import FeatureReader
+from treelora_backends.causal_lm.session import LmSession
+from treelora_backends.causal_lm.task import LmTask, read_lm_task
+from treelora_cli.backend import adapters
+from treelora_cli.backend.fingerprint import hash_parameters
+from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig
+from treelora_cli.data.text import TextExample
+from treelora_cli.errors import ModelError
+
+if TYPE_CHECKING:
+    from treelora_cli.backend.contract import ContenderModel, DataRequest, ExportCheck, ExportOptions, Memory, TaskData
+    from treelora_cli.backend.runtime import Runtime
+
+_UNKNOWN_CONTEXT = 2048
+_SAMPLE = "The answer is 42: Größe, 今天, naïve?\n<end>"
+
+
+class CausalLmBackend:
+    """Registered as ``causal-lm``."""
+
+    name = "causal-lm"
+    contender_heads = ("answer", "routed")
+
+    def defaults(self) -> Config:
+        """Return the paper's rank, scale and depth, and what measured best for the rest."""
+        return Config(
+            inference="routed",
+            adapter=AdapterConfig(rank=8, alpha=32.0, dropout=0.0),
+            tree=TreeConfig(depth=64, probe_batches=8),
+            train=TrainConfig(epochs=2, lr=2e-3, batch_size=4, reg=0.5, prompt_tail=8),
+            head=HeadConfig(width=512),
+        )
+
+    def resolve_base(self, base: BaseConfig, *, offline: bool) -> BaseConfig:
+        """Check the user's choice of model."""
+        return resolve(base, offline=offline)
+
+    def load(self, config: Config, runtime: Runtime) -> CausalLmBase:
+        """Load the model and its tokenizer, and attach an adapter slot."""
+        model = load_model(config.base, runtime.device, offline=runtime.offline)
+        tokenizer = load_tokenizer(config.base, offline=runtime.offline)
+        layers = choose_layers(model, str(config.base.model), config.adapter)
+        _check_vocabulary(model, tokenizer, str(config.base.model))
+        fingerprint = hash_parameters(model)
+        adapter = config.adapter
+        assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
+        rank, alpha, dropout = adapter.rank, adapter.alpha, adapter.dropout
+        network = adapters.attach(model, layers, rank=rank, alpha=alpha, dropout=dropout, task_type="CAUSAL_LM")
+        if config.base.dtype != "nf4":
+            network = network.to(runtime.device)
+        network.eval()
+        _check_adapters_act(network, model, layers)
+        return CausalLmBase(network, model, layers, fingerprint, tokenizer, config, runtime)
+
+
+class CausalLmBase:
+    """A loaded causal language model with one LoRA slot; meets ``Base``."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        model: nn.Module,
+        layers: tuple[str, ...],
+        fingerprint: str,
+        tokenizer: Any,
+        config: Config,
+        runtime: Runtime,
+    ) -> None:
+        self.network = network
+        self.layers = layers
+        self.fingerprint = fingerprint
+        self.tokenizer = tokenizer
+        self.config = config
+        self.runtime = runtime
+        assert config.adapter.alpha is not None and config.adapter.rank is not None
+        self.scale: float = config.adapter.alpha / config.adapter.rank
+        self.lm = LmNetwork(model, layers, runtime.autocast)
+        self.context = _context_of(model)
+        assert config.train.max_length is not None
+        longest = min(config.train.max_length, self.context)
+        self.encoder = Encoder(tokenizer, longest, _end_ids(model, tokenizer), self.context)
+        self.known_answers: Known = {}
+        self._features = FeatureReader(network, self.lm, self.encoder, runtime)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Architecture, size, context and where the weights came from."""
+        model = self.lm.model
+        return {
+            "architecture": type(model).__name__,
+            "blocks": len(self.lm.blocks),
+            "width": int(model.config.get_text_config().hidden_size),
+            "parameters": sum(p.numel() for n, p in self.network.named_parameters() if "lora_" not in n),
+            "context": self.context,
+            "dtype": self.config.base.dtype or "float32",
+            "chat_template": self.encoder.has_template,
+            "dequantized_from_gguf": source_of(str(self.config.base.model)).gguf is not None,
+        }
+
+    def read_features(self, examples: Sequence[TextExample], description: str) -> Tensor:
+        """Return frozen features of inputs, (n, F)."""
+        return self._features(examples, description)
+
+    def read_task(self, request: DataRequest) -> LmTask:
+        """Read, validate and tokenise a task's data."""
+        return read_lm_task(request, self.encoder, self.runtime.reporter)
+
+    def session(self, task: TaskData, memory: Memory, config: Config) -> LmSession:
+        """Open a task for learning."""
+        return LmSession(self, cast("LmTask", task), memory, config)
+
+    def predictor(self, memory: Memory, inference: str) -> LmPredictor:
+        """Return a predictor over everything in ``memory``."""
+        return LmPredictor(self, memory, inference)
+
+    def contender(self, head: str, config: Config) -> ContenderModel:
+        """Return the plain network under a kind of head."""
+        return make_contender(self, head, config)
+
+    def export_merged(self, memory: Memory, out: Path, options: ExportOptions) -> None:
+        """Write a directory that ``AutoModelForCausalLM.from_pretrained`` loads."""
+        write_merged(self, memory, out, options)
+
+    def export_adapter(self, memory: Memory, task: str, out: Path) -> None:
+        """Write a directory that ``PeftModel.from_pretrained`` loads."""
+        write_adapter(self, memory, task, out)
+
+    def load_line(self, out: Path, task: str | None) -> str:
+        """Return the line that loads an export."""
+        return load_line(self, out, task)
+
+    def check_export(
+        self, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, TaskData]]
+    ) -> ExportCheck:
+        """Reload ``out`` with stock transformers or PEFT and compare."""
+        return check_export(self, memory, out, task, [(name, cast("LmTask", data)) for name, data in held_out])
+
+
+def _context_of(model: Any) -> int:
+    """Return the most tokens the model takes."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return _UNKNOWN_CONTEXT
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer, the tokenizer's own first."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    return [int(one) for one in dict.fromkeys([tokenizer.eos_token_id, *listed]) if one is not None]
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer of another model; one that only names a few tokens more is common and harmless."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    largest = max(tokenizer(_SAMPLE)["input_ids"], default=0)
+    if largest >= rows:
+        raise ModelError(f"{name}: its tokenizer writes token {largest}, the model embeds {rows}. They do not fit.")
+
+
+def _check_adapters_act(network: nn.Module, model: Any, layers: tuple[str, ...]) -> None:
+    """Raise ``ModelError`` when some adapted layer is never called in the forward pass."""
+    called: set[str] = set()
+    hooks = [
+        network.get_submodule(f"base_model.model.{layer}").register_forward_hook(
+            lambda _m, _i, _o, layer=layer: called.add(layer)
+        )
+        for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = [layer for layer in layers if layer not in called]
+    if idle:
+        raise ModelError(f"Layer '{idle[0]}' is never called by this model; choose others with --targets.")

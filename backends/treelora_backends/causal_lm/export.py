@@ -1,0 +1,152 @@
+"""Exports of language models: what stock transformers and PEFT load, reloaded and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from treelora_backends.causal_lm.answers import Answerer
+from treelora_backends.causal_lm.batches import Batch, pad
+from treelora_backends.causal_lm.loading import load_model, source_of
+from treelora_backends.causal_lm.memory import manner_of, merged_adapter
+from treelora_backends.causal_lm.network.network import LmNetwork
+from treelora_backends.causal_lm.task import LmTask
+from treelora_cli.backend import adapters
+from treelora_cli.backend.contract import ExportCheck, TaskMemory
+from treelora_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from treelora_backends.causal_lm.backend import CausalLmBase
+    from treelora_cli.backend.adapters import AdapterWeights
+    from treelora_cli.backend.contract import ExportOptions, Memory
+
+_TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}
+"""Allowed logit difference; logits are of the order of 10 and half precision keeps 3 or 2 digits."""
+_CHECKED_PROMPTS, _CHECKED_EXAMPLES = 8, 64
+_TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the answer?"
+
+
+def write_merged(base: CausalLmBase, memory: Memory, out: Path, options: ExportOptions) -> None:
+    """Add the tasks' mean update to the unquantised base in float32, cast and save, tokenizer included.
+
+    Raises:
+        UsageError: ``options.max_shard`` is no size.
+    """
+    model: Any = load_model(base.config.base, torch.device("cpu"), offline=base.runtime.offline, dtype="float32")
+    _add_update(model, merged_adapter(memory))
+    model.to(getattr(torch, options.dtype))
+    model.config.dtype = getattr(torch, options.dtype)
+    if model.generation_config.max_new_tokens is None:
+        model.generation_config.max_new_tokens = max(manner_of(task).most_new for task in memory.tasks)
+    try:
+        model.save_pretrained(out, max_shard_size=options.max_shard)
+    except ValueError as error:
+        raise UsageError(f"--max-shard {options.max_shard}: {error}") from error
+    base.tokenizer.save_pretrained(out)
+    names = ", ".join(task.name for task in memory.tasks)
+    (out / "README.md").write_text(_card(base, f"the base and, at their mean, the updates learned for {names}"))
+    if source_of(str(base.config.base.model)).gguf:
+        base.runtime.reporter.note("The base is a GGUF file; the exported weights are de-quantised.")
+
+
+def _add_update(model: nn.Module, weights: AdapterWeights) -> None:
+    with torch.no_grad():
+        for index, layer in enumerate(weights.layers):
+            module = model.get_submodule(layer)
+            update = weights.update(index)
+            turned = type(module).__name__ == "Conv1D"  # GPT-2 keeps its weights as (in, out)
+            cast("Tensor", module.weight).add_(update.T if turned else update)
+
+
+def write_adapter(base: CausalLmBase, memory: Memory, task: str, out: Path) -> None:
+    """Write one task's adapter: lora_A and lora_B only."""
+    from safetensors.torch import save_file
+
+    weights = _task(memory, task).adapter()
+    config = adapters.peft_config(base.network, base.config.base.model)
+    config["target_modules"] = _short_targets(base)
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(weights.to_tensors(), out / "adapter_model.safetensors", metadata={"format": "pt"})
+    (out / "README.md").write_text(_card(base, f"the adapter of task {task}"))
+
+
+def _task(memory: Memory, name: str) -> TaskMemory:
+    return next(task for task in memory.tasks if task.name == name)
+
+
+def _short_targets(base: CausalLmBase) -> list[str]:
+    """Return module names as people write them when they select exactly the adapted layers, else full ones."""
+    short = {layer.rsplit(".", 1)[-1] for layer in base.layers}
+    prefix = "base_model.model."
+    every = [name.removeprefix(prefix) for name, _ in base.network.named_modules() if name.startswith(prefix)]
+    selected = {name for name in every if name.rsplit(".", 1)[-1] in short}
+    return sorted(short) if selected == set(base.layers) else sorted(base.layers)
+
+
+def _card(base: CausalLmBase, content: str) -> str:
+    source = source_of(str(base.config.base.model))
+    origin = source.gguf or source.name
+    lines = ["---", "library_name: transformers", "tags: [treelora, lora]", "---", "", f"Base: `{Path(origin).name}`."]
+    if source.gguf:
+        lines.append("The base was a GGUF file; its weights were de-quantised.")
+    return "\n".join([*lines, f"This directory holds {content}, made with treelora.", ""])
+
+
+def load_line(base: CausalLmBase, out: Path, task: str | None) -> str:
+    """Return the line of Python that loads an export."""
+    if task is None:
+        return f'AutoModelForCausalLM.from_pretrained("{out}")'
+    source = source_of(str(base.config.base.model))
+    gguf = f', gguf_file="{source.gguf}", quantization_config=GgufConfig(dequantize=True)' if source.gguf else ""
+    return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{source.name}"{gguf}), "{out}")'
+
+
+# -- check ----------------------------------------------------------------------------------------
+
+
+def check_export(
+    base: CausalLmBase, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, LmTask]]
+) -> ExportCheck:
+    """Reload an export with stock code and compare logits and scores with the model in memory."""
+    weights = merged_adapter(memory) if task is None else _task(memory, task).adapter()
+    base.network.eval()
+    adapters.write_slot(base.network, weights)
+    reloaded = LmNetwork(_reloaded(base, out, task).to(base.runtime.device))
+    batch = _prompts(base, memory, held_out)
+    place = torch.arange(len(batch.ids), device=batch.ids.device)
+    with torch.no_grad():
+        here, there = (lm.logits_at(batch, place, batch.lengths - 1) for lm in (base.lm, reloaded))
+    dtype = next(reloaded.model.parameters()).dtype if task is None else torch.float32
+    answerers = [Answerer(lm, base.encoder, base.runtime) for lm in (base.lm, reloaded)]
+    scores = {}
+    for name, data in held_out:
+        known = _task(memory, name)
+        some = data.test[:_CHECKED_EXAMPLES]
+        sums = [one.score_sum(some, manner_of(known), known.metric) for one in answerers]
+        scores[name] = (sums[0][0] / max(1.0, sums[0][1]), sums[1][0] / max(1.0, sums[1][1]))
+    return ExportCheck(float((here - there).abs().max()), _TOLERANCES.get(dtype, 1.0), scores)
+
+
+def _reloaded(base: CausalLmBase, out: Path, task: str | None) -> nn.Module:
+    if task is None:
+        from transformers import AutoModelForCausalLM
+
+        return cast("nn.Module", AutoModelForCausalLM.from_pretrained(out, dtype="auto", local_files_only=True).eval())
+    from peft import PeftModel
+
+    stock = load_model(base.config.base, base.runtime.device, offline=base.runtime.offline)
+    return PeftModel.from_pretrained(cast("Any", stock), str(out)).eval().get_base_model()
+
+
+def _prompts(base: CausalLmBase, memory: Memory, held_out: Sequence[tuple[str, LmTask]]) -> Batch:
+    rows = []
+    for name, data in held_out:
+        manner = manner_of(_task(memory, name))
+        rows += [base.encoder.encode(one, manner.style, manner.labels).prompt for one in data.test[:_CHECKED_PROMPTS]]
+    rows = rows[:_CHECKED_PROMPTS] or [base.encoder.content_ids(_TEXT)]
+    return pad(rows, base.encoder.pad_id).to(base.lm.device)

@@ -1,0 +1,259 @@
+"""Find and load a causal language model: hub id, local directory or GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from treelora_backends.causal_lm.network.network import blocks_of
+from treelora_cli.config import AdapterConfig, BaseConfig
+from treelora_cli.errors import ModelError, UsageError
+
+_USUAL_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",), ("Wqkv",), ("qkv",))
+"""Names of attention inputs, tried in order where PEFT does not know a family."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: Directory or hub id for ``from_pretrained``.
+        gguf: Name of a GGUF file in it.
+    """
+
+    name: str
+    gguf: str | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of every ``from_pretrained``."""
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def resolve(base: BaseConfig, *, offline: bool) -> BaseConfig:
+    """Check the choice of model; an existing path is always local.
+
+    Raises:
+        UsageError: No model, or options of another backend.
+        ModelError: Not found, not a model, or not available offline.
+    """
+    if base.model is None:
+        raise UsageError("The causal-lm backend needs a model. Pass --model ID, DIRECTORY or FILE.gguf.")
+    if base.weights is not None or base.preprocess:
+        raise UsageError("--weights and --preprocess are for images; a language model is named by --model alone.")
+    path = Path(base.model)
+    if path.exists():
+        return dataclasses.replace(base, model=str(_local(path)))
+    looks_local = path.suffix in (".gguf", ".safetensors") or base.model.startswith((".", "/", "~"))
+    if looks_local or base.model.count("/") > 1:
+        raise ModelError(f"{base.model} not found. Pass --model ID, DIRECTORY or FILE.gguf.")
+    if offline and not _is_cached(base.model):
+        raise ModelError(f"{base.model} is not cached and --offline is set. Pass --model PATH.")
+    return base
+
+
+def _local(path: Path) -> Path:
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path.absolute()
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            found = "several GGUF files; name one of them" if files else "neither config.json nor a GGUF file"
+            raise ModelError(f"{path} holds {found}.")
+        path = files[0]
+    if path.suffix != ".gguf":
+        raise ModelError(f"{path}: not a model. Pass a directory with config.json, or a .gguf file.")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{path.name} needs the gguf package. Run: pip install 'treelora[gguf]'")
+    return path.absolute()
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
+
+
+def source_of(model: str) -> Source:
+    """Split a resolved model name."""
+    path = Path(model)
+    return Source(str(path.parent), path.name) if path.suffix == ".gguf" else Source(model, None)
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+def load_tokenizer(base: BaseConfig, *, offline: bool) -> Any:
+    """Load the model's tokenizer.
+
+    Raises:
+        ModelError: There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    source = source_of(str(base.model))
+    try:
+        return AutoTokenizer.from_pretrained(source.name, local_files_only=offline, **source.options)
+    except Exception as error:  # the libraries raise many kinds for a missing or malformed file
+        raise ModelError(f"{base.model}: no tokenizer can be loaded ({_line(error)}).") from error
+
+
+def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: str | None = None) -> nn.Module:
+    """Load the model, dense, in evaluation mode, on the CPU unless it is quantised.
+
+    Args:
+        base: The resolved choice.
+        device: Where a 4-bit model is put.
+        offline: Never ask the network.
+        dtype: Instead of the base's own; never quantised then.
+
+    Raises:
+        ModelError: It cannot be loaded, is not a causal language model, or lacks weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = source_of(str(base.model))
+    chosen = dtype or base.dtype or "float32"
+    options: dict[str, Any] = {**source.options, "local_files_only": offline, **base.model_args}
+    config = _checked_config(base, options)
+    if chosen == "nf4":
+        options |= _four_bits(device)
+    else:
+        options["dtype"] = getattr(torch, chosen)
+    if source.gguf:
+        options |= _dequantized()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True, **options)
+        model, report = loaded
+    except Exception as error:  # the libraries raise many kinds for a missing, malformed or foreign file
+        raise ModelError(f"{base.model}: cannot be loaded as a {config.model_type} model ({_line(error)}).") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(f"{base.model} lacks {len(missing)} weights, such as '{missing[0]}'.")
+    if source.gguf:
+        drop_quantizer(model)
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.is_floating_point()):
+        raise ModelError(f"{base.model} holds weights that are not finite.")
+    return cast("nn.Module", model.eval())
+
+
+def _checked_config(base: BaseConfig, options: dict[str, Any]) -> Any:
+    """Read the configuration and refuse what is not a causal language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    source = source_of(str(base.model))
+    try:
+        config = AutoConfig.from_pretrained(source.name, **options)
+    except Exception as error:  # as above
+        if Path(source.name).exists():
+            raise ModelError(f"{base.model} is not a language model of transformers ({_line(error)}).") from error
+        reason = (
+            "is not cached and --offline is set"
+            if options["local_files_only"]
+            else f"cannot be fetched ({_line(error)})"
+        )
+        raise ModelError(f"{base.model} {reason}. Pass --model PATH.") from error
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    names = {known} if isinstance(known, str) else set(known or ())
+    declared = set(config.architectures or ())
+    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not custom and (not names or (declared and not declared & names)):
+        kind = ", ".join(sorted(declared)) or config.model_type
+        raise ModelError(f"{base.model} is not a causal language model but {kind}.")
+    return config
+
+
+def _dequantized() -> dict[str, Any]:
+    """Ask for dense weights; transformers before 5.20 gives nothing else."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def drop_quantizer(model: Any) -> None:
+    """Forget that dense weights were once packed, so that the model saves and loads as any other."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _four_bits(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("--dtype nf4 needs CUDA and bitsandbytes (pip install 'treelora[4bit]'). Use bfloat16 here.")
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+# -- where adapters go ----------------------------------------------------------------------------
+
+
+def choose_layers(model: nn.Module, name: str, adapter: AdapterConfig) -> tuple[str, ...]:
+    """Return the modules to adapt, in network order, in the last ``adapter.blocks`` blocks.
+
+    Raises:
+        ModelError: The model has no list of blocks.
+        UsageError: No such module, or too many blocks asked for.
+    """
+    try:
+        blocks = blocks_of(model)
+    except (LookupError, AttributeError) as error:
+        raise ModelError(f"{name}: its transformer blocks cannot be found.") from error
+    wanted = (len(blocks) + 1) // 2 if adapter.blocks is None else adapter.blocks or len(blocks)
+    if wanted > len(blocks):
+        raise UsageError(f"--blocks {wanted}: {name} has {len(blocks)} blocks.")
+    prefix = next(path for path, module in model.named_modules() if module is blocks)
+    linear = [
+        (f"{prefix}.{index}.{inner}", inner)
+        for index in range(len(blocks) - wanted, len(blocks))
+        for inner in _linear_names(blocks[index])
+    ]
+    chosen = _matching(linear, str(adapter.targets), cast("Any", model).config.model_type)
+    if not chosen:
+        raise UsageError(f"--targets {adapter.targets}: no such linear layer in {name}.")
+    return tuple(chosen)
+
+
+def _linear_names(block: nn.Module) -> Iterator[str]:
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            yield name
+
+
+def _matching(linear: list[tuple[str, str]], targets: str, family: str) -> list[str]:
+    if targets == "all-linear":
+        return [full for full, _ in linear]
+    if targets != "auto":
+        names = [target.strip() for target in targets.split(",")]
+        return [
+            full for full, inner in linear if any(inner == n or inner.endswith(f".{n}") or full == n for n in names)
+        ]
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    known = KNOWN.get(family)
+    if isinstance(known, str):
+        return [full for full, _ in linear if re.fullmatch(known, full)]
+    for usual in ([tuple(known)] if known else []) + list(_USUAL_TARGETS):
+        found = [full for full, inner in linear if inner.split(".")[-1] in usual]
+        if found:
+            return found
+    return []

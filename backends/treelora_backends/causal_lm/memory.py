@@ -1,0 +1,67 @@
+"""What is kept of a language task beside its adapter, as tensors, and how it is read back."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from treelora_backends.causal_lm.answers import Manner
+from treelora_backends.causal_lm.task import LmTask
+from treelora_cli.backend import adapters
+from treelora_cli.backend.adapters import AdapterWeights
+from treelora_cli.backend.contract import Memory, TaskMemory
+from treelora_cli.data.text import STYLES
+
+_MARGIN, _FREE_TEXT = 8, 64
+"""Tokens generated beyond the longest answer seen, and in all where there is no answer's end to see."""
+
+
+def describe(task: LmTask) -> dict[str, Tensor]:
+    """Return a task's style, longest answer and source as tensors."""
+    longest = max((len(one.answer) for one in task.train), default=0)
+    return {
+        "style": torch.tensor(STYLES.index(task.style)),
+        "answer.tokens": torch.tensor(_FREE_TEXT if task.style == "text" else longest + _MARGIN),
+        "source": torch.frombuffer(bytearray.fromhex(task.source), dtype=torch.uint8),
+    }
+
+
+def manner_of(task: TaskMemory) -> Manner:
+    """Return how a learned task's inputs are rendered and answered."""
+    tensors = task.tensors()
+    style, longest = STYLES[int(tensors["style"])], int(tensors["answer.tokens"])
+    return Manner(style, task.labels, task.metric == "accuracy", longest)
+
+
+def common_manner(memory: Memory) -> Manner:
+    """Return how an input is answered when no task is chosen for it: as all tasks agree, else as a plain prompt."""
+    manners = [manner_of(task) for task in memory.tasks]
+    first, longest = manners[0], max(manner.most_new for manner in manners)
+    if all((one.style, one.labels, one.by_label) == (first.style, first.labels, first.by_label) for one in manners):
+        return replace(first, most_new=longest)
+    return Manner("plain", (), False, longest)
+
+
+def holder_of(memory: Memory, task: LmTask) -> int | None:
+    """Return the index of the learned task that this data belongs to."""
+    for index, known in enumerate(memory.tasks):
+        if bytes(known.tensors()["source"].tolist()).hex() == task.source:
+            return index
+    return None
+
+
+def digest_of(weights: AdapterWeights) -> str:
+    """Return SHA-256 over an adapter's weights, hex."""
+    content = hashlib.sha256()
+    for part in (*weights.down, *weights.up):
+        content.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def merged_adapter(memory: Memory) -> AdapterWeights:
+    """Return one adapter for all tasks: nearest, at its rank, to the mean of their updates."""
+    weights = [task.adapter() for task in memory.tasks]
+    return weights[0] if len(weights) == 1 else adapters.merge(weights, [1.0] * len(weights))

@@ -1,0 +1,43 @@
+"""A last feed-forward layer that runs where a label is predicted only.
+
+It treats every position by itself, and of the last block only the positions that predict are read. The others are not
+computed: exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treelora_backends.causal_lm.network.forwards import standing_in
+
+_NAMES = ("mlp", "feed_forward", "ffn")
+
+
+def feed_forward(block: nn.Module, layers: Sequence[nn.Module]) -> nn.Module | None:
+    """Return a block's feed-forward layer; ``None`` where there is none by a known name.
+
+    Args:
+        block: The block.
+        layers: Adapted modules; a feed-forward layer that holds one learns at every position and is left out.
+    """
+    adapted = {id(layer) for layer in layers}
+    found = next((getattr(block, name) for name in _NAMES if hasattr(block, name)), None)
+    holds = found is not None and any(id(inner) in adapted for inner in found.modules())
+    return None if holds else found
+
+
+def narrowed(layer: nn.Module, rows: Tensor, columns: Tensor) -> AbstractContextManager[None]:
+    """Return the context in which ``layer`` runs at these positions of (B, T, C) and gives 0 elsewhere, both (N,)."""
+    plain = layer.forward
+
+    def forward(states: Tensor, *inputs: Any, **options: Any) -> Tensor:
+        part = plain(states[rows, columns][None], *inputs, **options)
+        out = torch.zeros(states.shape, dtype=part.dtype, device=states.device)
+        return out.index_put((rows, columns), part[0])
+
+    return standing_in([(layer, forward)])

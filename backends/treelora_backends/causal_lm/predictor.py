@@ -1,0 +1,200 @@
+"""Answer prompts with everything learned so far, without being told the task.
+
+``routed``: the frozen model's view of the bare input says which task it is from. Where that task's answers are a
+closed set that frozen states tell apart, its solved head chooses (``lm_closed``); otherwise its adapter, rendering and
+labels answer. ``latest`` and ``merged``: one adapter for all; held-out examples are rendered as their own data says,
+labels included, as the field does. ``base``: the same without any adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from treelora_backends.causal_lm.answers import Answer, Answerer, Manner, sum_scores
+from treelora_backends.causal_lm.closed import ClosedHead
+from treelora_backends.causal_lm.memory import common_manner, digest_of, holder_of, manner_of, merged_adapter
+from treelora_backends.causal_lm.router import TaskRouter
+from treelora_backends.causal_lm.task import LmTask
+from treelora_cli.backend import adapters
+from treelora_cli.backend.adapters import AdapterWeights
+from treelora_cli.backend.contract import Memory, Prediction, Score
+from treelora_cli.data.text import TextExample
+from treelora_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from treelora_backends.causal_lm.backend import CausalLmBase
+
+_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+class LmPredictor:
+    """Meets ``Predictor``; see the module docstring.
+
+    Args:
+        base: The loaded model.
+        memory: Everything learned.
+        inference: See the module docstring.
+        choose: With ``routed``, returns the task of each input in place of the ridge router.
+    """
+
+    def __init__(
+        self,
+        base: CausalLmBase,
+        memory: Memory,
+        inference: str,
+        choose: Callable[[Sequence[TextExample]], list[int]] | None = None,
+    ) -> None:
+        self.base = base
+        self.memory = memory
+        self.inference = inference
+        self._choose = choose
+        self.answerer = Answerer(base.lm, base.encoder, base.runtime, base.known_answers)
+
+    # -- which adapter --------------------------------------------------------------------------------
+
+    @cached_property
+    def _router(self) -> TaskRouter:
+        return TaskRouter.restore(self.memory, self.base.config)
+
+    @cached_property
+    def _merged(self) -> AdapterWeights:
+        return merged_adapter(self.memory)
+
+    def route(self, examples: Sequence[TextExample]) -> list[int]:
+        """Return the likeliest task of each input."""
+        if len(self.memory.tasks) == 1:
+            return [0] * len(examples)
+        if self._choose is not None:
+            return self._choose(examples)
+        features = self.base.lm.routing(self.base.read_features(examples, "Choosing tasks"))
+        return [int(one) for one in self._router.scores(features, self.memory).argmax(dim=1)]
+
+    def _groups(self, examples: Sequence[TextExample]) -> dict[int | None, list[int]]:
+        """Return rows by the task whose adapter answers them; ``None`` for the merged or no adapter."""
+        rows = list(range(len(examples)))
+        if not rows:
+            return {}
+        if self.inference == "latest":
+            return {len(self.memory.tasks) - 1: rows}
+        if self.inference != "routed":
+            return {None: rows}
+        chosen = self.route(examples)
+        return {task: [row for row in rows if chosen[row] == task] for task in dict.fromkeys(chosen)}
+
+    # -- closed answers -------------------------------------------------------------------------------
+
+    def _closed_head(self, task: int | None) -> ClosedHead | None:
+        """Return the solved head of a task that was chosen for an input; ``None`` where its adapter answers."""
+        solved = self.inference == "routed" and self.base.config.head.closed == "solved"
+        if task is None or not solved or not manner_of(self.memory.tasks[task]).by_label:
+            return None
+        return ClosedHead.from_tensors(self.memory.tasks[task].tensors())
+
+    def _closed_answers(self, head: ClosedHead, examples: Sequence[TextExample], task: int | None) -> list[Answer]:
+        assert task is not None
+        labels = self.memory.tasks[task].labels
+        places, confidence = head(self.base.read_features(examples, "Answering"))
+        return [(labels[place], sure) for place, sure in zip(places, confidence, strict=True)]
+
+    def _load(self, task: int | None) -> None:
+        """Put the adapter of a group into the slot."""
+        self.base.network.eval()
+        if task is not None:
+            weights = self.memory.tasks[task].adapter()
+        elif self.inference == "merged":
+            weights = self._merged
+        else:
+            weights = adapters.reference_point(self.base.network, self.base.layers, 1.0, 0)
+        adapters.write_slot(self.base.network, weights)
+        self.answerer.weights = digest_of(weights)
+
+    # -- scores ---------------------------------------------------------------------------------------
+
+    def evaluate(self, task: LmTask) -> Score:
+        """Score a task's held-out examples."""
+        holder = holder_of(self.memory, task)
+        metric = task.metric if holder is None else self.memory.tasks[holder].metric
+        examples = self.base.runtime.share(task.test)
+        total = count = right = 0.0
+        for chosen, rows in self._groups(examples).items():
+            some = [examples[row] for row in rows]
+            score, number = self._score_sum(some, task, holder, chosen, metric)
+            total, count = total + score, count + number
+            right += len(rows) if chosen == holder else 0
+        sums = torch.tensor([total, count, right, len(examples)], device=self.base.lm.device)
+        totals = self.base.runtime.sum(sums).tolist()
+        known = self.inference == "routed" and holder is not None
+        return Score(
+            totals[0] / max(1.0, totals[1]), int(totals[3]), totals[2] / max(1.0, totals[3]) if known else None
+        )
+
+    def _score_sum(
+        self, examples: Sequence[TextExample], task: LmTask, holder: int | None, chosen: int | None, metric: str
+    ) -> tuple[float, float]:
+        """Return (sum of scores, their number) of examples that one task's weights answer."""
+        if metric != "token_accuracy" and (head := self._closed_head(chosen)) is not None:
+            return sum_scores(examples, self._closed_answers(head, examples, chosen), metric)
+        self._load(chosen)
+        routed = None if self.inference != "routed" else chosen
+        manner = self._own_manner(task, holder) if routed is None else manner_of(self.memory.tasks[routed])
+        return self.answerer.score_sum(examples, manner, metric)
+
+    def _own_manner(self, task: LmTask, holder: int | None) -> Manner:
+        """Return how the data itself says that it is rendered."""
+        if holder is not None:
+            return manner_of(self.memory.tasks[holder])
+        encoded = [self.base.encoder.encode(one, task.style, task.labels) for one in task.test]
+        return Manner(task.style, task.labels, task.metric == "accuracy", max(len(one.answer) for one in encoded))
+
+    # -- predictions ----------------------------------------------------------------------------------
+
+    def predict(self, inputs: Sequence[str]) -> list[Prediction]:
+        """Answer prompts.
+
+        Raises:
+            DataError: An empty prompt, an image, or a prompt longer than the model's context.
+        """
+        examples = [_checked(text, number) for number, text in enumerate(inputs, start=1)]
+        found: dict[int, Prediction] = {}
+        for chosen, rows in self._groups(examples).items():
+            some = [examples[row] for row in rows]
+            routed = None if self.inference != "routed" else chosen
+            manner = common_manner(self.memory) if routed is None else manner_of(self.memory.tasks[routed])
+            self._check_lengths(some, [row + 1 for row in rows], manner)
+            if (head := self._closed_head(chosen)) is not None:
+                answers = self._closed_answers(head, some, chosen)
+            else:
+                self._load(chosen)
+                answers = self.answerer.answers(some, manner, self.base.context)
+            for row, answer in zip(rows, answers, strict=True):
+                found[row] = _prediction(answer, None if chosen is None else self.memory.tasks[chosen].name)
+        return [found[row] for row in range(len(examples))]
+
+    def _check_lengths(self, examples: Sequence[TextExample], numbers: Sequence[int], manner: Manner) -> None:
+        encoder, reserve = self.base.encoder, manner.reserve(self.base.context)
+        for one, number in zip(examples, numbers, strict=True):
+            text = encoder.prompt_text(one, manner.style, manner.labels)
+            length = len(encoder.prompt_ids(text, manner.style))
+            if length + reserve > self.base.context:
+                raise DataError(
+                    f"Prompt {number} has {length} tokens; the model's context is {self.base.context},"
+                    f" {reserve} of them for the answer. Shorten it."
+                )
+
+
+def _checked(text: str, number: int) -> TextExample:
+    if not text.strip():
+        raise DataError(f"Prompt {number} is empty.")
+    if Path(text).suffix.lower() in _IMAGES and len(text) < 4096 and Path(text).is_file():
+        raise DataError(f"{text} is an image; this project's backend is causal-lm. Give a prompt.")
+    return TextExample(f"prompt {number}", text, "")
+
+
+def _prediction(answer: Answer, task: str | None) -> Prediction:
+    text, confidence = answer
+    return Prediction(text, task, confidence)

@@ -1,0 +1,220 @@
+"""One language task while it is learned.
+
+The blocks before the first adapted one give the same states in every epoch: they are run once, without
+gradients, and training enters the network behind them. Where it can, the same pass reads the features by
+which inputs will be told apart.
+
+Symbols: ``B`` examples, ``T`` tokens, ``C`` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from treelora_backends.causal_lm.batches import (
+    Batch,
+    LabelledBatch,
+    by_length,
+    collate,
+    pad,
+    shuffled_batches,
+    tokens_at_once,
+)
+from treelora_backends.causal_lm.closed import ClosedHead
+from treelora_backends.causal_lm.memory import describe
+from treelora_backends.causal_lm.network.halves import HalfWeights, Passes
+from treelora_backends.causal_lm.render import Ids
+from treelora_backends.causal_lm.router import TaskRouter
+from treelora_backends.causal_lm.steps import LmSteps
+from treelora_backends.causal_lm.task import LmTask
+from treelora_backends.spill import KeptRows
+from treelora_cli.backend.contract import Learned, Memory
+from treelora_cli.config import Config
+from treelora_cli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from treelora_backends.causal_lm.backend import CausalLmBase
+
+_TOKENS_KEPT = {"cpu": 1024}
+_TOKENS_KEPT_ELSEWHERE = 16_384
+"""Tokens whose activations are kept for the backward pass; those of a larger batch are computed twice."""
+
+
+class LmSession(LmSteps):
+    """Meets ``Session``."""
+
+    def __init__(self, base: CausalLmBase, task: LmTask, memory: Memory, config: Config) -> None:
+        if not task.train:
+            raise DataError("No training examples.")
+        assert config.train.batch_size is not None and config.seed is not None
+        assert config.train.prompt_tail is not None
+        self.tail: int = config.train.prompt_tail
+        self.task = task
+        self.runtime = base.runtime
+        self.own = self.runtime.share(list(range(task.train_size)))
+        lengths = [len(task.train[index]) for index in self.own]
+        seed = config.seed * 10_007 + len(memory.tasks)
+        super().__init__(base, lengths, task.train_size, config.train.batch_size, seed)
+        processes = self.runtime.accelerator.num_processes
+        if self.steps_per_epoch > task.train_size // processes:
+            raise UsageError(
+                f"--batch-size {config.train.batch_size} leaves some of {processes} processes without an example."
+            )
+        self.router = TaskRouter.restore(memory, config)
+        self._starts = np.cumsum([0, *lengths]).tolist()
+        self._entering: KeptRows | None = None
+        self._halves: HalfWeights | None = None
+        self._closed: dict[str, Tensor] = {}
+        if config.train.grad_checkpointing:
+            self.checkpoint_gradients("--grad-checkpointing")
+
+    def _collated(self, places: list[int]) -> LabelledBatch:
+        """Return this process's examples at ``places``, padded, on the device."""
+        chosen = [self.task.train[self.own[place]] for place in places]
+        return collate(chosen, self.base.encoder.pad_id).to(self.base.lm.device)
+
+    # -- before training ------------------------------------------------------------------------------
+
+    def try_step(self, parameters: Sequence[Tensor]) -> None:
+        """Compute the loss of a few examples of middling length, and its gradient, from where training enters."""
+        self.base.network.eval()
+        labelled = self._collated(self.trial_places())
+        ids, mask = labelled.batch.ids, labelled.batch.mask
+        entering = None
+        if self.base.lm.cut:
+            first = self.base.lm.entering(Batch(ids[:, :1], mask[:, :1]))
+            entering = first.repeat(1, ids.shape[1], 1)
+        with self._arithmetic():
+            loss = self.base.lm.loss(labelled, self.tail, entering)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    def try_forward(self) -> None:
+        """Run the frozen blocks over as much as they read at once, or all blocks where none is skipped."""
+        self.base.network.eval()
+        labelled = self._collated(self.trial_places(tokens_at_once(self.base.lm.device)))
+        with self._passes().without_gradients():
+            _ = self.base.lm.entering(labelled.batch) if self.base.lm.cut else self.base.lm.loss(labelled)
+
+    def prepare(self) -> None:
+        """Run the frozen blocks once: features that tell and answer this task's inputs, and where training enters."""
+        lm, examples = self.base.lm, [self.task.listing.train[index] for index in self.own]
+        features = self._run_frozen_blocks() if lm.cut else {}
+        rest = [place for place in range(len(examples)) if place not in features]
+        if rest:
+            given = self.base.read_features([examples[place] for place in rest], "Frozen pass")
+            features |= dict(zip(rest, given, strict=True))
+        read = torch.stack([features[place] for place in range(len(examples))])
+        self.router.add_task(lm.routing(read), self.runtime)
+        if self.task.closed:
+            answers = [one.answer for one in examples]
+            head = ClosedHead.fit(read, answers, self.task.labels, self.runtime)
+            self._closed = {} if head is None else head.to_tensors()
+
+    def _passes(self) -> Passes:
+        return Passes(self.runtime, self.base.lm.first_blocks(self.base.lm.cut))
+
+    def _run_frozen_blocks(self) -> dict[int, Tensor]:
+        """Keep the states that enter the adapted blocks; returns the features found on the way, by place."""
+        lm, encoder = self.base.lm, self.base.encoder
+        tokens = [np.concatenate([one.prompt, one.answer]) for one in (self.task.train[index] for index in self.own)]
+        inputs = self._leading_inputs(tokens) if lm.read_once else {}
+        batches = list(by_length(tokens, len, tokens_at_once(lm.device)))
+        features: dict[int, Tensor] = {}
+        self.base.network.eval()
+        passes = self._passes()
+        for places in self.runtime.reporter.track(batches, "Frozen pass", len(batches)):
+            batch = pad([tokens[place] for place in places], encoder.pad_id).to(lm.device)
+            with passes.without_gradients():
+                reading = lm.read(batch, to_cut=True) if lm.read_once else None
+                states = lm.entering(batch) if reading is None else reading.entering
+            assert states is not None
+            self._entering = self._entering or KeptRows(states.shape[-1:])
+            for place, row in zip(places, states.to(torch.bfloat16).cpu(), strict=True):  # one way to the CPU for all
+                self._entering.write(self._starts[place], row[: self.lengths[place]])
+            if reading is not None:
+                lengths = torch.tensor([inputs.get(place, 1) for place in places], device=lm.device)
+                found = reading.features(lengths).cpu()
+                features |= {place: found[row] for row, place in enumerate(places) if place in inputs}
+        return features
+
+    def _leading_inputs(self, tokens: Sequence[Ids]) -> dict[int, int]:
+        """Return the length of each input with which its rendered example begins, by place."""
+        found = {}
+        for place, ids in enumerate(tokens):
+            given = self.base.encoder.content_ids(self.task.listing.train[self.own[place]].content)
+            if np.array_equal(ids[: len(given)], given):
+                found[place] = len(given)
+        return found
+
+    def probe_losses(self, count: int) -> Iterator[Tensor]:
+        """Yield language-model losses of mini-batches, without dropout."""
+        self.base.network.eval()
+        drawn = 0
+        while drawn < count:
+            seed = self.seed * 7919 + drawn
+            for places in shuffled_batches(self.lengths, self.steps_per_epoch, seed):
+                if drawn == count:
+                    return
+                drawn += 1
+                yield self.loss_of(places)
+
+    # -- training -------------------------------------------------------------------------------------
+
+    def loss_of(self, places: list[int]) -> Tensor:
+        """Return the mean loss over a batch's labels; of a large one, parts are kept in memory in turn."""
+        most = _TOKENS_KEPT.get(self.base.lm.device.type, _TOKENS_KEPT_ELSEWHERE)
+        parts = [[places[row] for row in rows] for rows in by_length(places, self._tokens_with_graph, most)]
+        if len(parts) == 1:
+            return self._loss_of_part(parts[0])
+        labels = sum(len(self.task.train[self.own[place]].answer) for place in places)
+        losses = []
+        for part in parts:
+            share = sum(len(self.task.train[self.own[place]].answer) for place in part) / labels
+            losses.append(checkpoint(self._loss_of_part, part, use_reentrant=False) * share)
+        return torch.stack(losses).sum()
+
+    def _tokens_with_graph(self, place: int) -> int:
+        one = self.task.train[self.own[place]]
+        prompt = len(one.prompt)
+        if self.tail and self.base.lm.divides:
+            prompt = min(prompt, self.tail)
+        return prompt + len(one.answer)
+
+    def _loss_of_part(self, places: list[int]) -> Tensor:
+        """Return the mean loss over the labels of some examples, from where training enters."""
+        labelled = self._collated(places)
+        entering = None
+        if self._entering:
+            each = [self._entering.read(self._starts[place], self.lengths[place]) for place in places]
+            states = pad_sequence(each, batch_first=True)
+            entering = states.to(self.base.lm.device, self.base.lm.state_dtype)
+        with self._arithmetic():
+            return self.base.lm.loss(labelled, self.tail, entering)
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        """Return the context of a step in the chosen arithmetic; on a CPU bf16 is for frozen linear layers alone."""
+        if self.runtime.precision != "bf16" or self.base.lm.device.type != "cpu":
+            return self.runtime.autocast()
+        self._halves = self._halves or HalfWeights(self.base.lm.trained_part())
+        return self._halves.used()
+
+    # -- after training -------------------------------------------------------------------------------
+
+    def finish(self) -> Learned:
+        """Collect what predictions need."""
+        self.base.network.eval()
+        tensors = {**describe(self.task), **self.router.task_tensors(), **self._closed}
+        facts = {
+            "style": self.task.style,
+            "tokens": sum(len(one) for one in self.task.train),
+            "answer_tokens": int(tensors["answer.tokens"]),
+        }
+        return Learned(tensors, self.router.to_tensors, facts)

@@ -1,0 +1,184 @@
+"""The ``vit`` backend: any timm vision transformer, by name, file, directory or hub id."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from treelora_backends.vit.contenders.heads import make_contender
+from treelora_backends.vit.export import check_export, write_adapter, write_merged
+from treelora_backends.vit.images import ImageTask, Preprocessing, make_preprocessing, read_image_task
+from treelora_backends.vit.loading import check_model_name, choose_layers, create_vit, existing_weights
+from treelora_backends.vit.predictor import VitPredictor
+from treelora_backends.vit.session import VitSession
+from treelora_backends.vit.trunk import Trunk
+from treelora_cli.backend import adapters
+from treelora_cli.backend.fingerprint import hash_parameters
+from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig
+from treelora_cli.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from treelora_cli.backend.contract import ContenderModel, DataRequest, ExportCheck, ExportOptions, Memory, TaskData
+    from treelora_cli.backend.runtime import Runtime
+
+
+class VitBackend:
+    """Registered as ``vit``."""
+
+    name = "vit"
+    contender_heads = ("linear", "aligned", "routed", "ridge", "mean", "l2p", "dualprompt")
+
+    def defaults(self) -> Config:
+        """Return what measured best for image streams (see recipes/RESULTS.md)."""
+        return Config(
+            adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0),
+            train=TrainConfig(epochs=3, lr=5e-3, batch_size=64),
+        )
+
+    def resolve_base(self, base: BaseConfig, *, offline: bool) -> BaseConfig:
+        """Check the user's choice of model; an existing path is always local."""
+        if base.dtype not in (None, "float32"):
+            raise UsageError("The vit backend holds its base in float32; leave --dtype out.")
+        model, weights = base.model, base.weights
+        if weights is not None:
+            weights = str(existing_weights(Path(weights)))
+        if model is None:
+            model = "embedded"
+        if model != "embedded" and Path(model).is_dir():
+            if not (Path(model) / "config.json").is_file():
+                raise ModelError(f"{model} holds no config.json: not a model directory saved by timm.")
+            model = str(Path(model).absolute())
+        elif model != "embedded":
+            check_model_name(model, weights, offline)
+        return dataclasses.replace(base, model=model, weights=weights)
+
+    def load(self, config: Config, runtime: Runtime) -> VitBase:
+        """Load the base and attach an adapter slot."""
+        vit = create_vit(config.base, offline=runtime.offline)
+        layers = choose_layers(vit, config)
+        fingerprint = hash_parameters(vit)
+        preprocessing = make_preprocessing(vit, config.base.preprocess)
+        adapter = config.adapter
+        assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
+        network = adapters.attach(vit, layers, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout).to(
+            runtime.device
+        )
+        network.eval()
+        trunk = Trunk(vit, int(layers[0].split(".")[1]), config.head.blocks)
+        _check_adapters_act(network, trunk, layers, preprocessing, runtime)
+        return VitBase(network, layers, fingerprint, trunk, preprocessing, config, runtime)
+
+
+class VitBase:
+    """A loaded timm transformer with one LoRA slot; meets ``Base``."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: tuple[str, ...],
+        fingerprint: str,
+        trunk: Trunk,
+        preprocessing: Preprocessing,
+        config: Config,
+        runtime: Runtime,
+    ) -> None:
+        self.network = network
+        self.layers = layers
+        self.fingerprint = fingerprint
+        self.trunk = trunk
+        self.preprocessing = preprocessing
+        self.config = config
+        self.runtime = runtime
+        assert config.adapter.alpha is not None and config.adapter.rank is not None
+        self.scale: float = config.adapter.alpha / config.adapter.rank
+
+    def fresh_vit(self, classes: int) -> nn.Module:
+        """Return the frozen model anew, without adapters, with a linear classifier for ``classes``."""
+        vit = create_vit(self.config.base, offline=self.runtime.offline)
+        cast("Any", vit).reset_classifier(classes)
+        return vit.to(self.runtime.device)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Architecture, size and preprocessing."""
+        vit = cast("Any", self.trunk.vit)
+        return {
+            "architecture": vit.pretrained_cfg.get("architecture") or type(vit).__name__,
+            "blocks": len(self.trunk.blocks),
+            "width": self.trunk.width,
+            "parameters": sum(p.numel() for n, p in self.network.named_parameters() if "lora_" not in n),
+            "input_size": list(self.preprocessing.size),
+            "mean": list(self.preprocessing.mean),
+            "std": list(self.preprocessing.std),
+        }
+
+    def read_task(self, request: DataRequest) -> ImageTask:
+        """Find and decode a task's images."""
+        return read_image_task(request, self.preprocessing, self.runtime.reporter)
+
+    def session(self, task: TaskData, memory: Memory, config: Config) -> VitSession:
+        """Open a task for learning."""
+        return VitSession(self, cast("ImageTask", task), memory, config)
+
+    def predictor(self, memory: Memory, inference: str) -> VitPredictor:
+        """Return a predictor over everything in ``memory``.
+
+        Raises:
+            UsageError: The untouched model is asked for, which knows none of the classes.
+        """
+        if inference == "base":
+            raise UsageError("--inference base is for language models: an untouched image model knows no class.")
+        return VitPredictor(self, memory, inference)
+
+    def contender(self, head: str, config: Config) -> ContenderModel:
+        """Return the plain network under a kind of head."""
+        return make_contender(self, head, config)
+
+    def export_merged(self, memory: Memory, out: Path, options: ExportOptions) -> None:
+        """Write a directory that ``timm.create_model('local-dir:OUT', pretrained=True)`` loads."""
+        write_merged(self, memory, out, options)
+
+    def export_adapter(self, memory: Memory, task: str, out: Path) -> None:
+        """Write a directory that ``PeftModel.from_pretrained`` loads, classifier included."""
+        write_adapter(self, memory, task, out)
+
+    def load_line(self, out: Path, task: str | None) -> str:
+        """Return the line of Python that loads an export."""
+        if task is None:
+            return f"timm.create_model('local-dir:{out}', pretrained=True)"
+        return f"PeftModel.from_pretrained(base, '{out}')  # base: the timm model with as many classes as labels.json"
+
+    def check_export(
+        self, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, TaskData]]
+    ) -> ExportCheck:
+        """Reload ``out`` with stock timm or PEFT and compare."""
+        images = [(name, cast("ImageTask", data)) for name, data in held_out]
+        return check_export(self, memory, out, task, images)
+
+
+def _check_adapters_act(
+    network: nn.Module, trunk: Trunk, layers: tuple[str, ...], preprocessing: Preprocessing, runtime: Runtime
+) -> None:
+    """Raise ``ModelError`` when some adapted layer is never called in the forward pass."""
+    called: set[str] = set()
+    hooks = [
+        network.get_submodule(f"base_model.model.{layer}").register_forward_hook(
+            lambda _m, _i, _o, layer=layer: called.add(layer)
+        )
+        for layer in layers
+    ]
+    image = torch.zeros(1, 3, *preprocessing.size, device=runtime.device)
+    try:
+        with torch.no_grad():
+            trunk.after(trunk.before(image))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = [layer for layer in layers if layer not in called]
+    if idle:
+        raise ModelError(f"Layer '{idle[0]}' is never called by this model; choose others with --targets.")

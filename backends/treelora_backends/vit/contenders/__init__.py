@@ -1,0 +1,1 @@
+"""What contenders of ``treelora compare`` do with a vision transformer."""

@@ -1,0 +1,214 @@
+"""An image task learned the plain way: every view of every step runs through the whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from treelora_backends.vit.images import ImageTask, Pictures, shuffled_views
+from treelora_cli.backend.arithmetic import try_gradient
+from treelora_cli.backend.contract import Learned, Score
+from treelora_cli.config import Config
+from treelora_cli.heads.gaussians import Gaussian
+
+if TYPE_CHECKING:
+    from treelora_backends.vit.backend import VitBase
+
+CHUNK = 256
+"""Images run at a time where no gradient is needed."""
+VIEWS = 2
+"""Plain and mirrored, one of them drawn for each image and epoch, as in ``VitSession`` with
+``head.views: 2``; a plain pass costs the same for either."""
+
+
+class ClassTable:
+    """The classes seen, in order of arrival, and the tasks that hold them."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.first_task: list[int] = []
+        """Index of the task in which each class first came, (K,)."""
+        self.tasks: list[tuple[str, ...]] = []
+
+    def add(self, tasks: Sequence[ImageTask]) -> None:
+        """Append the classes of tasks that are learned at once."""
+        labels = tuple(dict.fromkeys(label for task in tasks for label in task.labels))
+        for label in labels:
+            if label not in self.names:
+                self.names.append(label)
+                self.first_task.append(len(self.tasks))
+        self.tasks.append(labels)
+
+    def rows(self, tasks: Sequence[ImageTask]) -> Tensor:
+        """Return the indices of the tasks' classes, each once, (k,)."""
+        labels = dict.fromkeys(label for task in tasks for label in task.labels)
+        return torch.tensor([self.names.index(label) for label in labels], dtype=torch.int64)
+
+    def truth(self, task: ImageTask) -> Tensor:
+        """Return the index of each of the task's labels, -1 for one never seen."""
+        found = {name: index for index, name in enumerate(self.names)}
+        return torch.tensor([found.get(label, -1) for label in task.labels], dtype=torch.int64)
+
+
+def features_of(base: VitBase, images: Tensor) -> Tensor:
+    """Return the pooled features of normalised images by the network as it is, (B, C)."""
+    vit = cast("Any", base.trunk.vit)
+    with base.runtime.autocast():
+        pooled = vit.forward_head(vit.forward_features(images), pre_logits=True)
+    return cast("Tensor", pooled.float())
+
+
+@torch.no_grad()
+def score_images(base: VitBase, table: ClassTable, task: ImageTask, answer: Callable[[Tensor], Tensor]) -> Score:
+    """Score held-out images; ``answer`` turns normalised images (B, 3, H, W) into indices of classes, (B,)."""
+    device = base.runtime.device
+    truth = table.truth(task).to(device)
+    right = 0
+    for start in range(0, len(task.test), CHUNK):
+        pixels = task.test.pixels[start : start + CHUNK].to(device)
+        labels = task.test.labels[start : start + CHUNK].to(device)
+        right += int((answer(base.preprocessing.normalise(pixels)) == truth[labels]).sum())
+    return Score(right / max(1, len(task.test)), len(task.test), None)
+
+
+class PlainSession:
+    """Meets ``Session``.
+
+    Args:
+        base: The loaded network.
+        tasks: One task, or several learned at once.
+        config: Batch size and seed.
+        index: Of the task, from 0; the order of its data depends on it.
+        layer: Classifier of the tasks' classes; without one there is nothing to train and no step is taken.
+        own: Index of the tasks' classes among all seen, in the layer's order, (k,).
+        rate: Factor on the layer's output: how many times faster than the adapter it learns under Adam.
+    """
+
+    def __init__(
+        self,
+        base: VitBase,
+        tasks: Sequence[ImageTask],
+        config: Config,
+        index: int,
+        layer: nn.Linear | None,
+        own: Tensor,
+        rate: float = 1.0,
+    ) -> None:
+        assert config.train.batch_size is not None and config.seed is not None
+        self.base = base
+        self.layer = layer
+        self.own = own
+        self.rate = rate
+        self.batch_size: int = config.train.batch_size
+        self.seed: int = config.seed * 10_007 + index  # as VitSession's, so that everyone sees the same order
+        self.pictures = _Joined([task.train for task in tasks])
+        names = list(dict.fromkeys(label for task in tasks for label in task.labels))
+        local = [torch.tensor([names.index(label) for label in task.labels])[task.train.labels] for task in tasks]
+        self.labels = torch.cat(local)
+        """Index into the layer's rows, (n,)."""
+
+    def try_step(self, parameters: Sequence[Tensor]) -> None:
+        """Compute a loss and its gradient through the adapter on one full-sized batch."""
+        rows = torch.arange(min(self.batch_size, len(self.pictures)))
+        try_gradient(
+            self.base.runtime, lambda: self._features(rows, torch.zeros_like(rows)).square().mean(), parameters
+        )
+
+    @torch.no_grad()
+    def try_forward(self) -> None:
+        """Compute features of one full-sized batch without a gradient."""
+        rows = torch.arange(min(self.batch_size, len(self.pictures)))
+        self._features(rows, torch.zeros_like(rows))
+
+    def prepare(self) -> None:
+        """Nothing is computed ahead."""
+
+    def probe_losses(self, count: int) -> Iterator[Tensor]:
+        """Yield losses of the first plain mini-batches of one shuffle, the same at every call."""
+        yield from (self.loss(batch) for batch in self.probe_batches(count))
+
+    def probe_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows, views) of those mini-batches, both (B,)."""
+        generator = torch.Generator().manual_seed(self.seed * 7919)
+        order = torch.randperm(len(self.pictures), generator=generator)
+        for rows in order.split(self.batch_size)[:count]:
+            yield rows, torch.zeros_like(rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass; none without a layer to train."""
+        return 0 if self.layer is None else -(-len(self.pictures) // self.batch_size)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows, views) of each step, both (B,), in the order of ``VitSession``."""
+        seed = self.seed * 104_729 + epoch
+        yield from shuffled_views(len(self.pictures), VIEWS, self.steps_per_epoch, seed)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy over the tasks' own classes."""
+        rows, views = batch
+        return self.misfit(self._features(rows, views), rows)
+
+    def misfit(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Cross-entropy of the layer's answers to the features (B, C) of images ``rows`` (B,)."""
+        assert self.layer is not None
+        logits = self.layer(features) * self.rate
+        return nn.functional.cross_entropy(logits, self.labels[rows].to(logits.device))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the layer's."""
+        return [] if self.layer is None else list(self.layer.parameters())
+
+    def finish(self) -> Learned:
+        """Nothing is handed over: the contender reads what it needs."""
+        return Learned({}, dict, {})
+
+    # -- what heads measure ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def features(self) -> Tensor:
+        """Return the pooled features of all training images, plain, by the network as it is, (n, C)."""
+        parts = torch.arange(len(self.pictures)).split(CHUNK)
+        return torch.cat([self._features(rows, torch.zeros_like(rows)) for rows in parts])
+
+    def classes(self) -> Tensor:
+        """Return the class of each training image among all seen, (n,)."""
+        return self.own[self.labels].to(self.base.runtime.device)
+
+    def by_class(self, features: Tensor) -> dict[int, Gaussian]:
+        """Return each class's Gaussian by its index among all seen."""
+        classes = self.classes()
+        return {one: Gaussian.measure(features[classes == one]) for one in self.own.tolist()}
+
+    def _features(self, rows: Tensor, views: Tensor) -> Tensor:
+        return features_of(self.base, self.images(rows, views))
+
+    def images(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Return chosen views of training images, normalised, (B, 3, H, W)."""
+        images = self.base.preprocessing.normalise(self.pictures.take(rows).to(self.base.runtime.device))
+        mirrored = (views == 1).to(images.device)
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+class _Joined:
+    """Images of several tasks by one running index, without a copy of them."""
+
+    def __init__(self, parts: Sequence[Pictures]) -> None:
+        self.parts = parts
+        self.starts = [sum(len(part) for part in parts[:index]) for index in range(len(parts))]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return images as bytes, (B, 3, H, W)."""
+        if len(self.parts) == 1:
+            return self.parts[0].pixels[rows]
+        taken = torch.empty(len(rows), *self.parts[0].pixels.shape[1:], dtype=torch.uint8)
+        for part, start in zip(self.parts, self.starts, strict=True):
+            here = (rows >= start) & (rows < start + len(part))
+            taken[here] = part.pixels[rows[here] - start]
+        return taken

@@ -1,0 +1,207 @@
+"""Images of a task, decoded once to the size the model sees."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.runtime import Reporter
+from treelora_cli.data.images import ImageItem, list_images, open_image
+from treelora_cli.errors import DataError, UsageError
+
+_IN_MEMORY_BYTES = 2 * 1024**3
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The model's own preprocessing, in two parts.
+
+    Attributes:
+        geometry: Resize and crop of a PIL image to the model's input size.
+        size: Height and width in pixels.
+        mean, std: Per channel, of values in [0, 1].
+        data_config: timm's names for all of it.
+    """
+
+    geometry: Callable[[Any], Any]
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    data_config: dict[str, Any]
+
+    def to_pixels(self, image: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the resized image as (3, H, W), 0 to 255."""
+        return np.ascontiguousarray(np.asarray(self.geometry(image), dtype=np.uint8).transpose(2, 0, 1))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Turn (B, 3, H, W) bytes into the model's input."""
+        mean = pixels.new_tensor(self.mean, dtype=torch.float32).view(1, -1, 1, 1)
+        std = pixels.new_tensor(self.std, dtype=torch.float32).view(1, -1, 1, 1)
+        return (pixels.float() / 255.0 - mean) / std
+
+
+def make_preprocessing(vit: Any, overrides: dict[str, Any]) -> Preprocessing:
+    """Take the preprocessing that timm records for ``vit``, with the user's overrides.
+
+    Raises:
+        UsageError: An unknown key or a value of the wrong form.
+    """
+    from timm.data import create_transform, resolve_data_config
+
+    size = vit.patch_embed.img_size
+    known = {"mean", "std", "interpolation", "crop_pct", "crop_mode"}
+    for key in overrides:
+        if key not in known:
+            raise UsageError(f"--preprocess {key}: known are {', '.join(sorted(known))}.")
+    chosen = {
+        key: (float(value),) * 3 if key in ("mean", "std") and not isinstance(value, list | tuple) else value
+        for key, value in overrides.items()
+    }
+    try:
+        config = resolve_data_config({**chosen, "input_size": (3, *size)}, pretrained_cfg=vit.pretrained_cfg, model=vit)
+        steps = create_transform(**config, is_training=False).transforms
+    except (AssertionError, KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"--preprocess: {error}") from error
+    geometry_steps = steps[:-2]  # the last two turn the image into a normalised tensor
+
+    def geometry(image: Any) -> Any:
+        for step in geometry_steps:
+            image = step(image)
+        return image
+
+    return Preprocessing(geometry, tuple(size), tuple(config["mean"]), tuple(config["std"]), config)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Decoded images.
+
+    Attributes:
+        pixels: (N, 3, H, W) bytes, in memory or in a temporary file.
+        labels: Index into the task's label names, (N,) int64.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """A task for a vision transformer; meets ``TaskData``."""
+
+    labels: tuple[str, ...]
+    train: Pictures
+    test: Pictures
+    digest: str
+    notes: tuple[str, ...]
+    sample: str
+    metric: str = "accuracy"
+
+    @property
+    def train_size(self) -> int:
+        """Training images."""
+        return len(self.train)
+
+    @property
+    def test_size(self) -> int:
+        """Held-out images."""
+        return len(self.test)
+
+
+def shuffled_views(count: int, views: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (rows, views) of each step of an epoch, both (B,): every image once, each in one view drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    drawn = torch.randint(views, (count,), generator=generator)
+    for rows in order.tensor_split(steps):
+        yield rows, drawn[rows]
+
+
+def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter: Reporter) -> ImageTask:
+    """Find and decode a task's images.
+
+    Raises:
+        DataError: Missing or unreadable images; without ``skip_bad`` the first bad one is named.
+    """
+    if request.metric not in (None, "accuracy"):
+        raise DataError(f"Metric '{request.metric}' does not fit images; they are scored by accuracy.")
+    listing = list_images(request)
+    digest = hashlib.sha256()
+    bad: list[str] = []
+
+    def decode(items: Sequence[ImageItem], what: str) -> Pictures:
+        return _decode(items, listing.labels, preprocessing, request.skip_bad, digest, bad, reporter, what)
+
+    empty = Pictures(torch.zeros(0, 3, *preprocessing.size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    train = empty if request.test_only else decode(listing.train, "Reading images")
+    test = decode(listing.test, "Reading held-out images")
+    notes = listing.notes
+    if bad:
+        notes = (*notes, f"{len(bad)} unreadable images were skipped, such as {bad[0]}.")
+    if not request.test_only and len(train.labels.unique()) < len(listing.labels):
+        raise DataError(f"{request.path}: a class has no readable training image left.")
+    height, width = preprocessing.size
+    sample = f"{listing.train[0].name} -> 3x{height}x{width}, label '{listing.train[0].label}'" if listing.train else ""
+    return ImageTask(listing.labels, train, test, digest.hexdigest(), notes, sample)
+
+
+def _decode(
+    items: Sequence[ImageItem],
+    labels: Sequence[str],
+    preprocessing: Preprocessing,
+    skip_bad: bool,
+    digest: Any,
+    bad: list[str],
+    reporter: Reporter,
+    what: str,
+) -> Pictures:
+    shape = (len(items), 3, *preprocessing.size)
+    pixels = _allocate(shape)
+    index_of = {label: index for index, label in enumerate(labels)}
+
+    def one(item: ImageItem) -> tuple[bytes, Any]:
+        try:
+            data = item.read()
+        except OSError as error:
+            raise DataError(f"{item.name} cannot be read: {error.strerror}.") from error
+        try:
+            return hashlib.sha256(data).digest(), preprocessing.to_pixels(open_image(data, item.name))
+        except DataError:
+            if not skip_bad:
+                raise
+            return b"", None
+
+    kept: list[int] = []
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        starts = range(0, len(items), _CHUNK)
+        for start in reporter.track(starts, what, len(starts)):
+            chunk = items[start : start + _CHUNK]
+            for item, (content, picture) in zip(chunk, pool.map(one, chunk), strict=True):
+                if picture is None:
+                    bad.append(item.name)
+                    continue
+                digest.update(item.label.encode() + b"\0" + content)
+                pixels[len(kept)] = picture
+                kept.append(index_of[item.label])
+    return Pictures(torch.from_numpy(pixels[: len(kept)]), torch.tensor(kept, dtype=torch.int64))
+
+
+def _allocate(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    if int(np.prod(shape)) <= _IN_MEMORY_BYTES:
+        return np.empty(shape, dtype=np.uint8)
+    # an unnamed file vanishes with the process, however it ends
+    return np.memmap(tempfile.TemporaryFile(), dtype=np.uint8, mode="w+", shape=shape)

@@ -1,0 +1,163 @@
+"""Find a vision transformer, build it, fill it with its weights, and choose the layers to adapt."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from treelora_cli.config import BaseConfig, Config
+from treelora_cli.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    pass
+
+EMBEDDED = Path(__file__).parents[1] / "embedded" / "vit_tiny_cifar"
+"""The model used when none is named."""
+
+
+def recorded_model_args(base: BaseConfig) -> dict[str, Any]:
+    """Return the architecture arguments that a local model directory brings along."""
+    folder = EMBEDDED if base.model == "embedded" else Path(str(base.model))
+    if not folder.is_dir():
+        return {}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return dict(config.get("model_args") or {})
+
+
+def existing_weights(path: Path) -> Path:
+    """Return the absolute path of a weights file, or raise ``ModelError``: absent, or no safetensors."""
+    if not path.is_file():
+        raise ModelError(f"{path} not found. Pass --weights FILE.safetensors.")
+    if path.suffix != ".safetensors":
+        raise ModelError(f"{path}: only .safetensors weights are read, nothing is ever unpickled. Convert it first.")
+    return path.absolute()
+
+
+def check_model_name(model: str, weights: str | None, offline: bool) -> None:
+    """Refuse a name that neither timm nor, when online, the hub can know."""
+    import timm
+
+    if "/" in model:
+        if Path(model).suffix or model.startswith((".", "/")) or model.count("/") > 1:
+            raise ModelError(f"{model} not found.")
+        if offline and not _is_cached(model):
+            raise ModelError(f"{model} is not cached and --offline is set. Pass --model PATH.")
+        return
+    known = timm.list_models(module=["vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos"])
+    if model.split(".")[0] not in timm.list_models():
+        near = difflib.get_close_matches(model, known, n=1, cutoff=0.5)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ModelError(
+            f"Unknown timm model '{model}'.{hint} List them: python -c 'import timm; print(timm.list_models())'"
+        )
+    if weights is None and offline and not _is_cached(f"timm/{model}"):
+        raise ModelError(f"{model} is not cached and --offline is set. Pass --weights FILE.safetensors.")
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(hub_id, name) for name in ("model.safetensors", "config.json")]
+    return any(isinstance(path, str) for path in found)
+
+
+def create_vit(base: BaseConfig, *, offline: bool) -> nn.Module:
+    """Build the model without classifier and fill it with its weights.
+
+    Raises:
+        ModelError: Unknown architecture arguments, or weights that are absent or do not fit.
+    """
+    import timm
+
+    name = str(base.model)
+    if name == "embedded":
+        name = f"local-dir:{EMBEDDED}"
+    elif Path(name).is_dir():
+        name = f"local-dir:{name}"
+    elif "/" in name:
+        name = f"hf-hub:{name}"
+    from_source = base.weights is None
+    try:
+        vit = timm.create_model(name, pretrained=from_source, num_classes=0, **base.model_args)
+    except (TypeError, AssertionError, KeyError) as error:
+        raise ModelError(f"{base.model}: --model-arg does not fit this architecture ({error}).") from error
+    except RuntimeError as error:
+        raise ModelError(_misfit(str(base.model), error)) from error
+    except Exception as error:  # the hub client raises many kinds when a download fails
+        reason = "is not cached and --offline is set" if offline else f"cannot be fetched ({type(error).__name__})"
+        raise ModelError(f"{base.model} {reason}. Pass --model PATH or --weights FILE.") from error
+    if base.weights is not None:
+        _load_weights(vit, Path(base.weights))
+    if not all(bool(p.isfinite().all()) for p in vit.parameters()):
+        source = base.model if base.weights is None else Path(base.weights).name
+        raise ModelError(f"{source} holds weights that are not finite.")
+    if not isinstance(getattr(vit, "blocks", None), nn.Sequential | nn.ModuleList):
+        raise ModelError(f"{base.model} is not a vision transformer: it has no list of blocks.")
+    if not hasattr(vit, "patch_embed") or not hasattr(vit, "norm"):
+        raise ModelError(f"{base.model} is not a plain vision transformer that can be split at a block.")
+    return vit
+
+
+def _load_weights(vit: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error}).") from error
+    # timm's own conversion for this architecture, which also resamples position embeddings to another image size
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        stored = convert(stored, vit)
+    own = vit.state_dict()
+    stored = {key: value for key, value in stored.items() if not key.startswith(("head.", "head_dist."))}
+    for key, value in stored.items():
+        if key in own and own[key].shape != value.shape:
+            raise ModelError(
+                f"{path.name} does not fit: '{key}' is {tuple(value.shape)}, the architecture has"
+                f" {tuple(own[key].shape)}. Check --model and --model-arg."
+            )
+    odd = sorted(set(own).symmetric_difference(stored))
+    if odd:
+        side = "lacks" if odd[0] in own else "has an unexpected"
+        raise ModelError(f"{path.name} does not fit: it {side} '{odd[0]}'. Check --model and --model-arg.")
+    vit.load_state_dict(stored)
+
+
+def _misfit(model: str, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    detail = lines[1] if len(lines) > 1 else lines[0]
+    return f"{model}: weights do not fit the architecture ({detail[:160]}). Check --model-arg."
+
+
+def choose_layers(vit: Any, config: Config) -> tuple[str, ...]:
+    """Return the modules to adapt, in network order, in the chosen blocks."""
+    count = len(vit.blocks)
+    wanted = -(-count // 6) if config.adapter.blocks is None else config.adapter.blocks or count
+    if wanted > count:
+        raise UsageError(f"--blocks {wanted}: {config.base.model} has {count} blocks.")
+    chosen = []
+    for index in range(count - wanted, count):
+        chosen += [f"blocks.{index}.{name}" for name in _block_targets(vit.blocks[index], str(config.adapter.targets))]
+    if not chosen:
+        raise UsageError(f"--targets {config.adapter.targets}: no such linear layer in {config.base.model}.")
+    return tuple(chosen)
+
+
+def _block_targets(block: nn.Module, targets: str) -> list[str]:
+    linear = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    if targets == "all-linear":
+        return linear
+    if targets != "auto":
+        wanted = [target.strip() for target in targets.split(",")]
+        return [name for name in linear if any(name == w or name.endswith(f".{w}") for w in wanted)]
+    attention = [name for name in linear if name.split(".")[-1] in ("qkv", "q_proj", "k_proj", "v_proj", "proj")]
+    reads_weight_only = getattr(getattr(block, "attn", None), "q_bias", None) is not None
+    # such attention multiplies by qkv.weight itself and would pass an adapter by
+    return [name for name in attention if not (reads_weight_only and name.endswith("qkv"))]

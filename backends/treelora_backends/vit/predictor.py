@@ -1,0 +1,158 @@
+"""Answer images over all classes ever seen, without being told the task.
+
+``routed``: the anchor, a ridge head on frozen features, says how likely each (task, class) column is; the
+adapters of the likeliest tasks then say which of their own classes it is, and both opinions are
+multiplied. ``latest`` and ``merged``: one network, one linear head.
+
+Symbols: ``B`` images, ``K`` columns, ``C`` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from treelora_backends.vit.images import ImageTask, Pictures
+from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_names, class_of_column, columns_of
+from treelora_backends.vit.single import SingleNetwork
+from treelora_backends.vit.trunk import Cut
+from treelora_cli.backend import adapters
+from treelora_cli.backend.contract import Memory, Prediction, Score
+from treelora_cli.data.images import open_image
+from treelora_cli.data.paths import existing
+from treelora_cli.heads.ridge import LinearHead
+
+if TYPE_CHECKING:
+    from treelora_backends.vit.backend import VitBase
+
+_CHUNK = 32
+_LEAF_ROWS = 16
+"""Adapters see multiples of this: kernels are compiled, and kept, for each number of rows that occurs."""
+ANCHOR_SHARPNESS = 16.0
+"""Factor on ridge scores, which lie between about 0 and 1, before the softmax."""
+LEAF_SHARE = 0.25
+"""Weight of the adapter's log-probabilities beside the anchor's, within a task."""
+TASKS_ASKED = 2
+"""Adapters run for each image: those of its likeliest tasks."""
+
+
+class VitPredictor:
+    """Meets ``Predictor``; see the module docstring."""
+
+    def __init__(self, base: VitBase, memory: Memory, inference: str) -> None:
+        self.base = base
+        self.memory = memory
+        self.inference = inference
+        self.device = base.runtime.device
+        self.columns = columns_of(memory)
+        self.names = class_names(self.columns)
+        self.class_of = class_of_column(self.columns).to(self.device)
+        self.task_of = torch.tensor([column.task for column in self.columns], device=self.device)
+
+    def evaluate(self, task: ImageTask) -> Score:
+        """Score the held-out images of a task over all classes."""
+        position = {name: index for index, name in enumerate(self.names)}
+        truth = torch.tensor([position.get(label, -1) for label in task.labels], device=self.device)
+        right = routed = count = 0
+        holders = self._tasks_with(task.labels)
+        for pixels, labels in self._shares(task.test):
+            scores, asked = self.class_scores(self.base.preprocessing.normalise(pixels))
+            right += int((scores.argmax(dim=1) == truth[labels]).sum())
+            routed += 0 if asked is None else int(torch.isin(asked, holders).sum())
+            count += len(labels)
+        totals = self.base.runtime.sum(torch.tensor([right, routed, count], dtype=torch.float64, device=self.device))
+        right_share, routed_share = (totals[:2] / totals[2].clamp(min=1)).tolist()
+        return Score(right_share, int(totals[2]), routed_share if self.inference == "routed" else None)
+
+    def _tasks_with(self, labels: Sequence[str]) -> Tensor:
+        """Indices of the tasks that hold one of these classes: any of them is a right route."""
+        wanted = set(labels)
+        return torch.tensor(
+            [index for index, task in enumerate(self.memory.tasks) if wanted & set(task.labels)], device=self.device
+        )
+
+    def _shares(self, pictures: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
+        own = torch.tensor(self.base.runtime.share(list(range(len(pictures)))), dtype=torch.int64)
+        for rows in own.split(_CHUNK):
+            yield pictures.pixels[rows].to(self.device), pictures.labels[rows].to(self.device)
+
+    def predict(self, inputs: Sequence[str]) -> list[Prediction]:
+        """Answer image files."""
+        answers = []
+        for start in range(0, len(inputs), _CHUNK):
+            chunk = [existing(Path(name)) for name in inputs[start : start + _CHUNK]]
+            pixels = [self.base.preprocessing.to_pixels(open_image(path.read_bytes(), str(path))) for path in chunk]
+            images = torch.stack([torch.from_numpy(picture) for picture in pixels]).to(self.device)
+            scores, asked = self.class_scores(self.base.preprocessing.normalise(images))
+            confidence, best = scores.softmax(dim=1).max(dim=1)
+            for row in range(len(chunk)):
+                task = None if asked is None else self.memory.tasks[int(asked[row])].name
+                answers.append(Prediction(self.names[int(best[row])], task, float(confidence[row])))
+        return answers
+
+    @torch.no_grad()
+    def class_scores(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return log-scores over class names (B, classes), and the likeliest task (B,) where one is routed to."""
+        if self.inference != "routed":  # as stock timm computes it; solved blocks lose their answers in bf16
+            return self.single(images).float(), None
+        return self._routed(images)
+
+    @cached_property
+    def single(self) -> SingleNetwork:
+        """The one network of ``latest`` or ``merged``, with its linear head."""
+        return SingleNetwork(self.base, self.memory, self.inference)
+
+    # -- routed ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def _anchor(self) -> tuple[HeadFeatures, LinearHead]:
+        head = SharedHead.restore(self.memory.shared(), self.base.trunk, self.base.config, self.base.runtime)
+        assert head.features is not None
+        return head.features, head.solve_(self.memory)
+
+    def _routed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with adapters.base_only(self.base.network):
+            plain, scores = self._anchor_scores(images)
+            _, mirrored = self._anchor_scores(images.flip(-1))
+        log_columns = (ANCHOR_SHARPNESS * (scores + mirrored) / 2).log_softmax(dim=1)  # (B, K)
+        log_tasks = self._by_group(log_columns, self.task_of, len(self.memory.tasks))
+        asked = log_tasks.topk(min(TASKS_ASKED, log_tasks.shape[1]), dim=1).indices
+        for task in asked.unique().tolist():
+            rows = (asked == task).any(dim=1).nonzero().squeeze(1)
+            self._ask_leaf(int(task), rows, plain, log_columns, log_tasks)
+        return self._by_group(log_columns, self.class_of, len(self.names)), asked[:, 0]
+
+    def _anchor_scores(self, images: Tensor) -> tuple[Cut, Tensor]:
+        """Return the activations before the cut and the anchor's scores of one view, (B, K)."""
+        features, solved = self._anchor
+        with self.base.runtime.autocast():
+            cut = self.base.trunk.before(images)
+            seen = self.base.trunk.after(cut)
+        return cut, solved(features(seen))
+
+    def _ask_leaf(self, task: int, rows: Tensor, cut: Cut, log_columns: Tensor, log_tasks: Tensor) -> None:
+        """Multiply the adapter's opinion into the task's columns of the given rows, in place."""
+        tensors = self.memory.tasks[task].tensors()
+        adapters.write_slot(self.base.network, self.memory.tasks[task].adapter())
+        weight, bias = tensors["head.weight"].to(self.device), tensors["head.bias"].to(self.device)
+        with self.base.runtime.autocast():
+            filled = torch.cat([rows, rows.new_zeros(-len(rows) % _LEAF_ROWS)])
+            pooled = self.base.trunk.pooled(cut.tokens[filled])[: len(rows)]
+        own = (self.task_of == task).nonzero().squeeze(1)
+        anchor = log_columns[rows][:, own] - log_tasks[rows, task][:, None]
+        leaf = (pooled @ weight.T + bias).log_softmax(dim=1)
+        fused = (anchor + LEAF_SHARE * leaf).log_softmax(dim=1)
+        log_columns[rows[:, None], own[None, :]] = fused + log_tasks[rows, task][:, None]
+
+    @staticmethod
+    def _by_group(log_columns: Tensor, group: Tensor, groups: int) -> Tensor:
+        """Sum probabilities of columns of the same group, in logarithms: (B, K) -> (B, groups)."""
+        top = log_columns.max(dim=1, keepdim=True).values
+        sums = torch.zeros(len(log_columns), groups, device=log_columns.device)
+        sums.index_add_(1, group, (log_columns - top).exp())
+        return sums.clamp(min=1e-30).log() + top

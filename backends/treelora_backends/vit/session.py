@@ -1,0 +1,185 @@
+"""One image task while it is learned.
+
+The frozen pass does three jobs at once: it fills the shared head's statistics, finds the class means that
+the probe's loss needs, and keeps the activations before the first adapted block, so that training starts
+there. Each image is seen plain and, by choice, mirrored.
+
+Symbols: ``n`` images, ``V`` views, ``L`` tokens, ``C`` width, ``k`` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from treelora_backends.spill import KeptRows
+from treelora_backends.vit.images import ImageTask, shuffled_views
+from treelora_backends.vit.shared_head import SharedHead, columns_of
+from treelora_backends.vit.single import extended_statistics, single_network_part
+from treelora_cli.backend import adapters
+from treelora_cli.backend.arithmetic import try_gradient
+from treelora_cli.backend.contract import Learned, Memory
+from treelora_cli.config import Config
+
+if TYPE_CHECKING:
+    from treelora_backends.vit.backend import VitBase
+
+_CHUNK = 32
+_TEMPERATURE = 0.1
+_SMALLEST_PROBE = 8
+"""Images in a mini-batch of the probe, at least; otherwise the probe sees no image twice."""
+
+
+class VitSession:
+    """Meets ``Session``; see the module docstring."""
+
+    def __init__(self, base: VitBase, task: ImageTask, memory: Memory, config: Config) -> None:
+        self.base = base
+        self.task = task
+        self.memory = memory
+        self.runtime = base.runtime
+        self.device = base.runtime.device
+        assert config.train.batch_size is not None and config.seed is not None
+        self.batch_size: int = config.train.batch_size
+        self.seed: int = config.seed * 10_007 + len(memory.tasks)
+        self.config = config
+        assert config.head.views is not None
+        self.views: int = config.head.views
+        own = self.runtime.share(list(range(task.train_size)))
+        self.own = torch.tensor(own, dtype=torch.int64)
+        self.labels = task.train.labels[self.own].to(self.device)
+        self.head = nn.Linear(base.trunk.width, len(task.labels)).to(self.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        shared = memory.shared()
+        self.shared_head = SharedHead.restore(shared, base.trunk, config, self.runtime)
+        self.carried = single_network_part(shared)
+        self.kept: KeptRows
+        """Tokens before the cut, (L, C), of every view of this process's images, views side by side."""
+        self.prototypes: Tensor
+        self.centre: Tensor
+
+    # -- before training ------------------------------------------------------------------------------
+
+    def try_step(self, parameters: Sequence[Tensor]) -> None:
+        """Compute a loss through the adapter and its gradient on one full-sized batch, from the cut on."""
+        with torch.no_grad():
+            tokens = self.base.trunk.before(self._first_images(1)).tokens
+        tokens = tokens.repeat(min(self.batch_size, len(self.own)), 1, 1)
+        try_gradient(self.runtime, lambda: self.base.trunk.pooled(tokens).square().mean(), parameters)
+
+    def try_forward(self) -> None:
+        """Do a part of the frozen pass."""
+        images = self._first_images(_CHUNK)
+        with torch.no_grad(), self.runtime.autocast():
+            self.base.trunk.after(self.base.trunk.before(images))
+
+    def _first_images(self, count: int) -> Tensor:
+        return self.base.preprocessing.normalise(self.task.train.pixels[self.own[:count]].to(self.device))
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Run the frozen pass."""
+        pooled_sum = torch.zeros(len(self.task.labels), self.base.trunk.width, device=self.device)
+        order = torch.randperm(len(self.own), generator=torch.Generator().manual_seed(self.seed))
+        chunks = order.split(_CHUNK)
+        self.shared_head.open_task(len(self.task.labels))
+        with adapters.base_only(self.base.network):
+            for rows in self.runtime.reporter.track(chunks, "Frozen pass", len(chunks)):
+                self._run_frozen(rows, pooled_sum)
+        self.shared_head.close_task()
+        self._set_prototypes(pooled_sum)
+
+    def _run_frozen(self, rows: Tensor, pooled_sum: Tensor) -> None:
+        """Count some images' views in, and keep their tokens before the cut."""
+        pixels = self.task.train.pixels[self.own[rows]].to(self.device)
+        plain, labels = self.base.preprocessing.normalise(pixels), self.labels[rows.to(self.device)]
+        for view, images in enumerate((plain, plain.flip(-1))[: self.views]):
+            with self.runtime.autocast():
+                cut = self.base.trunk.before(images)
+                features = self.base.trunk.after(cut)
+            if not hasattr(self, "kept"):
+                self.kept = KeptRows(cut.tokens.shape[1:])
+            self.kept.write_each(rows * self.views + view, cut.tokens)
+            pooled_sum.index_add_(0, labels, features.pooled)
+            self.shared_head.add(features, labels)
+
+    def _entering(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Return the tokens before the cut of chosen views, (B, L, C)."""
+        return self.kept.read_each(rows * self.views + views).to(self.device).float()
+
+    def _set_prototypes(self, pooled_sum: Tensor) -> None:
+        """Class means of the frozen features, centred: the head of the probe's loss."""
+        counts = torch.bincount(self.labels, minlength=len(self.task.labels)).float() * self.views
+        pooled_sum, counts = self.runtime.sum(pooled_sum), self.runtime.sum(counts)
+        means = pooled_sum / counts.clamp(min=1)[:, None]
+        self.centre = means.mean(dim=0)
+        self.prototypes = nn.functional.normalize(means - self.centre, dim=1)
+
+    def probe_losses(self, count: int) -> Iterator[Tensor]:
+        """Yield losses against the class means: cosine, temperature 0.1."""
+        generator = torch.Generator().manual_seed(self.seed * 7919 + self.runtime.accelerator.process_index)
+        size = min(self.batch_size, len(self.own), max(_SMALLEST_PROBE, len(self.own) // count))
+        order = torch.cat(
+            [torch.randperm(len(self.own), generator=generator) for _ in range(1 + count * size // len(self.own))]
+        )
+        for index in range(count):
+            rows = order[index * size : (index + 1) * size]
+            tokens = self._entering(rows, torch.zeros_like(rows))
+            with self.runtime.autocast():
+                pooled = self.base.trunk.pooled(tokens)
+            cosine = nn.functional.normalize(pooled - self.centre, dim=1) @ self.prototypes.T
+            yield nn.functional.cross_entropy(cosine / _TEMPERATURE, self.labels[rows])
+
+    # -- training -------------------------------------------------------------------------------------
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass."""
+        return -(-self.task.train_size // self.batch_size)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows, views) of each step, both (B,)."""
+        yield from shuffled_views(len(self.own), self.views, self.steps_per_epoch, self.seed * 104_729 + epoch)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy over the task's own classes."""
+        rows, views = batch
+        tokens = self._entering(rows, views)
+        with self.runtime.autocast():
+            pooled = self.base.trunk.pooled(tokens)
+        return nn.functional.cross_entropy(self.head(pooled), self.labels[rows.to(self.device)])
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the task's own linear head."""
+        return list(self.head.parameters())
+
+    # -- after training -------------------------------------------------------------------------------
+
+    def finish(self) -> Learned:
+        """Collect the task's columns of every head."""
+        tensors = {
+            "head.weight": self.head.weight.detach().cpu().clone(),
+            "head.bias": self.head.bias.detach().cpu().clone(),
+        }
+        trained = adapters.read_slot(self.base.network, self.base.layers, self.base.scale)
+        own = extended_statistics(self, trained)
+        facts: dict[str, Any] = {
+            "classes": len(self.task.labels),
+            "columns": len(columns_of(self.memory)) + len(self.task.labels),
+        }
+        head = self.shared_head
+        return Learned(tensors | head.task_tensors(), lambda: {**own, **head.to_tensors()}, facts)
+
+    @torch.no_grad()
+    def pooled(self, rows: Tensor) -> Tensor:
+        """Return the pooled features of some of this process's images by the network as it is, (n, C)."""
+        parts = []
+        for chunk in rows.split(_CHUNK):
+            tokens = self._entering(chunk, torch.zeros_like(chunk))
+            with self.runtime.autocast():
+                parts.append(self.base.trunk.pooled(tokens))
+        return torch.cat(parts)

@@ -1,0 +1,362 @@
+"""Facts about the search: the bounds by hand, what it costs, what it finds, and going on."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from treelora_cli.algorithm.arms import search_arms
+from treelora_cli.algorithm.bandit import Search, TreeBandit, Width
+from treelora_cli.algorithm.distances import l1_distance
+from treelora_cli.algorithm.tree import Tree, build_tree
+
+Signatures = NDArray[np.float32]
+
+
+def normalised(values: NDArray[np.floating]) -> Signatures:
+    """L2-normalise the last axis."""
+    unit = values / np.linalg.norm(values, axis=-1, keepdims=True)
+    return np.asarray(unit, dtype=np.float32)
+
+
+def random_signatures(tasks: int, layers: int = 3, width: int = 16, seed: int = 0) -> Signatures:
+    """Unrelated tasks."""
+    return normalised(np.random.default_rng(seed).standard_normal((tasks, layers, width)))
+
+
+def smooth_signatures(levels: int, layers: int = 6, width: int = 64) -> Signatures:
+    """`2 ** levels` tasks as leaves of a tree whose branches shrink by 0.7 a level, down to 0.35.
+
+    The least branch keeps siblings apart by more than the noise of a mean of some ten pulls, so
+    that "the nearest" is a fact whatever the number of tasks.
+    """
+    rng = np.random.default_rng(0)
+    tasks = 2**levels
+    values = np.zeros((tasks, layers, width))
+    for level in range(levels + 1):
+        branch = rng.standard_normal((2**level, layers, width)) * max(0.7**level, 0.35)
+        values += np.repeat(branch, tasks // 2**level, axis=0)
+    return normalised(values)
+
+
+def noisy_queries(target: Signatures, steps: int, noise: float, seed: int) -> list[Signatures]:
+    """Mini-batch signatures around one `(D, m)` target."""
+    rng = np.random.default_rng(seed)
+    parts = rng.standard_normal((steps, *target.shape))
+    return list(normalised(target + noise * normalised(parts)))
+
+
+def line_tree() -> Tree:
+    """Tasks at 0, 1, 8, 9 on a line: one layer of width 1, distances are half the gaps."""
+    return build_tree(np.array([0, 1, 8, 9], dtype=np.float32)[:, None, None], 1)
+
+
+def node_of(bandit: TreeBandit, *tasks: int) -> int:
+    """The search node that holds exactly these tasks."""
+    below: dict[int, set[int]] = {}
+    for node in range(bandit.arms.tasks.size - 1, -1, -1):
+        task = int(bandit.arms.tasks[node])
+        children = bandit.arms.children[node]
+        below[node] = {task} if task >= 0 else below[int(children[0])] | below[int(children[1])]
+    return next(node for node, held in below.items() if held == set(tasks))
+
+
+def run(bandit: TreeBandit, queries: list[Signatures]) -> list[list[int]]:
+    """All selections."""
+    return [bandit.step(query).tolist() for query in queries]
+
+
+ZERO = np.zeros((1, 1), dtype=np.float32)
+
+
+def test_unpulled_arms_are_tried_first_and_bounds_are_those_of_the_rule() -> None:
+    bandit = TreeBandit(line_tree(), width="literal")
+    # step 1: all unpulled, first child each time; 2: the other half is unpulled;
+    # 3: left is 0 - 2 sqrt(ln 3) - 0.25 = -2.346, right 4 - 2.096 - 0.25; task 1 is unpulled
+    assert run(bandit, [ZERO] * 3) == [[0], [2], [1]]
+    means = bandit.mean_distances()[0].tolist()
+    assert means == pytest.approx([0.0, 0.5, 4.0, math.nan], nan_ok=True)
+    bounds = bandit.lower_bounds()[0]
+    width = 2.0 * math.sqrt(math.log(3))
+    # arms: mu - 2 sqrt(ln t / n)
+    assert bounds[node_of(bandit, 0)] == pytest.approx(0.0 - width)
+    assert bounds[node_of(bandit, 1)] == pytest.approx(0.5 - width)
+    assert bounds[node_of(bandit, 3)] == -math.inf
+    # left: max(min(-2.096, -1.596), 0.25 - 2 sqrt(ln 3 / 2) - 0.25) = -1.482
+    left = 0.25 - 2.0 * math.sqrt(math.log(3) / 2) - 0.25
+    assert left == pytest.approx(-1.4823, abs=1e-4)
+    assert bounds[node_of(bandit, 0, 1)] == pytest.approx(left)
+    # right: max(-inf, 4 - 2.096 - 0.25) = 1.654: the smoothness holds back an unpulled arm
+    assert bounds[node_of(bandit, 2, 3)] == pytest.approx(4.0 - width - 0.25)
+    # root: its own 1.5 - 2 sqrt(ln 3 / 3) - 2.25 = -1.960 is below its children's least
+    assert bounds[0] == pytest.approx(left)
+    assert bandit.step(ZERO).tolist() == [0]
+
+
+def test_observed_width_by_hand() -> None:
+    bandit = TreeBandit(line_tree())
+    run(bandit, [ZERO] * 3)
+    assert bandit.sigma().tolist() == [0.05]  # no arm was pulled twice: the prior alone
+    width = 2.0 * 0.05 * math.sqrt(math.log(3))
+    assert bandit.lower_bounds()[0, node_of(bandit, 1)] == pytest.approx(0.5 - width)
+    bandit.step(np.array([[0.4]], dtype=np.float32))
+    # task 0 returned 0 and 0.2: squares 0.02 about 0.1, one repeat; prior 2 pulls of 0.05
+    assert bandit.sigma()[0] == pytest.approx(math.sqrt((2 * 0.05**2 + 0.02) / 3), rel=1e-5)
+
+
+def test_sigma_has_a_floor() -> None:
+    bandit = TreeBandit(line_tree())
+    run(bandit, [ZERO] * 200)
+    assert bandit.sigma().tolist() == [0.01]
+    assert TreeBandit(line_tree(), width="literal").sigma().tolist() == [1.0]
+
+
+def test_every_node_on_the_path_is_updated() -> None:
+    bandit = TreeBandit(line_tree())
+    run(bandit, [ZERO] * 3)
+    assert bandit.pulls().tolist() == [[1, 1, 1, 0]]
+    assert bandit.node_pulls().tolist() == [[3, 2, 1]]  # root, {0, 1}, {2, 3}
+
+
+def test_smoothness_scales_the_spread() -> None:
+    bandit = TreeBandit(line_tree(), width="literal", smoothness=0.0)
+    run(bandit, [ZERO] * 2)
+    width = 2.0 * math.sqrt(math.log(2))
+    assert bandit.lower_bounds()[0, node_of(bandit, 2, 3)] == pytest.approx(4.0 - width)
+
+
+def test_regret_and_selected_by_hand() -> None:
+    bandit = TreeBandit(line_tree(), search="exhaustive")
+    assert bandit.selected().tolist() == [-1]
+    assert bandit.regret().tolist() == [0.0]
+    assert run(bandit, [ZERO, ZERO]) == [[0], [0]]
+    assert bandit.regret().tolist() == [2 * (0.0 + 0.5 + 4.0 + 4.5)]
+    assert bandit.selected().tolist() == [0]
+    assert bandit.node_pulls().tolist() == [[8, 4, 4]]
+
+
+def test_one_lucky_pull_is_not_selected() -> None:
+    bandit = TreeBandit(line_tree(), search="flat", width="literal")
+    run(bandit, [np.array([[v]], dtype=np.float32) for v in (1, 1, 8)])
+    # task 2 returned 0 once, as did task 1; more pulls at 1 leave task 2 with too few
+    run(bandit, [np.array([[1]], dtype=np.float32)] * 200)
+    assert bandit.selected().tolist() == [1]
+
+
+def test_nearest_joins_the_layers() -> None:
+    # two layers say task 1, one says task 0, and the layers differ in level
+    values = np.array([[0, 0, 0], [6, 1, 1], [50, 9, 9]], dtype=np.float32)[:, :, None]
+    bandit = TreeBandit(build_tree(values, 3), search="exhaustive")
+    run(bandit, [np.array([[0], [9], [9]], dtype=np.float32)] * 3)
+    assert bandit.selected().tolist() == [0, 2, 2]
+    # relative to the layers' means (9.33, 2.83, 2.83): 0 -> -6, 1 -> -2.33, 2 -> 8.33
+    assert bandit.nearest() == 0
+    with pytest.raises(ValueError, match="no step was made"):
+        TreeBandit(build_tree(values, 3)).nearest()
+
+
+def test_one_task_is_always_selected() -> None:
+    tree = build_tree(random_signatures(1), 5)
+    for search in get_args(Search):
+        bandit = TreeBandit(tree, search=search)
+        assert run(bandit, [random_signatures(1, seed=4)[0]] * 3) == [[0, 0, 0]] * 3
+        assert bandit.nearest() == 0
+
+
+def test_every_task_has_one_arm_also_below_the_tree() -> None:
+    tree = build_tree(random_signatures(37), 2)
+    arms = search_arms(tree)
+    assert max(len(leaf.members) for leaf in tree.leaves()) > 4
+    assert arms.tasks[arms.arm_of].tolist() == list(range(37))
+    assert arms.tasks.size == 2 * 37 - 1
+    assert arms.spreads[arms.arm_of].max() == 0.0
+
+
+def test_identical_tasks_are_searched_without_recursing_forever() -> None:
+    tree = build_tree(np.repeat(random_signatures(1), 500, axis=0), 3)
+    bandit = TreeBandit(tree)
+    assert bandit.arms.height == 9
+    picks = run(bandit, [tree.signatures[0]] * 20)
+    assert all(0 <= task < 500 for row in picks for task in row)
+
+
+def bad_pulls(bandit: TreeBandit, target: int) -> float:
+    """Pulls per layer of arms further than 0.15 from the target."""
+    signatures = bandit.tree.signatures
+    bad = l1_distance(signatures, signatures[target]).T > 0.15  # (D, T)
+    return float((bandit.pulls() * bad).sum(axis=1).mean())
+
+
+def test_finds_the_nearest_with_ever_fewer_bad_pulls_than_a_flat_search() -> None:
+    gaps = []
+    for levels in (4, 6, 8):
+        tree = build_tree(smooth_signatures(levels), 6)
+        tally: dict[Search, float] = {"lcb": 0.0, "flat": 0.0}
+        for target in (5, 42 % tree.task_count, tree.task_count - 1):
+            for search in tally:
+                bandit = TreeBandit(tree, search=search)
+                run(bandit, noisy_queries(tree.signatures[target], 400, 0.5, seed=target))
+                tally[search] += bad_pulls(bandit, target)
+                if search == "lcb":
+                    assert (bandit.selected() == target).mean() >= 0.8
+                    assert bandit.nearest() == target
+        assert tally["lcb"] < tally["flat"]
+        gaps.append(tally["flat"] - tally["lcb"])
+    assert gaps[0] < gaps[1] < gaps[2]
+
+
+def test_the_literal_width_spreads_its_pulls_where_the_observed_one_settles() -> None:
+    tree = build_tree(smooth_signatures(6), 6)
+    share: dict[Width, float] = {"observed": 0.0, "literal": 0.0}
+    for width in share:
+        bandit = TreeBandit(tree, width=width)
+        run(bandit, noisy_queries(tree.signatures[9], 300, 0.5, seed=1))
+        share[width] = bandit.pulls()[:, 9].mean() / 300
+    assert share["observed"] > 0.5
+    assert share["literal"] < 0.1
+
+
+@pytest.mark.parametrize("tree_depth", [3, 64])
+def test_cost_of_a_step_grows_with_depth_not_with_the_number_of_tasks(tree_depth: int) -> None:
+    visits = {}
+    for tasks in (32, 1024):
+        tree = build_tree(random_signatures(tasks, layers=8), tree_depth)
+        bandit = TreeBandit(tree)
+        run(bandit, list(random_signatures(50, layers=8, seed=1)))
+        assert bandit.distance_computations == 50 * 8
+        # two children on the way down and two on the way up, for every node on a path
+        assert bandit.node_visits <= 50 * 8 * 4 * bandit.arms.height
+        assert bandit.arms.height <= math.log(tasks) / math.log(4 / 3)
+        visits[tasks] = bandit.node_visits
+    assert visits[1024] < 4 * visits[32]  # 32 times the tasks
+
+
+def test_the_ablations_cost_what_they_say() -> None:
+    tree = build_tree(random_signatures(20), 3)
+    queries = list(random_signatures(10, seed=1))
+    cost: dict[Search, int] = {"flat": 0, "exhaustive": 0, "random": 0}
+    for search in cost:
+        bandit = TreeBandit(tree, search=search)
+        run(bandit, queries)
+        cost[search] = bandit.distance_computations
+    assert cost == {"flat": 30, "exhaustive": 600, "random": 30}
+
+
+def test_random_search_is_uniform_and_selects_its_last_draw() -> None:
+    tree = build_tree(random_signatures(4), 3)
+    bandit = TreeBandit(tree, search="random", seed=np.random.default_rng(3))
+    picks = run(bandit, [tree.signatures[0]] * 400)
+    assert bandit.pulls().min() > 60
+    assert bandit.selected().tolist() == picks[-1]
+
+
+def test_cached_bounds_choose_as_the_exact_ones_do() -> None:
+    tree = build_tree(smooth_signatures(5), 6)
+    bandit = TreeBandit(tree)
+    agree = []
+    for query in noisy_queries(tree.signatures[11], 300, 1.0, seed=2):
+        bandit.step_count += 1  # the exact bounds at the step about to be made
+        bounds = bandit.lower_bounds()
+        bandit.step_count -= 1
+        exact = []
+        for layer in range(tree.layer_count):
+            node = 0
+            while bandit.arms.tasks[node] < 0:
+                first, second = bandit.arms.children[node]
+                node = int(second if bounds[layer, second] < bounds[layer, first] else first)
+            exact.append(int(bandit.arms.tasks[node]))
+        agree.append(np.mean(bandit.step(query) == exact))
+    assert np.mean(agree) > 0.9
+
+
+def test_no_arm_is_locked_out() -> None:
+    tree = build_tree(random_signatures(16), 3)
+    bandit = TreeBandit(tree, width="literal")
+    run(bandit, noisy_queries(tree.signatures[3], 800, 0.5, seed=0))
+    assert bandit.pulls().min() >= 10
+
+
+@pytest.mark.parametrize("search", ["lcb", "flat", "exhaustive", "random"])
+@pytest.mark.parametrize("tree_depth", [2, 5])
+def test_a_round_trip_changes_nothing_that_follows(search: Any, tree_depth: int) -> None:
+    tree = build_tree(random_signatures(21), tree_depth)
+    queries = noisy_queries(tree.signatures[7], 80, 1.0, seed=5)
+    through = TreeBandit(tree, search=search, smoothness=0.5, seed=11)
+    run(through, queries[:40])
+    meta = json.loads(json.dumps(through.state_meta()))
+    arrays = {name: array.copy() for name, array in through.state_arrays().items()}
+    loaded_tree = Tree.from_state(json.loads(json.dumps(tree.to_dict())), tree.to_arrays())
+    resumed = TreeBandit.from_state(loaded_tree, arrays, meta)
+    assert run(resumed, queries[40:]) == run(through, queries[40:])
+    assert resumed.state_meta() == through.state_meta()
+    for name, array in through.state_arrays().items():
+        assert np.array_equal(array, resumed.state_arrays()[name]), name
+    # the arrays handed over are not the ones worked on
+    assert arrays["counts"].sum() < through.state_arrays()["counts"].sum()
+
+
+def test_the_next_task_after_a_round_trip_selects_the_same() -> None:
+    values = random_signatures(12)
+    tree = build_tree(values[:11], 3)
+    loaded = Tree.from_state(json.loads(json.dumps(tree.to_dict())), tree.to_arrays())
+    queries = noisy_queries(values[4], 30, 1.0, seed=8)
+    first, second = (TreeBandit(t.insert(values[11])) for t in (tree, loaded))
+    assert run(first, queries) == run(second, queries)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("counts", np.zeros((1, 7)), "bandit counts: expected int64"),
+        ("counts", np.full((1, 7), -1), "a negative number of pulls"),
+        ("sums", None, "bandit sums: missing"),
+        ("witness", np.full((1, 7), 7), "bandit witness: a node out of range"),
+        ("tasks", np.array([-1, -1, -1, 0, 1, 2, 2]), "every task of the tree on one arm"),
+        ("children", np.zeros((7, 2), dtype=np.int64), "parents before children"),
+    ],
+)
+def test_malformed_arrays_are_refused(name: str, value: Any, message: str) -> None:
+    bandit = TreeBandit(line_tree())
+    arrays = bandit.state_arrays()
+    if value is None:
+        del arrays[name]
+    else:
+        arrays[name] = value
+    with pytest.raises(ValueError, match=message):
+        TreeBandit.from_state(bandit.tree, arrays, bandit.state_meta())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 9}, "version 9, expected 1"),
+        ({"more": 1}, "unknown key more"),
+        ({"width": "wide"}, "bandit width: unknown 'wide', expected one of observed, literal"),
+        ({"search": []}, "bandit search: unknown"),
+        ({"smoothness": "x"}, "bandit smoothness: expected 0 or more"),
+        ({"step_count": -1}, "bandit step_count: expected an integer of 0 or more"),
+        ({"rng": {"bit_generator": "none"}}, "bandit rng: not a generator's state"),
+    ],
+)
+def test_malformed_meta_is_refused(change: dict[str, Any], message: str) -> None:
+    bandit = TreeBandit(line_tree())
+    with pytest.raises(ValueError, match=message):
+        TreeBandit.from_state(bandit.tree, bandit.state_arrays(), bandit.state_meta() | change)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="holds no tasks"):
+        TreeBandit(build_tree(np.zeros((0, 2, 4), dtype=np.float32), 2))
+    bandit = TreeBandit(build_tree(random_signatures(3), 2))
+    with pytest.raises(ValueError, match=r"query: shape \(2, 16\), expected \(3, 16\)"):
+        bandit.step(np.zeros((2, 16)))
+    query = random_signatures(1)[0]
+    query[2, 0] = np.inf
+    with pytest.raises(ValueError, match="query: layer 2 is not finite"):
+        bandit.step(query)
+    assert bandit.step_count == 0

@@ -1,0 +1,71 @@
+"""The drawn tree and the distances beside it, for few tasks and for many."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console, RenderableType
+
+from treelora_cli.algorithm.tree import Tree, build_tree, l1_distance
+from treelora_cli.views.task_tree import distance_table, distances, tree_view
+
+LAYERS = ("first", "second")
+
+
+def tree_of(tasks: int) -> tuple[Tree, list[str]]:
+    rows = np.random.default_rng(0).standard_normal((tasks, 2, 16))
+    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    return build_tree(rows.astype(np.float32), 2), [f"t{index:03d}" for index in range(tasks)]
+
+
+def shown(view: RenderableType) -> str:
+    canvas = Console(file=io.StringIO(), width=4000, record=True)
+    canvas.print(view)
+    return canvas.export_text()
+
+
+@pytest.mark.parametrize("layer", [None, 0, 1])
+def test_distances_are_those_of_all_pairs(layer: int | None) -> None:
+    tree, _ = tree_of(7)
+    found = distances(tree, layer)
+    rows = tree.signatures
+    for one in range(7):
+        for other in range(7):
+            pair = l1_distance(rows[one], rows[other])
+            assert found[one, other] == pytest.approx(pair.mean() if layer is None else pair[layer])
+
+
+def test_few_tasks_have_a_table_of_all_pairs() -> None:
+    tree, names = tree_of(30)
+    text = shown(distance_table(tree, names, None, LAYERS))
+    assert "L1 distance of gradient signatures, mean over layers" in text
+    assert text.count("t029") == 2, "a column and a row"
+    assert f"{distances(tree, None)[3, 17]:.3f}" in text
+    assert f"30 tasks: {', '.join(names)}" in shown(tree_view(tree, names, LAYERS, None))
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_many_tasks_have_a_table_of_the_nearest(layer: int | None) -> None:
+    tree, names = tree_of(40)
+    text = shown(distance_table(tree, names, layer, LAYERS))
+    assert ("mean over layers" if layer is None else "second") in " ".join(text.split())
+    rows = tree.signatures if layer is None else tree.signatures[:, layer : layer + 1]
+    pairs = l1_distance(rows[:, None], rows[None]).mean(axis=2)
+    np.fill_diagonal(pairs, np.inf)
+    cells = [line.split("│")[1:4] for line in text.splitlines() if "│ t" in line]
+    assert len(cells) == 40
+    for task, (name, nearest, distance) in enumerate(cells):
+        assert name.strip() == names[task]
+        assert nearest.strip() == names[int(pairs[task].argmin())]
+        assert float(distance) == pytest.approx(pairs[task].min(), abs=5e-4)
+
+
+def test_a_node_of_many_tasks_names_a_few_and_its_leaves_all() -> None:
+    tree, names = tree_of(40)
+    text = shown(tree_view(tree, names, LAYERS, None))
+    assert "40 tasks: t000, t001, t002, t003, t004, t005, t006, t007, ...\n" in text
+    leaves = [line for line in text.splitlines() if "●" in line]
+    assert len(leaves) == len(tree.leaves())
+    assert all(sum(name in line for line in leaves) == 1 for name in names)

@@ -1,0 +1,118 @@
+"""An interrupted task: continued exactly, or refused when what it depends on has changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Cli, check_error, learned_hashes, make_images, tree_hash
+from interrupting import OPTIONS, stop_after
+
+
+@pytest.fixture
+def more(tmp_path: Path) -> Path:
+    return make_images(tmp_path / "more", ["pink", "brown"])
+
+
+@pytest.fixture
+def interrupted(cli: Cli, project: Path, more: Path) -> Path:
+    """A project whose fourth task was stopped after its third step of eight."""
+    stop_after(cli, project, more, 3)
+    return project
+
+
+def test_resuming_twice_ends_as_if_never_interrupted(cli: Cli, project: Path, more: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(project, tmp_path / "whole"))
+    done = cli("-C", whole, "train-task", more, *OPTIONS, "--json").json
+    before = learned_hashes(project)
+    stop_after(cli, project, more, 3)
+    stop_after(cli, project, more, 6, "--resume")
+    assert learned_hashes(project) == before
+    resumed = cli("-C", project, "train-task", "--resume", *OPTIONS, "--json")
+    assert resumed.code == 0, resumed.err
+    assert learned_hashes(project) == learned_hashes(whole)
+    assert resumed.json["scores"] == done["scores"]
+    assert resumed.json["steps"] == 8
+
+
+def test_the_last_commit_still_works_meanwhile(cli: Cli, interrupted: Path, learned_project: Path) -> None:
+    here, there = (cli("-C", root, "eval", "--json", "--device", "cpu").json for root in (interrupted, learned_project))
+    assert here == there
+    assert learned_hashes(interrupted) == learned_hashes(learned_project)
+
+
+def test_name_and_data_may_be_repeated(cli: Cli, interrupted: Path, more: Path) -> None:
+    assert cli("-C", interrupted, "train-task", more, "--name", "more", "--resume", *OPTIONS).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["--name", "other"], 2, r"The interrupted task is 'more', not 'other'\."),
+        (["elsewhere"], 2, r"The interrupted task's data is .*more, not elsewhere\."),
+        (["--lr", "0.5"], 3, r"The interrupted task cannot be resumed: its train has changed\. Train it anew"),
+        (["--epochs", "9"], 3, r"The interrupted task cannot be resumed: its train has changed\. Train it anew"),
+        (["--precision", "bf16"], 3, r"The interrupted task cannot be resumed: its precision has changed\."),
+    ],
+)
+def test_other_settings_are_refused(cli: Cli, interrupted: Path, arguments: list[str], code: int, line: str) -> None:
+    before = tree_hash(interrupted)
+    check_error(cli("-C", interrupted, "train-task", "--resume", *OPTIONS, *arguments), code, line)
+    assert tree_hash(interrupted) == before
+
+
+def test_other_data_is_refused(cli: Cli, interrupted: Path, more: Path) -> None:
+    make_images(more, ["pink"], train=1, test=0, seed=99)
+    before = tree_hash(interrupted)
+    line = r"The interrupted task cannot be resumed: its data has changed\. Train it anew, without --resume\."
+    check_error(cli("-C", interrupted, "train-task", "--resume", *OPTIONS), 3, line)
+    shutil.rmtree(more)
+    check_error(cli("-C", interrupted, "train-task", "--resume", *OPTIONS), 4, r"more not found\.")
+    assert tree_hash(interrupted) == before
+
+
+def test_a_damaged_checkpoint_is_refused(cli: Cli, interrupted: Path, more: Path) -> None:
+    run = interrupted / ".treelora" / "run"
+    tensors = next(run.glob("*.safetensors"))
+    data = bytearray(tensors.read_bytes())
+    data[-3] ^= 1
+    tensors.write_bytes(bytes(data))
+    check_error(cli("-C", interrupted, "train-task", "--resume", *OPTIONS), 3, r"step-00000003\.safetensors: hash mism")
+    (run / "checkpoint.json").write_text("{")
+    check_error(cli("-C", interrupted, "train-task", "--resume", *OPTIONS), 3, r"checkpoint\.json is damaged\.")
+    assert cli("-C", interrupted, "train-task", more, *OPTIONS).code == 0, "training anew needs no checkpoint"
+
+
+def test_another_task_in_between_ends_the_interrupted_one(cli: Cli, interrupted: Path, data: Path) -> None:
+    assert cli("-C", interrupted, "train-task", data / "warm", "--name", "between", "--device", "cpu").code == 0
+    check_error(cli("-C", interrupted, "train-task", "--resume"), 3, r"No interrupted task to resume\.")
+
+
+def test_a_rollback_keeps_the_checkpoint_for_the_state_it_belongs_to(
+    cli: Cli, project: Path, more: Path, tmp_path: Path
+) -> None:
+    whole = Path(shutil.copytree(project, tmp_path / "whole"))
+    assert cli("-C", whole, "train-task", more, *OPTIONS).code == 0
+    stop_after(cli, project, more, 3)
+    assert cli("-C", project, "rollback", "grey").code == 0
+    line = r"The interrupted task cannot be resumed: its state has changed\. Train it anew, without --resume\."
+    check_error(cli("-C", project, "train-task", "--resume", *OPTIONS), 3, line)
+    assert cli("-C", project, "rollback", "--undo").code == 0
+    assert cli("-C", project, "train-task", "--resume", *OPTIONS).code == 0
+    assert learned_hashes(project) == learned_hashes(whole)
+
+
+def test_training_anew_ignores_the_checkpoint(cli: Cli, interrupted: Path, more: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(interrupted, tmp_path / "whole"))
+    shutil.rmtree(whole / ".treelora" / "run")
+    for root in (interrupted, whole):
+        assert cli("-C", root, "train-task", more, *OPTIONS, "--lr", "0.02").code == 0
+    assert learned_hashes(interrupted) == learned_hashes(whole)
+
+
+def test_a_diverged_task_commits_nothing_and_names_the_learning_rate(cli: Cli, project: Path, more: Path) -> None:
+    before = tree_hash(project)
+    done = cli("-C", project, "train-task", more, *OPTIONS, "--lr", "1e37")
+    check_error(done, 1, r"Training diverged: .* not finite.*; nothing was committed\. Retry with a smaller --lr")
+    assert {name: digest for name, digest in tree_hash(project).items() if "/run/" not in name} == before

@@ -1,0 +1,110 @@
+"""Measure whether steps and passes are faster in fp32 or in bf16, and compute so."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from treelora_cli.backend.contract import Session
+    from treelora_cli.backend.runtime import Runtime
+
+_WORTH_IT = 0.85
+"""bf16 is taken when it needs at most this share of the time; a tie must not flip from run to run."""
+
+
+def choose_arithmetic(runtime: Runtime, wanted: str, session: Session, trained: Sequence[torch.Tensor]) -> None:
+    """Compute as asked for; with ``auto``, steps and passes without gradients each in what is faster for them.
+
+    Small batches through few blocks gain nothing from bf16 where passes over many tokens halve their time.
+    """
+    if wanted != "auto":
+        runtime.compute_as({"precision": wanted})
+        return
+    steps = measure_precision(runtime, lambda: session.try_step(trained))
+    passes = measure_precision(runtime, session.try_forward)
+    runtime.compute_as({"precision": steps, "forward_precision": passes})
+
+
+def try_gradient(runtime: Runtime, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
+    """Compute a loss and its gradient, to measure the time; parameters that it does not reach cost nothing."""
+    import torch
+
+    with runtime.autocast():
+        value = loss()
+    torch.autograd.grad(value, parameters, allow_unused=True)
+
+
+def measure_precision(runtime: Runtime, step: Callable[[], None]) -> str:
+    """Run ``step`` in fp32 and under bf16 autocast and return the faster: ``fp32`` or ``bf16``.
+
+    Where one matrix product alone is slower in bf16, ``step`` is not run: a processor without such instructions takes
+    minutes for what fp32 does in a second. With several processes the main one's measurement decides for all.
+    """
+    import torch
+
+    before = runtime.arithmetic
+
+    def run(precision: str) -> float:
+        runtime.compute_as({"precision": precision})
+        return _seconds(step, runtime.device)
+
+    def share() -> float:
+        return _share_of_time(lambda: run("bf16"), lambda: run("fp32"), clear=_CLEAR)
+
+    pays = bf16_multiplies_well(runtime.device) and share() < _WORTH_IT
+    runtime.compute_as(before)
+    votes = runtime.concatenate(torch.tensor([float(pays)], device=runtime.device))
+    return "bf16" if float(votes[0]) > 0.5 else "fp32"
+
+
+def bf16_multiplies_well(device: torch.device) -> bool:
+    """Return whether a small matrix product in bf16 is no slower than twice the same in fp32."""
+    import torch
+
+    def multiply(dtype: torch.dtype) -> float:
+        left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((64, 512), (512, 256)))
+        return _seconds(lambda: left @ right, device)
+
+    return _share_of_time(lambda: multiply(torch.bfloat16), lambda: multiply(torch.float32)) <= 2
+
+
+_TRIALS = 3
+
+
+_CLEAR = 1.5
+"""Steps take seconds: one that takes so many times as long as the other is not measured again."""
+
+
+def _share_of_time(one: Callable[[], float], other: Callable[[], float], clear: float = math.inf) -> float:
+    """Return the least seconds of ``one`` by those of ``other``; each is run once before, which is not counted.
+
+    Args:
+        one: Does its work and returns the seconds.
+        other: The same.
+        clear: Ratio from which on a first result is not checked by further trials.
+    """
+    one(), other()
+    ones, others = [], []
+    for _ in range(_TRIALS):
+        ones.append(one())
+        others.append(other())
+        share = min(ones) / max(min(others), 1e-9)
+        if not 1 / clear < share < clear:
+            break
+    return share
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return how long ``work`` takes."""
+    import torch
+
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

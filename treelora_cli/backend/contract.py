@@ -1,0 +1,370 @@
+"""The whole contract between the core and a model family.
+
+The core never asks which backend it has. A backend turns data into batches, batches into losses and a
+trained task into tensors that a later prediction needs; it never touches the project directory, the
+tree or the bandit.
+
+Symbols: ``D`` adapted layers, ``r`` LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from treelora_cli.backend.adapters import AdapterWeights
+    from treelora_cli.backend.runtime import Runtime
+    from treelora_cli.config import BaseConfig, Config
+
+    Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """Where a task's data lies and which part of it is wanted.
+
+    Attributes:
+        path: File or directory the user named.
+        val: Held-out data, when it lies elsewhere than ``path``.
+        classes: Only these classes (image folders); all when ``None``.
+        data_format: Name of the format; detected when ``None``.
+        columns: Source column by the name expected, from ``--map``.
+        metric: Score of the task; chosen from the data when ``None``.
+        train_limit: Most training examples per class (images) or in all (text).
+        test_limit: Most held-out examples per class (images) or in all (text).
+        skip_bad: Leave out unreadable examples and count them instead of failing.
+        held_out: Share of the training data kept for scoring when there is no other.
+        seed: Seed of the held-out split and of the limits' choice.
+        test_only: Read the held-out part only, as ``eval`` does.
+    """
+
+    path: Path
+    val: Path | None = None
+    classes: tuple[str, ...] | None = None
+    data_format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    metric: str | None = None
+    train_limit: int | None = None
+    test_limit: int | None = None
+    skip_bad: bool = False
+    held_out: float = 0.1
+    seed: int = 0
+    test_only: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``task.json`` keeps, so that ``eval`` finds the same held-out examples again."""
+        return {
+            "path": str(self.path),
+            "val": None if self.val is None else str(self.val),
+            "classes": None if self.classes is None else list(self.classes),
+            "data_format": self.data_format,
+            "columns": dict(self.columns),
+            "metric": self.metric,
+            "train_limit": self.train_limit,
+            "test_limit": self.test_limit,
+            "skip_bad": self.skip_bad,
+            "held_out": self.held_out,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> DataRequest:
+        """Rebuild a recorded request; it reads the held-out part only."""
+        values = dict(record)
+        values["path"] = Path(values["path"])
+        values["val"] = None if values["val"] is None else Path(values["val"])
+        classes = values["classes"]
+        values["classes"] = None if classes is None else tuple(classes)
+        return cls(**values, test_only=True)
+
+
+class TaskData(Protocol):
+    """One task's examples, read and validated."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class or answer names in a fixed order; empty for free text."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the task's score, such as ``accuracy``."""
+
+    @property
+    def train_size(self) -> int:
+        """Training examples."""
+
+    @property
+    def test_size(self) -> int:
+        """Held-out examples; 0 when there are none."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the examples, hex."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the user: what was skipped, converted or split off."""
+
+    @property
+    def sample(self) -> str:
+        """The first example as the model will see it."""
+
+
+@dataclass(frozen=True)
+class TaskMemory:
+    """What is kept of one learned task; tensors are read from disk when first asked for."""
+
+    name: str
+    labels: tuple[str, ...]
+    metric: str
+    adapter: Callable[[], AdapterWeights]
+    tensors: Callable[[], Tensors]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """All learned tasks in order of arrival, and the statistics they share.
+
+    Attributes:
+        tasks: The tasks.
+        shared: Reads the statistics, anew at each call: whoever asks may use them up.
+    """
+
+    tasks: tuple[TaskMemory, ...]
+    shared: Callable[[], Tensors]
+
+    def with_task(self, task: TaskMemory, shared: Callable[[], Tensors]) -> Memory:
+        """Return the memory after one more task."""
+        return replace(self, tasks=(*self.tasks, task), shared=shared)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a session hands over when its task is learned.
+
+    Attributes:
+        tensors: Kept with the task (``head.safetensors``).
+        shared: Reads the statistics shared by all tasks, this one included, as in ``Memory``; replaces the former.
+        facts: JSON-able facts for ``task.json``.
+    """
+
+    tensors: Tensors
+    shared: Callable[[], Tensors]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    Attributes:
+        output: Label name or generated text.
+        task: Name of the task whose adapter answered; ``None`` when no single one did.
+        confidence: Probability given to ``output``, in [0, 1]; ``None`` where there is none.
+    """
+
+    output: str
+    task: str | None
+    confidence: float | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task's score on held-out examples.
+
+    Attributes:
+        value: In [0, 1]; higher is better.
+        count: Examples scored.
+        routed: Share of examples answered by the task's own adapter; ``None`` where nothing routes.
+    """
+
+    value: float
+    count: int
+    routed: float | None
+
+
+class Session(Protocol):
+    """One task while it is learned. The network's adapter slot is the core's; the rest is the session's."""
+
+    def try_step(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Compute gradients of ``parameters`` on one full-sized batch, to measure arithmetic with."""
+
+    def try_forward(self) -> None:
+        """Do a part of the frozen pass, or the forward part of a step where there is none, for the same purpose."""
+
+    def prepare(self) -> None:
+        """Pass over the data once with the frozen base: statistics, prototypes, caches."""
+
+    def probe_losses(self, count: int) -> Iterator[torch.Tensor]:
+        """Yield up to ``count`` scalar losses of mini-batches at the shared reference point."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass."""
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        """Yield this process's share of each step's batch; the order depends on seed and epoch only."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """Return the task loss of a batch, a scalar mean over its examples."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what is trained beyond the adapter."""
+
+    def finish(self) -> Learned:
+        """Collect what later predictions need, with the trained adapter in the slot."""
+
+
+class Predictor(Protocol):
+    """Answers without being told the task."""
+
+    def evaluate(self, task: TaskData) -> Score:
+        """Score the held-out examples of a task over everything learned so far."""
+
+    def predict(self, inputs: Sequence[str]) -> list[Prediction]:
+        """Answer each input: a prompt, or the path of an image."""
+
+
+class ContenderModel(Protocol):
+    """A whole network with one LoRA slot under a contender, as a user without this library would write it.
+
+    Every adapted block runs for every view of every example: no prefix is cached and no frozen pass is made.
+    What the head keeps between tasks lives in the object; the adapter is the strategy's.
+    """
+
+    def session(self, tasks: Sequence[TaskData], config: Config) -> Session:
+        """Open one task for learning, or several that are learned at once."""
+
+    def learned(self) -> None:
+        """Take what later answers need from the open session's data, with the trained adapter in the slot."""
+
+    def evaluate(self, task: TaskData) -> Score:
+        """Score the held-out examples of a task over everything learned so far, without being told the task."""
+
+    def kept_bytes(self) -> int:
+        """Return the bytes kept for later: adapters, heads and statistics."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How an export is written.
+
+    Attributes:
+        dtype: Type of the saved weights: ``float32``, ``float16`` or ``bfloat16``.
+        max_shard: Largest file, as ``5GB``.
+    """
+
+    dtype: str = "float32"
+    max_shard: str = "5GB"
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """What a reloaded export showed against the model in memory.
+
+    Attributes:
+        largest_difference: Largest absolute logit difference.
+        tolerance: What the dtype allows.
+        scores: Mean score in memory and reloaded, by task name; empty without held-out data.
+    """
+
+    largest_difference: float
+    tolerance: float
+    scores: dict[str, tuple[float, float]]
+
+    @property
+    def passed(self) -> bool:
+        """True when logits agree within the tolerance and no score moved by more than 1 point."""
+        agree = self.largest_difference <= self.tolerance
+        return agree and all(abs(ours - theirs) <= 0.01 for ours, theirs in self.scores.values())
+
+
+class Base(Protocol):
+    """A loaded frozen model with one LoRA slot."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The PEFT model; its adapter slot is read and written through ``treelora_cli.backend.adapters``."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the adapted modules in network order, shape (D,)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the frozen weights, hex."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """JSON-able facts about the architecture, for ``state.json`` and ``status``."""
+
+    def read_task(self, request: DataRequest) -> TaskData:
+        """Read and validate a task's data.
+
+        Raises:
+            DataError: The data is missing, malformed or of the wrong kind.
+        """
+
+    def session(self, task: TaskData, memory: Memory, config: Config) -> Session:
+        """Open a task for learning."""
+
+    def predictor(self, memory: Memory, inference: str) -> Predictor:
+        """Return a predictor over everything in ``memory``.
+
+        Args:
+            memory: Everything learned.
+            inference: One of the configuration's, or ``base``: the model without any adapter.
+
+        Raises:
+            UsageError: The backend cannot answer so.
+        """
+
+    def contender(self, head: str, config: Config) -> ContenderModel:
+        """Return the network under one of the backend's ``contender_heads``.
+
+        Only backends that declare the class attribute ``contender_heads``, a tuple of names, are asked.
+        """
+
+    def export_merged(self, memory: Memory, out: Path, options: ExportOptions) -> None:
+        """Write one merged model that stock code loads into the empty directory ``out``."""
+
+    def export_adapter(self, memory: Memory, task: str, out: Path) -> None:
+        """Write one task's adapter that stock PEFT loads into the empty directory ``out``."""
+
+    def load_line(self, out: Path, task: str | None) -> str:
+        """Return the line of Python that loads an export with stock code."""
+
+    def check_export(
+        self, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, TaskData]]
+    ) -> ExportCheck:
+        """Reload ``out`` with stock code (``task`` names an adapter export) and compare."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A model family, registered on the entry-point group ``treelora.backends``."""
+
+    name: str
+
+    def defaults(self) -> Config:
+        """Return the settings in which this family differs from ``config.DEFAULTS``."""
+
+    def resolve_base(self, base: BaseConfig, *, offline: bool) -> BaseConfig:
+        """Check the user's choice of model without loading it; local paths become absolute.
+
+        Raises:
+            ModelError: The model is unknown, or not available offline.
+        """
+
+    def load(self, config: Config, runtime: Runtime) -> Base:
+        """Load the base and attach an adapter slot.
+
+        Raises:
+            ModelError: Weights are missing or do not fit.
+        """

@@ -1,0 +1,192 @@
+"""Where and in which arithmetic a command computes: device, processes, precision, progress."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+from treelora_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+
+T = TypeVar("T")
+
+
+class Reporter(Protocol):
+    """What the core may tell the user while it works."""
+
+    def note(self, message: str) -> None:
+        """Show one line."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+        """Yield ``items`` while showing a progress bar with rate and time left."""
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    def note(self, message: str) -> None:
+        """Ignore the line."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+        """Yield ``items``."""
+        yield from items
+
+
+@dataclass
+class Runtime:
+    """Processes and device (through accelerate), arithmetic and reporter of one command.
+
+    Attributes:
+        precision: ``fp32`` or ``bf16``, where gradients are computed.
+        forward_precision: The same where none are.
+    """
+
+    accelerator: Accelerator
+    precision: str = "fp32"
+    forward_precision: str = "fp32"
+    offline: bool = False
+    reporter: Reporter = field(default_factory=Silent)
+
+    @property
+    def device(self) -> torch.device:
+        """The device this process computes on."""
+        return cast("torch.device", self.accelerator.device)
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes and prints."""
+        return bool(self.accelerator.is_main_process)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a pass in the chosen arithmetic: that of gradients, unless torch's are off."""
+        import torch
+
+        precision = self.precision if torch.is_grad_enabled() else self.forward_precision
+        if precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """Both precisions, by name."""
+        return {"precision": self.precision, "forward_precision": self.forward_precision}
+
+    def compute_as(self, record: Mapping[str, Any]) -> None:
+        """Take the ``arithmetic`` of a record; older ones have one precision for all."""
+        self.precision = str(record["precision"])
+        self.forward_precision = str(record.get("forward_precision", self.precision))
+
+    def share(self, items: list[T]) -> list[T]:
+        """Return this process's part of ``items``: every ``world``-th, from its rank on."""
+        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of ``tensor`` over processes."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        total = self.accelerator.reduce(tensor, reduction="sum")
+        return total  # type: ignore[no-any-return]
+
+    def smallest(self, count: int) -> int:
+        """Return the least of all processes' counts."""
+        if self.accelerator.num_processes == 1:
+            return count
+        import torch
+
+        return int(self.accelerator.gather(torch.tensor([count], device=self.device)).min())
+
+    def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all processes; every process gives equally many."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        gathered = self.accelerator.gather(tensor.contiguous())
+        return gathered  # type: ignore[no-any-return]
+
+    def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows (n, F) of all processes, however many each has."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        import torch
+
+        counts = self.accelerator.gather(torch.tensor([len(tensor)], device=self.device)).tolist()
+        padded = tensor.new_zeros(max(counts), tensor.shape[1])
+        padded[: len(tensor)] = tensor
+        parts = self.concatenate(padded).reshape(len(counts), max(counts), -1)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Runtime:
+    """Start accelerate on ``device`` (``cpu``, ``cuda``, ``mps``, ``None`` or ``auto`` for the best there is).
+
+    Raises:
+        UsageError: The device is unknown or not present.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    wanted = (device or "auto").split(":")[0]
+    present = {
+        "auto": True,
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if wanted not in present:
+        raise UsageError(f"--device is one of {', '.join(present)}; got {device!r}.")
+    if not present[wanted]:
+        raise UsageError(f"--device {device}: not present on this machine. Leave it out to use the best.")
+    _map_large_blocks()
+    for name in _COMPILED_KERNELS:
+        os.environ.setdefault(name, "32")  # read when the first is compiled
+    accelerator = Accelerator(cpu=wanted == "cpu")
+    return Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
+
+
+_COMPILED_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""How many bf16 kernels torch's libraries keep, one for each shape: a megabyte each, and by default a thousand."""
+_LARGE_BLOCK = 2**21
+_MALLOC_TRIM, _MALLOC_MMAP = -1, -3
+"""Names of glibc's mallopt for the free memory it keeps and for the size from which a block is mapped by itself."""
+
+
+def _c_library() -> Any:
+    import ctypes
+
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None  # not a system whose allocator can be spoken to
+
+
+def _map_large_blocks() -> None:
+    """Have memory of large tensors returned as soon as they are freed: glibc by itself begins to keep it."""
+    mallopt = getattr(_c_library(), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MALLOC_MMAP, _LARGE_BLOCK)
+        mallopt(_MALLOC_TRIM, 4 * _LARGE_BLOCK)
+
+
+def return_free_memory() -> None:
+    """Give what one phase freed back to the system before the next one asks for other sizes."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' warnings off the terminal unless asked for."""
+    import os
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

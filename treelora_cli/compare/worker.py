@@ -1,0 +1,324 @@
+"""One run of ``treelora compare`` in a process of its own: ``python -m treelora_cli.compare.worker JOB``.
+
+A contender's task, in order; everything but the first and the last line counts as training time::
+
+    read data
+    open the session, draw a fresh adapter, choose the arithmetic (first task)
+    strategy.begin -> slot -> Trainer -> strategy.end -> the head takes its statistics
+    score every task seen
+
+``treelora`` itself runs through a real project and the same trainer, kept beside the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treelora_cli.backend import adapters
+from treelora_cli.backend.arithmetic import choose_arithmetic
+from treelora_cli.backend.registry import load_backend
+from treelora_cli.backend.runtime import Runtime, open_runtime
+from treelora_cli.compare.results import write_result
+from treelora_cli.compare.runs import Run
+from treelora_cli.config import AdapterConfig, Config, TrainConfig, load_config, overlay, resolve
+from treelora_cli.errors import UsageError
+from treelora_cli.learning.opening import load_base
+from treelora_cli.learning.provenance import peak_bytes, versions
+from treelora_cli.learning.stream import PlannedTask, StreamRequest, plan_stream, run_stream
+from treelora_cli.learning.trainer import Trainer, TrainSettings
+from treelora_cli.methods.base import TaskContext
+from treelora_cli.methods.catalogue import CONTENDERS, OURS, choose_head
+from treelora_cli.score_matrix import ScoreMatrix
+from treelora_cli.views.console import Output
+
+if TYPE_CHECKING:
+    from treelora_cli.backend.contract import Base, ContenderModel, DataRequest, Session, TaskData
+    from treelora_cli.learning.task import TaskReport
+    from treelora_cli.learning.trainer import TrainReport
+    from treelora_cli.methods.base import Contender
+
+_NOT_TRAINING = ("read", "evaluate")
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+class MemoryWatch:
+    """Peak memory above what the process held right after the base was loaded."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.base_bytes = 0
+        self._cuda_base = 0
+
+    def start(self) -> None:
+        """Note what is held now; where the system lets it, forget the peak of loading."""
+        gc.collect()
+        self.base_bytes = _status("VmRSS") or peak_bytes()
+        with suppress(OSError):  # where that fails the peak includes loading, which only overstates it
+            Path("/proc/self/clear_refs").write_text("5")
+        if self.runtime.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._cuda_base = torch.cuda.memory_allocated()
+
+    def peaks(self) -> dict[str, int | None]:
+        """Return the peaks as the result file names them, in bytes."""
+        peak = _status("VmHWM") or peak_bytes()
+        cuda = torch.cuda.max_memory_allocated() - self._cuda_base if self.runtime.device.type == "cuda" else None
+        return {"base_bytes": self.base_bytes, "peak_bytes": max(0, peak - self.base_bytes), "cuda_peak_bytes": cuda}
+
+
+def _status(key: str) -> int | None:
+    """Return a size in bytes from Linux's own record of this process."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+# -- the two kinds of run --------------------------------------------------------------------------
+
+
+def run_project(run: Run, request: StreamRequest, runtime: Runtime) -> dict[str, Any]:
+    """Run the stream through a real project under ``run.out`` and return the result's record."""
+    watch = MemoryWatch(runtime)
+    reports: list[TaskReport] = []
+    project = run_stream(request, runtime, reports.append, watch.start)
+    seconds: dict[str, float] = {}
+    for report in reports:
+        for phase, value in report.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + value
+    cpu = sum(_training(report.cpu_seconds) for report in reports)
+    records = [project.task_record(report.name) for report in reports]
+    return {
+        "matrix": project.matrix().to_json(),
+        "seconds": seconds,
+        "task_seconds": {report.name: _training(report.seconds) for report in reports},
+        "train_seconds": _training(seconds),
+        "train_cpu_seconds": cpu,
+        "kept_bytes": project.total_bytes(),
+        "trained_parameters": max(record["trained_parameters"] for record in records),
+        "steps": sum(report.steps for report in reports),
+        **{key: records[-1][key] for key in runtime.arithmetic},
+        "base_sha256": project.state.base["fingerprint"],
+        "data_sha256": {record["name"]: record["data_sha256"] for record in records},
+        **watch.peaks(),
+    }
+
+
+def _training(seconds: dict[str, float]) -> float:
+    return sum(value for phase, value in seconds.items() if phase not in _NOT_TRAINING)
+
+
+class Contest:
+    """One contender over one stream, in memory.
+
+    Args:
+        base: The loaded base.
+        model: Its network under the contender's head.
+        strategy: The contender.
+        config: Settings in force.
+        runtime: Device and reporter.
+    """
+
+    def __init__(
+        self, base: Base, model: ContenderModel, strategy: Contender, config: Config, runtime: Runtime
+    ) -> None:
+        self.base = base
+        self.model = model
+        self.strategy = strategy
+        self.config = config
+        self.runtime = runtime
+        self.matrix = ScoreMatrix()
+        self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+        self.task_seconds: dict[str, float] = {}
+        self.trained_parameters = 0
+        self.steps = 0
+        self._index = 0
+        self.digests: dict[str, str] = {}
+        self._held_out: dict[str, DataRequest] = {}
+
+    def learn(self, tasks: Sequence[PlannedTask], config: Config) -> None:
+        """Learn tasks, several of them as one, and score everything seen."""
+        with self._phase("read"):
+            data = [self.base.read_task(task.data) for task in tasks]
+        self._held_out |= {task.name: dataclasses.replace(task.data, test_only=True) for task in tasks}
+        self.digests |= {task.name: one.digest for task, one in zip(tasks, data, strict=True)}
+        before = self.seconds.get("train", 0.0)
+        with self._phase("train"):
+            report = self._train(data, config)
+        self.task_seconds["+".join(task.name for task in tasks)] = self.seconds["train"] - before
+        self.trained_parameters = max(self.trained_parameters, report.trained_parameters)
+        self.steps += report.steps
+        del data
+        with self._phase("evaluate"):
+            scores = {name: self._score(self.base.read_task(data)) for name, data in self._held_out.items()}
+        for task in tasks:
+            known = [*self.matrix.tasks, task.name]
+            complete = task is tasks[-1]
+            self.matrix = self.matrix.with_row(task.name, [scores[name] if complete else None for name in known])
+
+    def _score(self, task: TaskData) -> float | None:
+        return self.model.evaluate(task).value if task.test_size else None
+
+    def _train(self, data: Sequence[TaskData], config: Config) -> TrainReport:
+        session = self.model.session(data, config)
+        session.prepare()
+        context = self._context(session)
+        if self._index == 0:
+            adapters.write_slot(self.base.network, context.fresh)
+            trained = [*(up for _, up in context.slot), *session.parameters()]
+            wanted = str(self.config.train.precision)
+            choose_arithmetic(self.runtime, wanted, session, trained)
+        start = self.strategy.begin(context)
+        if start is not None:
+            adapters.write_slot(self.base.network, start)
+        slot = [] if start is None else context.slot
+        trainer = Trainer(session, self.strategy, slot, TrainSettings.of(config.train, self._seed()), self.runtime)
+        report = trainer.run(lambda _step, _tensors: None)
+        self.strategy.end(context)
+        self.model.learned()
+        self._index += 1
+        return report
+
+    def _context(self, session: Session) -> TaskContext:
+        assert self.config.adapter.rank is not None and self.config.adapter.alpha is not None
+        scale = self.config.adapter.alpha / self.config.adapter.rank
+        network, layers = self.base.network, self.base.layers
+        return TaskContext(
+            index=self._index,
+            network=network,
+            layers=layers,
+            slot=adapters.slot_parameters(network, layers),
+            scale=scale,
+            fresh=adapters.reference_point(network, layers, scale, self._seed()),
+            losses=session.probe_losses,
+        )
+
+    def _seed(self) -> int:
+        assert self.config.seed is not None
+        return self.config.seed * 10_007 + self._index
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Add the time of what is inside to ``name``; queued work on an accelerator is waited for."""
+        self._wait()
+        started, cpu_started = time.perf_counter(), time.process_time()
+        yield
+        self._wait()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - cpu_started
+
+    def _wait(self) -> None:
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[str, Any]:
+    """Run a contender over the stream and return the result's record."""
+    recipe = load_config(run.recipe)
+    backend = load_backend(overlay(run.flags, recipe).backend or "vit")
+    entry = CONTENDERS[run.variant.method]
+    head = choose_head(run.variant.method, getattr(backend, "contender_heads", ()), backend.name)
+    config = contender_config(run, resolve(run.flags, recipe, backend.defaults()), head)
+    config = dataclasses.replace(config, base=backend.resolve_base(config.base, offline=runtime.offline))
+    tasks = plan_stream(request)
+    base = load_base(backend, config, runtime)
+    watch = MemoryWatch(runtime)
+    watch.start()
+    contest = Contest(base, base.contender(head, config), entry.make(len(tasks)), config, runtime)
+    for group in [tasks] if entry.at_once else [(task,) for task in tasks]:
+        epochs = max((task.config(run.flags, config).train.epochs or 0) for task in group)
+        contest.learn(group, overlay(Config(train=TrainConfig(epochs=epochs)), config))
+    return {
+        "matrix": contest.matrix.to_json(),
+        "seconds": contest.seconds,
+        "task_seconds": contest.task_seconds,
+        "train_seconds": contest.seconds["train"],
+        "train_cpu_seconds": contest.cpu_seconds["train"],
+        "kept_bytes": contest.model.kept_bytes() + contest.strategy.kept_bytes(),
+        "trained_parameters": contest.trained_parameters,
+        "steps": contest.steps,
+        **runtime.arithmetic,
+        "base_sha256": base.fingerprint,
+        "data_sha256": contest.digests,
+        "lr": config.train.lr,
+        "head": head,
+        **watch.peaks(),
+    }
+
+
+def contender_config(run: Run, config: Config, head: str) -> Config:
+    """Return a contender's settings: its row's own over its paper's over the recipe's; all blocks unless told."""
+    entry = CONTENDERS[run.variant.method]
+    own = run.variant.settings
+    config = overlay(own, overlay(entry.settings, config))
+    assert config.train.lr is not None
+    lr = config.train.lr if own.train.lr is not None else config.train.lr * entry.lr_share.get(head, 1.0)
+    blocks = 0 if config.adapter.blocks is None else config.adapter.blocks
+    return overlay(Config(adapter=AdapterConfig(blocks=blocks), train=TrainConfig(lr=lr)), config)
+
+
+# -- the process -----------------------------------------------------------------------------------
+
+
+def perform(run: Run) -> None:
+    """Do a run and write its result."""
+    started = time.perf_counter()
+    runtime = open_runtime(run.device, offline=run.offline, reporter=Output(as_json=False, quiet=False))
+    request = StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False)
+    if run.variant.method == OURS:
+        _clear(request.root)
+    runner: Callable[[Run, StreamRequest, Runtime], dict[str, Any]]
+    runner = run_project if run.variant.method == OURS else run_contender
+    record = runner(run, request, runtime)
+    total = round(time.perf_counter() - started, 3)
+    write_result(run, {**record, "process_seconds": total, "device": runtime.device.type, "versions": versions()})
+
+
+def _clear(root: Path) -> None:
+    """Remove what a run that was cut short left of its own project."""
+    if not root.exists():
+        return
+    if not (root / "state.json").is_file():
+        raise UsageError(f"{root} is in the way and is no project. Move it, or choose another --out.")
+    shutil.rmtree(root)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job in the file named; returns the exit code, errors are one line."""
+    from treelora_cli.backend.runtime import quiet_libraries
+    from treelora_cli.errors import describe_error
+
+    quiet_libraries()
+    run = Run.from_json(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
+    if run.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        perform(run)
+    except (Exception, KeyboardInterrupt) as error:
+        import traceback
+
+        traceback.print_exc()
+        message, code = describe_error(error)
+        print(f"Error: {message}", file=sys.stderr)
+        return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Heads that are solved, not trained. Pure tensor code."""

@@ -1,0 +1,1 @@
+"""One task from data to commit, streams of tasks, scoring and export."""

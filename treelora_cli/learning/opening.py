@@ -1,0 +1,161 @@
+"""Make a project, and load the base that a project stands on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from treelora_cli.backend.contract import Backend, Base
+from treelora_cli.backend.registry import load_backend
+from treelora_cli.backend.runtime import Runtime
+from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
+from treelora_cli.errors import ConfigError, ModelError, ProjectError
+from treelora_cli.project import Project
+from treelora_cli.project.project import check_new_directory
+
+_RUNS_CODE = {"trust_remote_code", "code_revision", "auto_map"}
+"""Arguments that make transformers run a repository's own code."""
+_HEADING = "Settings of this treelora project. Flags override them; 'treelora status' shows the project."
+
+
+def make_project(root: Path, flags: Config, recipe_text: str | None, source: str, runtime: Runtime) -> Project:
+    """Make a project around a frozen base; nothing is written unless the base loads.
+
+    Args:
+        root: Absent or empty directory.
+        flags: What the command line gave.
+        recipe_text: A recipe to start from; kept verbatim when no flag changes it.
+        source: Name of the recipe file, for messages.
+        runtime: Device and reporter.
+
+    Raises:
+        TreeLoraError: Bad settings, a model that cannot be loaded, or a directory in use.
+    """
+    check_new_directory(root)
+    recipe = parse_config(recipe_text, source) if recipe_text is not None else Config()
+    given = overlay(flags, recipe)
+    backend = load_backend(given.backend or "vit")
+    config = resolve(flags, recipe, backend.defaults())
+    resolved = backend.resolve_base(config.base, offline=runtime.offline)
+    config = dataclasses.replace(config, backend=backend.name, base=resolved)
+    base = load_base(backend, config, runtime)
+    record = {
+        "fingerprint": base.fingerprint,
+        "layers": list(base.layers),
+        "facts": base.facts,
+        "resolved": dataclasses.asdict(resolved),
+        "given": dataclasses.asdict(recipe.base if flags == Config() else resolved),
+    }
+    text = recipe_text if recipe_text is not None and flags == Config() else to_yaml(config, _HEADING)
+    return Project.create(root, text, backend=backend.name, base=record, fixed=fixed_settings(config))
+
+
+def project_config(project: Project, flags: Config) -> Config:
+    """Return the settings in force: flags over ``treelora.yaml`` over what the project was made with."""
+    written = project.config()
+    backend = load_backend(project.state.backend)
+    config = resolve(flags, overlay(written, _fixed_config(project.state.fixed)), backend.defaults())
+    recorded = project.state.base
+    unchanged = dataclasses.asdict(written.base) == recorded["given"]
+    base = BaseConfig(**recorded["resolved"]) if unchanged else config.base
+    return dataclasses.replace(config, backend=project.state.backend, base=base)
+
+
+def open_base(project: Project, config: Config, runtime: Runtime) -> Base:
+    """Load the project's base.
+
+    Raises:
+        ModelError: It cannot be loaded.
+        ProjectError: It is not the one the project was made with.
+    """
+    backend = load_backend(project.state.backend)
+    resolved = backend.resolve_base(config.base, offline=runtime.offline)
+    base = load_base(backend, dataclasses.replace(config, base=resolved), runtime)
+    check_base(project, base)
+    return base
+
+
+def load_base(backend: Backend, config: Config, runtime: Runtime) -> Base:
+    """Load a base; neither its repository's code nor a pickle is run, also when a recipe or a project asks for it.
+
+    Raises:
+        ConfigError: A model argument would run code.
+        ModelError: The weights would be unpickled, are missing, or do not fit.
+    """
+    refused = sorted(_RUNS_CODE & set(config.base.model_args))
+    if refused:
+        raise ConfigError(f"model argument '{refused[0]}' is not allowed: code that comes with a model is never run.")
+    with _nothing_unpickled(str(config.base.model)):
+        return backend.load(config, runtime)
+
+
+@contextmanager
+def _nothing_unpickled(model: str) -> Iterator[None]:
+    """Refuse weights that a library would unpickle, which both timm and transformers do where no safetensors are.
+
+    ``torch.load`` with ``weights_only`` is a narrower gate, and has been passed before (CVE-2025-32434).
+    """
+    import torch
+
+    original, met = torch.load, False
+
+    def refuse(*_arguments: Any, **_keywords: Any) -> None:
+        nonlocal met
+        met = True
+        raise ModelError("pickled weights")
+
+    torch.load = refuse
+    try:
+        yield
+    except Exception as error:
+        if met:  # the libraries wrap what they catch
+            raise ModelError(
+                f"{model}: only .safetensors weights are read, nothing is ever unpickled. Convert them first."
+            ) from error
+        raise
+    finally:
+        torch.load = original
+
+
+def _fixed_config(fixed: dict[str, Any]) -> Config:
+    """Turn ``state.fixed`` back into a configuration."""
+    config = Config()
+    for key, value in fixed.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            part = dataclasses.replace(getattr(config, section), **{name: value})
+            config = dataclasses.replace(config, **{section: part})
+        else:
+            config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that every stored adapter and statistic depends on."""
+    return {
+        "seed": config.seed,
+        "adapter.rank": config.adapter.rank,
+        "adapter.alpha": config.adapter.alpha,
+        "adapter.targets": config.adapter.targets,
+        "adapter.blocks": config.adapter.blocks,
+        "tree.signature_width": config.tree.signature_width,
+        "head.width": config.head.width,
+        "head.blocks": config.head.blocks,
+        "head.merged": config.head.merged,
+    }
+
+
+def check_base(project: Project, base: Base) -> None:
+    """Raise ``ProjectError`` when ``base`` is not the model the project was made with."""
+    if base.fingerprint != project.state.base["fingerprint"]:
+        raise ProjectError(
+            f"The base model is not the one this project was made with: weights hash {base.fingerprint[:12]},"
+            f" expected {project.state.base['fingerprint'][:12]}. Restore the original model."
+        )
+    if list(base.layers) != project.state.base["layers"]:
+        raise ProjectError(
+            "The base model's adapted layers differ from this project's. Restore 'targets' and 'blocks'."
+        )

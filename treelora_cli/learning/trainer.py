@@ -1,0 +1,258 @@
+"""One task's optimisation loop.
+
+::
+
+    for epoch, for batch:
+        loss    = session.loss(batch)                     the task's own
+        total   = loss + method.penalty(loss)             eq. 3: every term is summed here
+        grads   = mean over processes of d total
+        step    AdamW, cosine from lr to 0
+        method.before_step / after_step                   eq. 3 as a proximal step, when chosen
+
+All randomness is a function of (seed, step), so a run stopped after any step continues exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treelora_cli.backend.contract import Session
+from treelora_cli.backend.runtime import Runtime
+from treelora_cli.config import TrainConfig
+from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError, is_out_of_memory
+from treelora_cli.methods.base import Method, StepView
+
+_CHECK_EVERY = 10
+"""Steps between looks at the loss; each costs a synchronisation with the device."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of the loop; see ``config.TrainConfig``."""
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def of(cls, train: TrainConfig, seed: int) -> TrainSettings:
+        """Return the settings of a complete configuration."""
+        assert train.epochs is not None and train.lr is not None
+        assert train.weight_decay is not None and train.batch_size is not None
+        return cls(train.epochs, train.lr, train.weight_decay, train.batch_size, seed)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a loop did.
+
+    Attributes:
+        steps: Optimizer steps taken, resumed ones included.
+        seconds: Time in this process.
+        first_step_seconds: Time of the first step.
+        last_loss: Mean task loss over the last epoch; ``None`` without steps.
+        trained_parameters: Numbers that were trained; 0 without steps.
+    """
+
+    steps: int
+    seconds: float
+    first_step_seconds: float
+    last_loss: float | None
+    trained_parameters: int
+
+
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; the second interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        """Handle the signal."""
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request that the loop sees between two steps."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+Checkpoint = Callable[[int, dict[str, Tensor]], None]
+
+
+class Trainer:
+    """Trains the slot and the session's own parameters on one task.
+
+    Args:
+        session: The task.
+        method: What protects earlier tasks.
+        slot: Live (down, up) parameters per layer.
+        settings: Settings of the loop.
+        runtime: Device and processes.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        method: Method,
+        slot: list[tuple[nn.Parameter, nn.Parameter]],
+        settings: TrainSettings,
+        runtime: Runtime,
+    ) -> None:
+        self.session = session
+        self.method = method
+        self.slot = slot
+        self.settings = settings
+        self.runtime = runtime
+        self.step = 0
+        self.total = settings.epochs * session.steps_per_epoch
+        self.parameters = [parameter for pair in slot for parameter in pair] + session.parameters()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+    def run(self, save: Checkpoint) -> TrainReport:
+        """Train to the end.
+
+        Args:
+            save: Called with (step, tensors) after each epoch but the last and when stopped.
+
+        Raises:
+            Interrupted: A signal came; the checkpoint is saved.
+            ResourceError: Out of memory.
+            TreeLoraError: The loss is not finite.
+        """
+        started = time.perf_counter()
+        first = 0.0
+        epoch_loss = torch.zeros((), device=self.runtime.device)
+        with stop_on_signal() as stop:
+            for batch in self.runtime.reporter.track(self._remaining(), "Training", self.total - self.step):
+                if self.step % self.session.steps_per_epoch == 0:
+                    epoch_loss = torch.zeros_like(epoch_loss)
+                epoch_loss += self._guarded_step(batch)
+                first = first or time.perf_counter() - started
+                self._after(stop, save, epoch_loss)
+        report_steps = max(1, min(self.total, self.session.steps_per_epoch))
+        last = float(epoch_loss) / report_steps if self.total else None
+        trained = sum(parameter.numel() for parameter in self.parameters) if self.total else 0
+        return TrainReport(self.step, time.perf_counter() - started, first, last, trained)
+
+    def _remaining(self) -> Iterator[Any]:
+        per_epoch = self.session.steps_per_epoch
+        if self.step >= self.total:
+            return
+        for epoch in range(self.step // per_epoch, self.settings.epochs):
+            yield from islice(self.session.batches(epoch), self.step % per_epoch, None)
+
+    def _guarded_step(self, batch: Any) -> Tensor:
+        try:
+            return self._take_step(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            smaller = max(1, self.settings.batch_size // 2)
+            raise ResourceError(
+                f"Out of memory at step {self.step + 1}; nothing was committed."
+                f" Retry with --batch-size {smaller} or --grad-checkpointing."
+            ) from error
+
+    def _take_step(self, batch: Any) -> Tensor:
+        torch.manual_seed(self.settings.seed * 1_000_003 + self.step)  # dropout
+        view = StepView(self.step, self.total, self.session.steps_per_epoch, self._lr(), self.slot)
+        loss = self.session.loss(batch)
+        penalty = self.method.penalty(view, loss)
+        total = loss if penalty is None else loss + penalty
+        self.optimizer.zero_grad(set_to_none=True)
+        self.runtime.accelerator.backward(total)
+        self._share_gradients()
+        self.method.before_step(view)
+        for group in self.optimizer.param_groups:
+            group["lr"] = view.lr
+        self.optimizer.step()
+        self.method.after_step(view)
+        self.step += 1
+        return loss.detach()
+
+    def _lr(self) -> float:
+        return self.settings.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.total))
+
+    def _share_gradients(self) -> None:
+        """Average gradients over processes in one message; adapters are small."""
+        processes = self.runtime.accelerator.num_processes
+        if processes == 1:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        shared = self.runtime.sum(torch.cat([grad.flatten() for grad in grads])) / processes
+        for parameter, part in zip(self.parameters, shared.split([g.numel() for g in grads]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+    def _after(self, stop: StopRequest, save: Checkpoint, epoch_loss: Tensor) -> None:
+        done = self.step >= self.total
+        ends_epoch = self.step % self.session.steps_per_epoch == 0
+        if (ends_epoch or self.step % _CHECK_EVERY == 0) and not bool(torch.isfinite(epoch_loss)):
+            raise TreeLoraError(
+                f"Training diverged: the loss is not finite by step {self.step}; nothing was committed."
+                f" Retry with a smaller --lr than {self.settings.lr:g}."
+            )
+        stopped = bool(self._any_process(stop.requested))
+        if stopped or (ends_epoch and not done):
+            save(self.step, self.tensors())
+        if stopped:
+            raise Interrupted(
+                f"Interrupted after step {self.step} of {self.total}; nothing was committed."
+                " Continue with: treelora train-task --resume"
+            )
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.runtime.accelerator.num_processes == 1:
+            return flag
+        return float(self.runtime.sum(torch.tensor([float(flag)], device=self.runtime.device))) > 0
+
+    # -- checkpoint -----------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return parameters and optimizer moments, on the CPU."""
+        saved: dict[str, Tensor] = {}
+        for index, parameter in enumerate(self.parameters):
+            saved[f"parameter.{index}"] = parameter.detach().cpu().clone()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                saved[f"optimizer.{index}.{key}"] = torch.as_tensor(value).detach().cpu().clone()
+        return saved
+
+    def load(self, step: int, saved: dict[str, Tensor]) -> None:
+        """Continue after ``step`` from what ``tensors`` returned there."""
+        self.step = step
+        with torch.no_grad():
+            for index, parameter in enumerate(self.parameters):
+                parameter.copy_(saved[f"parameter.{index}"])
+                prefix = f"optimizer.{index}."
+                found = {key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)}
+                if found:
+                    self.optimizer.state[parameter] = {
+                        key: value.clone() if key == "step" else value.to(parameter.device)
+                        for key, value in found.items()
+                    }
