@@ -14,6 +14,7 @@ from conftest import plain_runtime
 from treelora_cli.backend.arithmetic import bf16_multiplies_well, choose_arithmetic, measure_precision
 from treelora_cli.backend.contract import Session
 from treelora_cli.backend.runtime import Runtime, Silent, open_runtime
+from treelora_cli.errors import UsageError
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [("fp32", "bf16"), ("bf16", "fp32"), ("", "fp32")])
@@ -117,3 +118,61 @@ def test_few_compiled_kernels_are_kept_unless_the_user_says_so(monkeypatch: pyte
     monkeypatch.setenv(name, "7")
     open_runtime("cpu", offline=True, reporter=Silent())
     assert os.environ[name] == "7"
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pretend that there are two; returns the numbers of those that are chosen, in order."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr("accelerate.Accelerator", lambda cpu: f"cpu={cpu}")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return chosen
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda:1", [1]), ("cuda:0", [0]), ("cuda", []), (None, [])])
+def test_the_gpu_that_is_named_is_taken(two_gpus: list[int], device: str | None, number: list[int]) -> None:
+    runtime = open_runtime(device, offline=True, reporter=Silent())
+    assert (runtime.accelerator, two_gpus) == ("cpu=False", number)
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "its kernels are built for every shape"
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize("device", ["cuda:2", "cuda:", "cuda:x", "cuda:-1"])
+def test_a_gpu_that_is_not_there_is_refused(two_gpus: list[int], device: str) -> None:
+    with pytest.raises(UsageError, match=rf"--device {device}: this machine has cuda:0 to cuda:1\."):
+        open_runtime(device, offline=True, reporter=Silent())
+    assert two_gpus == []
+
+
+def test_one_gpu_for_several_processes_is_refused(two_gpus: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"--device cuda:1: of several processes each takes its own GPU"):
+        open_runtime("cuda:1", offline=True, reporter=Silent())
+    assert two_gpus == []
+
+
+def test_a_number_is_for_gpus() -> None:
+    with pytest.raises(UsageError, match=r"or cuda:N; got 'cpu:1'"):
+        open_runtime("cpu:1", offline=True, reporter=Silent())
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp32")])
+def test_a_gpu_with_bf16_units_computes_in_bf16_without_a_trial(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], chosen: str
+) -> None:
+    runtime = plain_runtime()
+    tried: list[str] = []
+    session = cast("Session", Halves(runtime, ""))
+    monkeypatch.setattr(type(runtime), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    measure = lambda _runtime, _step: tried.append("trial") or "fp32"  # noqa: E731
+    monkeypatch.setattr("treelora_cli.backend.arithmetic.measure_precision", measure)
+    choose_arithmetic(runtime, "auto", session, [])
+    assert (runtime.precision, runtime.forward_precision) == (chosen, chosen)
+    assert tried == ([] if chosen == "bf16" else ["trial", "trial"])
+    choose_arithmetic(runtime, "fp32", session, [])
+    assert runtime.precision == "fp32", "what is asked for is done"

@@ -203,7 +203,11 @@ USAGE = {
     "negative learning rate": (["train-task", "x", "--lr", "-1"], 2, r"--lr: 'lr' must be at least 0; got -1\.0"),
     "batch of 0": (["train-task", "x", "--batch-size", "0"], 2, r"--batch-size: 'batch_size' must be at least 1"),
     "unknown warm start": (["train-task", "x", "--warm-start", "nearst"], 2, r"did you mean 'nearest'\?"),
-    "unknown device": (["eval", "--device", "tpu"], 2, r"--device is one of auto, cpu, cuda, mps; got 'tpu'\."),
+    "unknown device": (
+        ["eval", "--device", "tpu"],
+        2,
+        r"--device is one of auto, cpu, cuda, mps or cuda:N; got",
+    ),
     "unknown inference": (["eval", "--inference", "best"], 2, r"'inference' is one of routed, latest, merged"),
     "unknown task": (["eval", "--tasks", "warm,hot"], 2, r"No task 'hot' in this project\. Known: warm, cold, grey\."),
     "layer that is not there": (["inspect-tree", "--layer", "9"], 2, r"this project adapts 2 layers, 0 to 1\."),

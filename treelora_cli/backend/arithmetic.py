@@ -20,14 +20,30 @@ _WORTH_IT = 0.85
 def choose_arithmetic(runtime: Runtime, wanted: str, session: Session, trained: Sequence[torch.Tensor]) -> None:
     """Compute as asked for; with ``auto``, steps and passes without gradients each in what is faster for them.
 
-    Small batches through few blocks gain nothing from bf16 where passes over many tokens halve their time.
+    Small batches through few blocks gain nothing from bf16 where passes over many tokens halve their time. A GPU with
+    bf16 units is not tried: there it is always faster, and a trial would measure how long kernels take to load.
     """
+    if wanted == "auto" and _has_bf16_units(runtime.device):
+        wanted = "bf16"
     if wanted != "auto":
         runtime.compute_as({"precision": wanted})
         return
     steps = measure_precision(runtime, lambda: session.try_step(trained))
     passes = measure_precision(runtime, session.try_forward)
     runtime.compute_as({"precision": steps, "forward_precision": passes})
+
+
+_BF16_UNITS_SINCE = (8, 0)
+"""Compute capability of the first NVIDIA GPUs that multiply in bf16."""
+
+
+def _has_bf16_units(device: torch.device) -> bool:
+    """Return whether this is a GPU that multiplies in bf16 faster than in fp32."""
+    import torch
+
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _BF16_UNITS_SINCE
 
 
 def try_gradient(runtime: Runtime, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:

@@ -123,30 +123,69 @@ class Runtime:
 
 
 def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Runtime:
-    """Start accelerate on ``device`` (``cpu``, ``cuda``, ``mps``, ``None`` or ``auto`` for the best there is).
+    """Start accelerate on ``device``: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` or ``None`` for the best.
 
     Raises:
         UsageError: The device is unknown or not present.
     """
-    import torch
     from accelerate import Accelerator
 
-    wanted = (device or "auto").split(":")[0]
+    kind = _present_kind(device)
+    _map_large_blocks()
+    for name in _COMPILED_KERNELS:
+        os.environ.setdefault(name, "32")  # read when the first is compiled
+    if kind != "cpu":
+        _set_up_cuda(_numbered(device))
+    accelerator = Accelerator(cpu=kind == "cpu")
+    return Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
+
+
+def _present_kind(device: str | None) -> str:
+    """Return the kind of device that ``device`` names, ``auto`` included."""
+    import torch
+
+    kind, colon, _ = (device or "auto").partition(":")
     present = {
         "auto": True,
         "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
-    if wanted not in present:
-        raise UsageError(f"--device is one of {', '.join(present)}; got {device!r}.")
-    if not present[wanted]:
+    if kind not in present or (colon and kind != "cuda"):
+        raise UsageError(f"--device is one of {', '.join(present)} or cuda:N; got {device!r}.")
+    if not present[kind]:
         raise UsageError(f"--device {device}: not present on this machine. Leave it out to use the best.")
-    _map_large_blocks()
-    for name in _COMPILED_KERNELS:
-        os.environ.setdefault(name, "32")  # read when the first is compiled
-    accelerator = Accelerator(cpu=wanted == "cpu")
-    return Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
+    return kind
+
+
+def _numbered(device: str | None) -> int | None:
+    """Return N of ``cuda:N``.
+
+    Raises:
+        UsageError: There is no such GPU, or every process has its own.
+    """
+    import torch
+
+    _, colon, number = (device or "").partition(":")
+    if not colon:
+        return None
+    count = torch.cuda.device_count()
+    if not number.isdecimal() or int(number) >= count:
+        raise UsageError(f"--device {device}: this machine has cuda:0 to cuda:{count - 1}.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"--device {device}: of several processes each takes its own GPU. Say cuda.")
+    return int(number)
+
+
+def _set_up_cuda(number: int | None) -> None:
+    """Choose the GPU that is meant by ``cuda``, and attention kernels that are not built anew for every shape."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    if number is not None:
+        torch.cuda.set_device(number)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 _COMPILED_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto (the best there is).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, mps or auto (the best there is).")]
 Inference = Annotated[str | None, typer.Option(help="routed, latest or merged.")]
 Weights = Annotated[Path | None, typer.Option(help="Local .safetensors for a model given by name.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the task's data.")]
