@@ -16,8 +16,8 @@ from treelora_cli.errors import ConfigError, ModelError, ProjectError
 from treelora_cli.project import Project
 from treelora_cli.project.project import check_new_directory
 
-_RUNS_CODE = {"trust_remote_code", "code_revision", "auto_map"}
-"""Arguments that make transformers run a repository's own code."""
+_RUNS_CODE = {"trust_remote_code", "code_revision", "auto_map", "use_kernels", "allow_all_kernels", "kernel_config"}
+"""Arguments that make transformers run a repository's own code, or kernels that it fetches."""
 _HEADING = "Settings of this treelora project. Flags override them; 'treelora status' shows the project."
 
 

@@ -15,6 +15,7 @@ from treelora_backends.causal_lm.batches import Batch, pad
 from treelora_backends.causal_lm.loading import load_model, source_of
 from treelora_backends.causal_lm.memory import manner_of, merged_adapter
 from treelora_backends.causal_lm.network.network import LmNetwork
+from treelora_backends.causal_lm.own_code import refuse_own_code
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.contract import ExportCheck, TaskMemory
@@ -136,7 +137,11 @@ def _reloaded(base: CausalLmBase, out: Path, task: str | None) -> nn.Module:
     if task is None:
         from transformers import AutoModelForCausalLM
 
-        return cast("nn.Module", AutoModelForCausalLM.from_pretrained(out, dtype="auto", local_files_only=True).eval())
+        refuse_own_code(str(out), offline=True)
+        stock: Any = AutoModelForCausalLM.from_pretrained(
+            out, dtype="auto", local_files_only=True, trust_remote_code=False
+        )
+        return cast("nn.Module", stock.eval())
     from peft import PeftModel
 
     stock = load_model(base.config.base, base.runtime.device, offline=base.runtime.offline)

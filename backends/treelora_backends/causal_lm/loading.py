@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from treelora_backends.causal_lm.network.network import blocks_of
+from treelora_backends.causal_lm.own_code import refuse_kernels, refuse_own_code
 from treelora_cli.config import AdapterConfig, BaseConfig
 from treelora_cli.errors import ModelError, UsageError
 
@@ -95,13 +96,16 @@ def load_tokenizer(base: BaseConfig, *, offline: bool) -> Any:
     """Load the model's tokenizer.
 
     Raises:
-        ModelError: There is none, or it cannot be read.
+        ModelError: There is none, it cannot be read, or it would run its own code.
     """
     from transformers import AutoTokenizer
 
     source = source_of(str(base.model))
+    refuse_own_code(source.name, offline=offline)
     try:
-        return AutoTokenizer.from_pretrained(source.name, local_files_only=offline, **source.options)
+        return AutoTokenizer.from_pretrained(
+            source.name, local_files_only=offline, trust_remote_code=False, **source.options
+        )
     except Exception as error:  # the libraries raise many kinds for a missing or malformed file
         raise ModelError(f"{base.model}: no tokenizer can be loaded ({_line(error)}).") from error
 
@@ -116,11 +120,13 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
         dtype: Instead of the base's own; never quantised then.
 
     Raises:
-        ModelError: It cannot be loaded, is not a causal language model, or lacks weights.
+        ModelError: It cannot be loaded, is not a causal language model, lacks weights, or would run its own code.
     """
     from transformers import AutoModelForCausalLM
 
     source = source_of(str(base.model))
+    refuse_own_code(source.name, offline=offline)
+    refuse_kernels(base.model_args)
     chosen = dtype or base.dtype or "float32"
     options: dict[str, Any] = {**source.options, "local_files_only": offline, **base.model_args}
     config = _checked_config(base, options)
@@ -131,7 +137,9 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
     if source.gguf:
         options |= _dequantized()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.name, output_loading_info=True, trust_remote_code=False, **options
+        )
         model, report = loaded
     except Exception as error:  # the libraries raise many kinds for a missing, malformed or foreign file
         raise ModelError(f"{base.model}: cannot be loaded as a {config.model_type} model ({_line(error)}).") from error
@@ -152,7 +160,7 @@ def _checked_config(base: BaseConfig, options: dict[str, Any]) -> Any:
 
     source = source_of(str(base.model))
     try:
-        config = AutoConfig.from_pretrained(source.name, **options)
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=False, **options)
     except Exception as error:  # as above
         if Path(source.name).exists():
             raise ModelError(f"{base.model} is not a language model of transformers ({_line(error)}).") from error
@@ -165,8 +173,7 @@ def _checked_config(base: BaseConfig, options: dict[str, Any]) -> Any:
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     names = {known} if isinstance(known, str) else set(known or ())
     declared = set(config.architectures or ())
-    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not custom and (not names or (declared and not declared & names)):
+    if not names or (declared and not declared & names):
         kind = ", ".join(sorted(declared)) or config.model_type
         raise ModelError(f"{base.model} is not a causal language model but {kind}.")
     return config
