@@ -19,6 +19,7 @@ from treelora_cli.commands.export import export
 from treelora_cli.commands.init import init
 from treelora_cli.commands.inspect_tree import inspect_tree
 from treelora_cli.commands.predict import predict
+from treelora_cli.commands.report import report
 from treelora_cli.commands.rollback import rollback
 from treelora_cli.commands.run import run
 from treelora_cli.commands.status import status
@@ -47,6 +48,7 @@ for _name, _command in (
     ("export", export),
     ("predict", predict),
     ("status", status),
+    ("report", report),
     ("rollback", rollback),
     ("doctor", doctor),
     ("run", run),
