@@ -72,7 +72,7 @@ def globals_(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show library warnings.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show details and library warnings.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
@@ -81,7 +81,7 @@ def globals_(
 ) -> None:
     """Global options."""
     output = context.obj if isinstance(context.obj, Output) else Output(as_json=as_json, quiet=quiet)
-    output.as_json, output.quiet = as_json, quiet
+    output.as_json, output.quiet, output.verbose = as_json, quiet, verbose
     context.obj = Session(project, output, verbose, offline)
 
 

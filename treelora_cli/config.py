@@ -100,6 +100,11 @@ class TrainConfig:
         None, "arithmetic; auto measures, steps and passes without gradients apart", choices=("auto", "fp32", "bf16")
     )
     grad_checkpointing: bool | None = _setting(None, "recompute activations to save memory")
+    keep_mib: int | None = _setting(
+        None,
+        "most memory, in MiB, for activations kept over epochs, beyond it a file; none: half of what is free on a GPU",
+        low=0,
+    )
 
 
 @dataclass(frozen=True)

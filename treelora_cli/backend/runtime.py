@@ -24,6 +24,9 @@ class Reporter(Protocol):
     def note(self, message: str) -> None:
         """Show one line."""
 
+    def detail(self, message: str) -> None:
+        """Show one line to those who ask for more."""
+
     def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
         """Yield ``items`` while showing a progress bar with rate and time left."""
 
@@ -32,6 +35,9 @@ class Silent:
     """A reporter that shows nothing."""
 
     def note(self, message: str) -> None:
+        """Ignore the line."""
+
+    def detail(self, message: str) -> None:
         """Ignore the line."""
 
     def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:

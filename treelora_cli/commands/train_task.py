@@ -44,6 +44,9 @@ def train_task(
     grad_checkpointing: Annotated[
         bool | None, typer.Option("--grad-checkpointing", help="Recompute activations to save memory.")
     ] = None,
+    keep_mib: Annotated[
+        int | None, typer.Option(min=0, help="Most memory for activations kept over epochs; beyond, a file.")
+    ] = None,
     device: options.Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted task.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, sample and memory; learn nothing.")] = False,
@@ -67,6 +70,7 @@ def train_task(
         train__update=update,
         train__precision=precision,
         train__grad_checkpointing=grad_checkpointing,
+        train__keep_mib=keep_mib,
         tree__search=search,
     )
     project = session.project()

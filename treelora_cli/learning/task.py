@@ -231,7 +231,8 @@ class _Learner:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued."""
-        train = {key: value for key, value in to_dict(self.config)["train"].items() if key != "precision"}
+        free = ("precision", "keep_mib")
+        train = {key: value for key, value in to_dict(self.config)["train"].items() if key not in free}
         return {
             "task": self.name,
             "state": self.project.state.digest(),

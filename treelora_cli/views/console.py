@@ -23,12 +23,14 @@ class Output:
     Args:
         as_json: One JSON document on standard output, nothing else there.
         quiet: No notes and no progress.
+        verbose: Details among the notes.
         silent: Nothing at all, as in all processes but the main one.
     """
 
-    def __init__(self, *, as_json: bool, quiet: bool, silent: bool = False) -> None:
+    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool = False, silent: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self.verbose = verbose
         self.silent = silent
         self.documents = 0
         self.out = Console(soft_wrap=True, highlight=False)
@@ -51,6 +53,11 @@ class Output:
         """Print one line beside the result."""
         if not (self.quiet or self.silent):
             self.err.print(message, markup=False)
+
+    def detail(self, message: str) -> None:
+        """Print one line beside the result where details are wanted."""
+        if self.verbose:
+            self.note(message)
 
     def error(self, message: str, exit_code: int) -> None:
         """Print an error line, and with ``--json`` its document unless a result was printed already."""

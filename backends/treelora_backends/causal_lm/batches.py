@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.causal_lm.render import Encoded, Ids
+from treelora_backends.transfer import sent
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
-        return Batch(self.ids.to(device), self.mask.to(device))
+        return Batch(sent(self.ids, device), sent(self.mask, device))
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LabelledBatch:
 
     def to(self, device: torch.device) -> LabelledBatch:
         """Return the batch on ``device``."""
-        parts = [part.to(device) for part in (self.rows, self.columns, self.targets)]
+        parts = [sent(part, device) for part in (self.rows, self.columns, self.targets)]
         return LabelledBatch(self.batch.to(device), *parts)
 
 

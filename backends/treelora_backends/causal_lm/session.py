@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from treelora_backends.causal_lm.batches import (
@@ -35,7 +34,8 @@ from treelora_backends.causal_lm.render import Ids
 from treelora_backends.causal_lm.router import TaskRouter
 from treelora_backends.causal_lm.steps import LmSteps
 from treelora_backends.causal_lm.task import LmTask
-from treelora_backends.spill import KeptRows
+from treelora_backends.kept import Keeping, KeptRows, each_expected
+from treelora_backends.transfer import sent
 from treelora_cli.backend.contract import Learned, Memory
 from treelora_cli.config import Config
 from treelora_cli.errors import DataError, UsageError
@@ -70,6 +70,7 @@ class LmSession(LmSteps):
             )
         self.router = TaskRouter.restore(memory, config)
         self._starts = np.cumsum([0, *lengths]).tolist()
+        self._keeping = Keeping.of(base.lm.device, config.train.keep_mib)
         self._entering: KeptRows | None = None
         self._halves: HalfWeights | None = None
         self._closed: dict[str, Tensor] = {}
@@ -136,14 +137,25 @@ class LmSession(LmSteps):
                 reading = lm.read(batch, to_cut=True) if lm.read_once else None
                 states = lm.entering(batch) if reading is None else reading.entering
             assert states is not None
-            self._entering = self._entering or KeptRows(states.shape[-1:])
-            for place, row in zip(places, states.to(torch.bfloat16).cpu(), strict=True):  # one way to the CPU for all
-                self._entering.write(self._starts[place], row[: self.lengths[place]])
+            self._keep(places, states)
             if reading is not None:
                 lengths = torch.tensor([inputs.get(place, 1) for place in places], device=lm.device)
                 found = reading.features(lengths).cpu()
                 features |= {place: found[row] for row, place in enumerate(places) if place in inputs}
         return features
+
+    def _keep(self, places: list[int], states: Tensor) -> None:
+        """Keep what enters the adapted blocks of some padded examples, (B, T, C), token by token."""
+        if self._entering is None:
+            self._entering = KeptRows(self._starts[-1], states.shape[-1:], self._keeping)
+            self.runtime.reporter.detail(str(self._entering))
+        tokens = [row * states.shape[1] + torch.arange(self.lengths[place]) for row, place in enumerate(places)]
+        kept = states.flatten(0, 1)[sent(torch.cat(tokens), states.device)]
+        self._entering.write(self._tokens_of(places), kept)
+
+    def _tokens_of(self, places: list[int]) -> Tensor:
+        """Return the places of some examples' tokens among all that are kept, one example after the other, (n,)."""
+        return torch.cat([torch.arange(self._starts[place], self._starts[place + 1]) for place in places])
 
     def _leading_inputs(self, tokens: Sequence[Ids]) -> dict[int, int]:
         """Return the length of each input with which its rendered example begins, by place."""
@@ -191,13 +203,22 @@ class LmSession(LmSteps):
     def _loss_of_part(self, places: list[int]) -> Tensor:
         """Return the mean loss over the labels of some examples, from where training enters."""
         labelled = self._collated(places)
-        entering = None
-        if self._entering:
-            each = [self._entering.read(self._starts[place], self.lengths[place]) for place in places]
-            states = pad_sequence(each, batch_first=True)
-            entering = states.to(self.base.lm.device, self.base.lm.state_dtype)
+        entering = None if self._entering is None else self._entering_states(self._entering, places, labelled.batch)
         with self._arithmetic():
             return self.base.lm.loss(labelled, self.tail, entering)
+
+    def _entering_states(self, kept: KeptRows, places: list[int], batch: Batch) -> Tensor:
+        """Return what enters the adapted blocks of a padded batch, (B, T, C); any token's where none is."""
+        lengths = torch.tensor([self.lengths[place] for place in places])
+        first = lengths.cumsum(0) - lengths
+        columns = torch.arange(batch.ids.shape[1])
+        rows = torch.where(columns < lengths[:, None], first[:, None] + columns, 0)  # (B, T)
+        tokens = kept.read(self._tokens_of(places))
+        return tokens[sent(rows, tokens.device)].to(self.base.lm.state_dtype)
+
+    def batches(self, epoch: int) -> Iterator[list[int]]:
+        """Yield places in this process's share for each step; the next step's states are read meanwhile."""
+        yield from each_expected(self._entering, super().batches(epoch), self._tokens_of)
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         """Return the context of a step in the chosen arithmetic; on a CPU bf16 is for frozen linear layers alone."""
@@ -212,9 +233,11 @@ class LmSession(LmSteps):
         """Collect what predictions need."""
         self.base.network.eval()
         tensors = {**describe(self.task), **self.router.task_tensors(), **self._closed}
-        facts = {
+        facts: dict[str, Any] = {
             "style": self.task.style,
             "tokens": sum(len(one) for one in self.task.train),
             "answer_tokens": int(tensors["answer.tokens"]),
         }
+        if self._entering is not None:
+            facts["kept"] = self._entering.facts()
         return Learned(tensors, self.router.to_tensors, facts)

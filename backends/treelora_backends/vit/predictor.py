@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from treelora_backends.vit.chunks import images_at_once
 from treelora_backends.vit.images import ImageTask, Pictures
 from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_names, class_of_column, columns_of
 from treelora_backends.vit.single import SingleNetwork
@@ -30,7 +31,6 @@ from treelora_cli.heads.ridge import LinearHead
 if TYPE_CHECKING:
     from treelora_backends.vit.backend import VitBase
 
-_CHUNK = 32
 _LEAF_ROWS = 16
 """Adapters see multiples of this: kernels are compiled, and kept, for each number of rows that occurs."""
 ANCHOR_SHARPNESS = 16.0
@@ -78,14 +78,15 @@ class VitPredictor:
 
     def _shares(self, pictures: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
         own = torch.tensor(self.base.runtime.share(list(range(len(pictures)))), dtype=torch.int64)
-        for rows in own.split(_CHUNK):
+        for rows in own.split(images_at_once(self.device)):
             yield pictures.pixels[rows].to(self.device), pictures.labels[rows].to(self.device)
 
     def predict(self, inputs: Sequence[str]) -> list[Prediction]:
         """Answer image files."""
         answers = []
-        for start in range(0, len(inputs), _CHUNK):
-            chunk = [existing(Path(name)) for name in inputs[start : start + _CHUNK]]
+        count = images_at_once(self.device)
+        for start in range(0, len(inputs), count):
+            chunk = [existing(Path(name)) for name in inputs[start : start + count]]
             pixels = [self.base.preprocessing.to_pixels(open_image(path.read_bytes(), str(path))) for path in chunk]
             images = torch.stack([torch.from_numpy(picture) for picture in pixels]).to(self.device)
             scores, asked = self.class_scores(self.base.preprocessing.normalise(images))

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from treelora_backends.spill import KeptRows
+from treelora_backends.kept import Keeping, KeptRows, each_expected
+from treelora_backends.transfer import sent
+from treelora_backends.vit.chunks import images_at_once
 from treelora_backends.vit.images import ImageTask, shuffled_views
 from treelora_backends.vit.shared_head import SharedHead, columns_of
 from treelora_backends.vit.single import extended_statistics, single_network_part
@@ -27,7 +29,6 @@ from treelora_cli.config import Config
 if TYPE_CHECKING:
     from treelora_backends.vit.backend import VitBase
 
-_CHUNK = 32
 _TEMPERATURE = 0.1
 _SMALLEST_PROBE = 8
 """Images in a mini-batch of the probe, at least; otherwise the probe sees no image twice."""
@@ -57,6 +58,8 @@ class VitSession:
         shared = memory.shared()
         self.shared_head = SharedHead.restore(shared, base.trunk, config, self.runtime)
         self.carried = single_network_part(shared)
+        self._at_once = images_at_once(self.device)
+        self._keeping = Keeping.of(self.device, config.train.keep_mib)
         self.kept: KeptRows
         """Tokens before the cut, (L, C), of every view of this process's images, views side by side."""
         self.prototypes: Tensor
@@ -73,7 +76,7 @@ class VitSession:
 
     def try_forward(self) -> None:
         """Do a part of the frozen pass."""
-        images = self._first_images(_CHUNK)
+        images = self._first_images(self._at_once)
         with torch.no_grad(), self.runtime.autocast():
             self.base.trunk.after(self.base.trunk.before(images))
 
@@ -85,7 +88,7 @@ class VitSession:
         """Run the frozen pass."""
         pooled_sum = torch.zeros(len(self.task.labels), self.base.trunk.width, device=self.device)
         order = torch.randperm(len(self.own), generator=torch.Generator().manual_seed(self.seed))
-        chunks = order.split(_CHUNK)
+        chunks = order.split(self._at_once)
         self.shared_head.open_task(len(self.task.labels))
         with adapters.base_only(self.base.network):
             for rows in self.runtime.reporter.track(chunks, "Frozen pass", len(chunks)):
@@ -95,21 +98,22 @@ class VitSession:
 
     def _run_frozen(self, rows: Tensor, pooled_sum: Tensor) -> None:
         """Count some images' views in, and keep their tokens before the cut."""
-        pixels = self.task.train.pixels[self.own[rows]].to(self.device)
-        plain, labels = self.base.preprocessing.normalise(pixels), self.labels[rows.to(self.device)]
+        pixels = sent(self.task.train.pixels[self.own[rows]], self.device)
+        plain, labels = self.base.preprocessing.normalise(pixels), self.labels[sent(rows, self.device)]
         for view, images in enumerate((plain, plain.flip(-1))[: self.views]):
             with self.runtime.autocast():
                 cut = self.base.trunk.before(images)
                 features = self.base.trunk.after(cut)
             if not hasattr(self, "kept"):
-                self.kept = KeptRows(cut.tokens.shape[1:])
-            self.kept.write_each(rows * self.views + view, cut.tokens)
+                self.kept = KeptRows(len(self.own) * self.views, cut.tokens.shape[1:], self._keeping)
+                self.runtime.reporter.detail(str(self.kept))
+            self.kept.write(rows * self.views + view, cut.tokens)
             pooled_sum.index_add_(0, labels, features.pooled)
             self.shared_head.add(features, labels)
 
     def _entering(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return the tokens before the cut of chosen views, (B, L, C)."""
-        return self.kept.read_each(rows * self.views + views).to(self.device).float()
+        return self.kept.read(rows * self.views + views).float()
 
     def _set_prototypes(self, pooled_sum: Tensor) -> None:
         """Class means of the frozen features, centred: the head of the probe's loss."""
@@ -143,7 +147,8 @@ class VitSession:
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of each step, both (B,)."""
-        yield from shuffled_views(len(self.own), self.views, self.steps_per_epoch, self.seed * 104_729 + epoch)
+        batches = shuffled_views(len(self.own), self.views, self.steps_per_epoch, self.seed * 104_729 + epoch)
+        yield from each_expected(self.kept, batches, lambda batch: batch[0] * self.views + batch[1])
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the task's own classes."""
@@ -151,7 +156,7 @@ class VitSession:
         tokens = self._entering(rows, views)
         with self.runtime.autocast():
             pooled = self.base.trunk.pooled(tokens)
-        return nn.functional.cross_entropy(self.head(pooled), self.labels[rows.to(self.device)])
+        return nn.functional.cross_entropy(self.head(pooled), self.labels[sent(rows, self.device)])
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the task's own linear head."""
@@ -170,6 +175,7 @@ class VitSession:
         facts: dict[str, Any] = {
             "classes": len(self.task.labels),
             "columns": len(columns_of(self.memory)) + len(self.task.labels),
+            "kept": self.kept.facts(),
         }
         head = self.shared_head
         return Learned(tensors | head.task_tensors(), lambda: {**own, **head.to_tensors()}, facts)
@@ -178,7 +184,7 @@ class VitSession:
     def pooled(self, rows: Tensor) -> Tensor:
         """Return the pooled features of some of this process's images by the network as it is, (n, C)."""
         parts = []
-        for chunk in rows.split(_CHUNK):
+        for chunk in rows.split(self._at_once):
             tokens = self._entering(chunk, torch.zeros_like(chunk))
             with self.runtime.autocast():
                 parts.append(self.base.trunk.pooled(tokens))
