@@ -48,6 +48,12 @@ class ModelError(TreeLoraError):
     exit_code = 5
 
 
+class BackendError(TreeLoraError):
+    """A model family's code failed on a project that is whole: the fault is the backend's."""
+
+    exit_code = 1
+
+
 class ResourceError(TreeLoraError):
     """Memory or disk ran out."""
 

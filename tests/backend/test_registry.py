@@ -77,6 +77,14 @@ def test_an_object_that_does_not_meet_the_contract_is_refused(monkeypatch: pytes
         registry.load_backend("half")
 
 
+def test_a_backend_that_calls_itself_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project remembers the backend's own name: under another one it could never be opened again."""
+    monkeypatch.setattr(metadata, "entry_points", points(("mine", f"{__name__}:Toy")))
+    line = r"^Backend 'mine' \(.*:Toy\) calls itself 'toy': .* Set its 'name' to 'mine'\.$"
+    with pytest.raises(UsageError, match=line):
+        registry.load_backend("mine")
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "entry_points", points(("gone", "no_such_package:X")))
     with pytest.raises(ModelError, match=r"Backend 'gone' cannot be imported: No module named 'no_such_package'\."):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -116,15 +116,32 @@ class TaskData(Protocol):
         """The first example as the model will see it."""
 
 
+Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Type of number and shape of each tensor in a file, by the tensor's name."""
+
+
+def layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:
+    """Return what ``Layout`` says of ``tensors``."""
+    return {name: (str(one.dtype).removeprefix("torch."), tuple(one.shape)) for name, one in tensors.items()}
+
+
 @dataclass(frozen=True)
 class TaskMemory:
-    """What is kept of one learned task; tensors are read from disk when first asked for."""
+    """What is kept of one learned task; tensors are read from disk when first asked for.
+
+    ``layout`` is that of ``stored()`` when the task was committed; ``None`` where it is not known.
+    """
 
     name: str
     labels: tuple[str, ...]
     metric: str
     adapter: Callable[[], AdapterWeights]
     tensors: Callable[[], Tensors]
+    layout: Layout | None = None
+
+    def stored(self) -> Tensors:
+        """Return everything stored for this task: its tensors, and the adapter's under PEFT's names."""
+        return {**self.tensors(), **self.adapter().to_tensors()}
 
 
 @dataclass(frozen=True)
@@ -134,14 +151,17 @@ class Memory:
     Attributes:
         tasks: The tasks.
         shared: Reads the statistics, anew at each call: whoever asks may use them up.
+        layout: Returns that of ``shared`` when the last task was committed; ``None`` where it is not known.
     """
 
     tasks: tuple[TaskMemory, ...]
     shared: Callable[[], Tensors]
+    layout: Callable[[], Layout | None] = lambda: None
 
     def with_task(self, task: TaskMemory, shared: Callable[[], Tensors]) -> Memory:
-        """Return the memory after one more task."""
-        return replace(self, tasks=(*self.tasks, task), shared=shared)
+        """Return the memory after one more task, which this process learned: it is as it was handed over."""
+        task = replace(task, layout=layout_of(task.stored()))
+        return Memory((*self.tasks, task), shared, lambda: layout_of(shared()))
 
 
 @dataclass(frozen=True)

@@ -47,4 +47,9 @@ def load_backend(name: str) -> Backend:
         raise UsageError(
             f"Backend '{name}' ({points[name].value}) does not meet treelora_cli.backend.contract.Backend."
         )
+    if candidate.name != name:
+        raise UsageError(
+            f"Backend '{name}' ({points[name].value}) calls itself '{candidate.name}': a project would remember a name"
+            f" that is not registered. Set its 'name' to '{name}'."
+        )
     return candidate

@@ -20,7 +20,7 @@ def predict(
 ) -> None:
     """Answer each INPUT: a label for an image, text for a prompt; no task identity given."""
     from treelora_cli.config import from_flags
-    from treelora_cli.learning.evaluation import stored_fits
+    from treelora_cli.learning.evaluation import blamed
     from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.views.scores import percent
 
@@ -31,8 +31,9 @@ def predict(
     config = project_config(project, from_flags(inference=inference))
     base = open_base(project, config, session.runtime(device))
     try:
-        with stored_fits():
-            answers = base.predictor(project.memory(), str(config.inference)).predict(inputs)
+        memory = project.memory()
+        with blamed(memory):
+            answers = base.predictor(memory, str(config.inference)).predict(inputs)
     except OSError as error:
         if error.filename is None:
             raise

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from treelora_cli.backend.contract import Base, DataRequest, Memory, Score, TaskData
-from treelora_cli.errors import DataError, ProjectError, is_out_of_memory
+from treelora_cli.backend.contract import Base, DataRequest, Memory, Score, TaskData, layout_of
+from treelora_cli.errors import BackendError, DataError, ProjectError, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -47,33 +49,83 @@ def read_held_out(base: Base, records: Mapping[str, Mapping[str, Any]], limit: i
 
 def score_tasks(base: Base, memory: Memory, inference: str, held_out: Iterable[HeldOut]) -> dict[str, Score]:
     """Return the score of every task that has held-out data, over everything in ``memory``."""
-    with stored_fits():
+    with blamed(memory):
         predictor = base.predictor(memory, inference)
     scores = {}
     for one in held_out:
         if one.data is not None:
-            with stored_fits():
+            with blamed(memory):
                 scores[one.name] = predictor.evaluate(one.data)
     return scores
 
 
-@contextmanager
-def stored_fits() -> Iterator[None]:
-    """Refuse a project whose stored tensors are missing, or do not fit its model or each other.
+_TENSOR_ERRORS = (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError, AssertionError)
+"""What code raises that computes with tensors that do not fit, and what any other fault of it looks like, too."""
+_LIBRARIES = {"torch", "numpy", "scipy", "safetensors", "sklearn", "peft"}
 
-    Their hashes are right, so treelora did not lose them: somebody else wrote them, or treelora has a fault. A backend
-    notices only where it computes with them, hence the kinds of errors that tensors raise there.
+
+@contextmanager
+def blamed(memory: Memory) -> Iterator[None]:
+    """Say whose fault it is when a backend fails on what a project stores.
+
+    Every commit records which tensors it wrote. Where the stored ones differ, somebody else wrote them: hashes are
+    right, or they would not have been read. Where they are the same, the backend is at fault.
+
+    Args:
+        memory: What the backend computes with.
 
     Raises:
-        ProjectError: One of those.
+        ProjectError: The stored tensors are not those that were committed.
+        BackendError: They are.
     """
     try:
         yield
-    except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
+    except _TENSOR_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        detail = (str(error).splitlines() or [""])[0]
+        odd, known = _misfit(memory)
+        if odd:
+            raise ProjectError(
+                f"What this project stores does not fit its model: {odd}. Restore its files from a copy."
+            ) from error
+        told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} ({_place(error)})."
+        if known:
+            raise BackendError(
+                f"The backend failed: {told} What the project stores is as it was committed."
+                " Run again with --debug and report it to the backend's authors."
+            ) from error
         raise ProjectError(
-            f"What this project stores does not fit its model: {type(error).__name__}: {detail}."
+            f"What this project stores does not fit its model, or the backend failed: {told}"
             " If nobody else wrote its files, run again with --debug and report it."
         ) from error
+
+
+def _misfit(memory: Memory) -> tuple[str, bool]:
+    """Return the first stored tensor that is not as it was committed, or nothing, and whether all commits are known."""
+    parts = [(f"task '{task.name}'", task.stored, task.layout) for task in memory.tasks]
+    if memory.tasks:
+        parts.append(("the shared statistics", memory.shared, memory.layout()))
+    for where, read, layout in parts:
+        if layout is None:
+            continue
+        found = layout_of(read())
+        for name in sorted(found.keys() | layout.keys()):
+            if found.get(name) != layout.get(name):
+                now, then = (_shown(one.get(name)) for one in (found, layout))
+                return f"{where}: '{name}' is {now}, was {then} when committed", True
+    return "", all(layout is not None for _, _, layout in parts)
+
+
+def _shown(kind: tuple[str, tuple[int, ...]] | None) -> str:
+    return "missing" if kind is None else f"{kind[0]} {list(kind[1])}"
+
+
+def _place(error: BaseException) -> str:
+    """Return file and line of the innermost code that is not a library's."""
+    own = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES
+    ]
+    name, line = own[-1]
+    return f"{Path(name).name}:{line}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from treelora_cli.backend.contract import Base, ExportCheck, ExportOptions, TaskData
 from treelora_cli.errors import ResourceError, UsageError, suggest
-from treelora_cli.learning.evaluation import read_held_out, stored_fits
+from treelora_cli.learning.evaluation import blamed, read_held_out
 from treelora_cli.project import Project
 
 _FORMATS = ("merged", "adapter")
@@ -94,7 +94,7 @@ def write_export(project: Project, base: Base, request: ExportRequest) -> Export
     except OSError as error:
         raise UsageError(f"{request.out} cannot be written: {error.strerror}.") from error
     try:
-        with stored_fits():
+        with blamed(memory):
             if task is None:
                 base.export_merged(memory, aside, request.options)
             else:

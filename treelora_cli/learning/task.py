@@ -26,7 +26,7 @@ from treelora_cli.backend.contract import Base, DataRequest, Learned, Memory, Sc
 from treelora_cli.backend.runtime import Runtime, return_free_memory
 from treelora_cli.config import Config, to_dict
 from treelora_cli.errors import DamagedError, ProjectError
-from treelora_cli.learning.evaluation import HeldOut, read_held_out, score_tasks, stored_fits
+from treelora_cli.learning.evaluation import HeldOut, blamed, read_held_out, score_tasks
 from treelora_cli.learning.opening import check_base
 from treelora_cli.learning.provenance import adapter_files, peak_bytes, versions
 from treelora_cli.learning.trainer import Trainer, TrainReport, TrainSettings
@@ -160,7 +160,7 @@ class _Learner:
 
     def train(self, request: DataRequest, resume: bool) -> tuple[Learned, TrainReport]:
         """Probe, search and train; leaves the trained adapter in the slot."""
-        with stored_fits():
+        with blamed(self.memory):
             session = self.base.session(self.task, self.memory, self.config)
         slot = adapters.slot_parameters(self.base.network, self.base.layers)
         reference = adapters.reference_point(self.base.network, self.base.layers, self.scale, self.seed)
@@ -182,7 +182,7 @@ class _Learner:
         report = trainer.run(lambda step, tensors: self._save_checkpoint(step, tensors, request))
         self.clock.lap("train")
         self.trained = adapters.read_slot(self.base.network, self.base.layers, self.scale)
-        with stored_fits():
+        with blamed(self.memory):
             learned = session.finish()
         self.clock.lap("statistics")
         return learned, report

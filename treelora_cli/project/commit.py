@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from treelora_cli.errors import TreeLoraError
+from treelora_cli.errors import DamagedError, TreeLoraError
 from treelora_cli.project.state import TaskEntry
 from treelora_cli.project.store import Content, FileRecord
 
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from treelora_cli.algorithm.tree import Tree
+    from treelora_cli.backend.contract import Layout
     from treelora_cli.score_matrix import ScoreMatrix
+
+
+STORED = "stored"
+"""Key of ``task.json`` that says which tensors a commit wrote: a later fault is the project's only if they differ."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def contents_of(change: Commit, directory: str) -> dict[str, Content]:
     contents |= {
         f"{directory}/head.safetensors": save_tensors(change.tensors),
         f"{directory}/labels.json": to_json(list(change.labels)),
-        f"{directory}/task.json": to_json(change.record),
+        f"{directory}/task.json": to_json({**change.record, STORED: _layouts(change)}),
         f"{directory}/signature.safetensors": save_arrays({"signature": change.tree.signatures[-1]}),
         "head.safetensors": tensor_file(change.shared),
         **tree_files(change.tree),
@@ -123,6 +128,33 @@ def contents_of(change: Commit, directory: str) -> dict[str, Content]:
         contents["bandit.safetensors"] = save_arrays(change.bandit_arrays)
         contents["bandit.json"] = to_json(change.bandit_meta)
     return contents
+
+
+def _layouts(change: Commit) -> dict[str, Any]:
+    from safetensors.torch import load
+
+    from treelora_cli.backend.contract import layout_of
+
+    adapter = load(change.adapter_files["adapter_model.safetensors"])
+    return {"task": layout_of({**change.tensors, **adapter}), "shared": layout_of(change.shared)}
+
+
+def stored_layout(record: Mapping[str, Any], part: str) -> Layout | None:
+    """Return what a task's record says was written: ``part`` is ``task`` or ``shared``.
+
+    Returns:
+        ``None`` when an earlier treelora, which did not record it, wrote the task.
+
+    Raises:
+        DamagedError: The record is not what this program writes.
+    """
+    if STORED not in record:
+        return None
+    try:
+        found = record[STORED][part]
+        return {name: (str(kind), tuple(int(size) for size in shape)) for name, (kind, shape) in found.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DamagedError(f"task.json: '{STORED}' is malformed ({error}). Run treelora doctor.") from error
 
 
 def tensor_file(tensors: Mapping[str, Tensor]) -> list[memoryview]:

@@ -15,7 +15,7 @@ from treelora_cli import __version__
 from treelora_cli.config import DEFAULTS, Config, load_config
 from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, UsageError
 from treelora_cli.project.checkpoint import Checkpoint
-from treelora_cli.project.commit import Commit, all_finite, check_finite, contents_of, place_merged
+from treelora_cli.project.commit import Commit, all_finite, check_finite, contents_of, place_merged, stored_layout
 from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock, lock_holder
 from treelora_cli.project.signals import signals_held
@@ -259,8 +259,12 @@ class Project:
 
         adapter_of = functools.lru_cache(maxsize=_ADAPTERS_AT_HAND)(self.adapter)
         tasks = tuple(self._task_memory(entry, adapter_of) for entry in self.state.tasks)
+        if not tasks:
+            return Memory((), dict)
         # not cached: of a thousand features or more, it is the largest thing in memory
-        return Memory(tasks, functools.partial(self._read_tensors, "head.safetensors") if self.state.tasks else dict)
+        shared = functools.partial(self._read_tensors, "head.safetensors")
+        layout = stored_layout(self.task_record(tasks[-1].name), "shared")
+        return Memory(tasks, shared, lambda: layout)
 
     def _task_memory(self, entry: TaskEntry, adapter_of: Callable[[str], AdapterWeights]) -> TaskMemory:
         from treelora_cli.backend.contract import TaskMemory
@@ -272,6 +276,7 @@ class Project:
             metric=record["metric"],
             adapter=functools.partial(adapter_of, entry.name),
             tensors=functools.cache(lambda: self._read_tensors(f"{entry.directory}/head.safetensors")),
+            layout=stored_layout(record, "task"),
         )
 
     def adapter(self, name: str) -> AdapterWeights:
