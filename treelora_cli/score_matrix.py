@@ -9,7 +9,7 @@ is called forgetting, and BWT keeps the field's usual sign.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,20 +66,31 @@ class ScoreMatrix:
             raise ValueError(f"a row for task {len(self.tasks)} needs {len(self.tasks) + 1} scores")
         return ScoreMatrix((*self.tasks, task), (*self.rows, tuple(scores)))
 
-    def standing(self, now: Mapping[str, float] | None = None, tasks: Sequence[str] | None = None) -> Standing:
+    def standing(
+        self,
+        now: Mapping[str, float] | None = None,
+        tasks: Sequence[str] | None = None,
+        compared: Container[str] | None = None,
+    ) -> Standing:
         """Return where tasks stand: by the last row, or by scores measured ``now``.
 
         Args:
             now: Fresh scores by task name, in place of the last row.
             tasks: Only these, in this order of arrival; all when ``None``.
+            compared: Tasks whose fresh score was measured as the recorded ones were; the others' are left out, so
+                that no difference is read off figures of two kinds. All when ``None``.
         """
         chosen = [index for index, task in enumerate(self.tasks) if tasks is None or task in tasks]
         before = (*self.rows[-2], None) if len(self.rows) > 1 else (None,) * len(self.rows)
         current = self.rows[-1] if now is None and self.rows else tuple((now or {}).get(t) for t in self.tasks)
+
+        def recorded(index: int, score: float | None) -> float | None:
+            return score if compared is None or self.tasks[index] in compared else None
+
         return Standing(
             tuple(self.tasks[index] for index in chosen),
-            tuple(self.rows[index][-1] for index in chosen),
-            tuple(before[index] for index in chosen),
+            tuple(recorded(index, self.rows[index][-1]) for index in chosen),
+            tuple(recorded(index, before[index]) for index in chosen),
             tuple(current[index] for index in chosen),
         )
 

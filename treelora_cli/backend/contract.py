@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,52 @@ if TYPE_CHECKING:
     from treelora_cli.config import BaseConfig, Config
 
     Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What is known of a learned task's examples, to find the held-out ones again.
+
+    Attributes:
+        held_out: Content hashes of the held-out examples, ``DIGITS`` hex digits each; ``None`` for a task that was
+            learned before they were kept.
+        digest: SHA-256 over all examples, as ``TaskData.digest``.
+        limit: Most examples to take of them, per class or in all, as ``DataRequest.test_limit``; all when ``None``.
+    """
+
+    held_out: tuple[str, ...] | None
+    digest: str
+    limit: int | None = None
+
+    DIGITS: ClassVar[int] = 16
+
+    @classmethod
+    def from_task(cls, record: Mapping[str, Any], limit: int | None = None) -> Recorded:
+        """Read what ``task.json`` keeps.
+
+        Raises:
+            ValueError: It is not what ``packed`` wrote.
+        """
+        text, digits = record.get("held_out"), cls.DIGITS
+        if text is None:
+            return cls(None, str(record.get("data_sha256", "")), limit)
+        if not isinstance(text, str) or len(text) % digits or not set(text) <= set("0123456789abcdef"):
+            raise ValueError("held_out is no list of hashes")
+        hashes = tuple(text[start : start + digits] for start in range(0, len(text), digits))
+        return cls(hashes, str(record.get("data_sha256", "")), limit)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a task's data differs from what was recorded.
+
+    Attributes:
+        text: One line.
+        scorable: All recorded held-out examples are still there, so that a score means what it meant.
+    """
+
+    text: str
+    scorable: bool
 
 
 @dataclass(frozen=True)
@@ -41,7 +87,11 @@ class DataRequest:
         skip_bad: Leave out unreadable examples and count them instead of failing.
         held_out: Share of the training data kept for scoring when there is no other.
         seed: Seed of the held-out split and of the limits' choice.
+        split: How held-out examples are chosen where there is no such part: by ``content``; by ``position`` in older
+            projects.
         test_only: Read the held-out part only, as ``eval`` does.
+        recorded: Take the held-out examples that a task was learned with, and say what changed; ``None`` takes what is
+            there now. Not part of ``to_json``.
     """
 
     path: Path
@@ -55,7 +105,9 @@ class DataRequest:
     skip_bad: bool = False
     held_out: float = 0.1
     seed: int = 0
+    split: str = "content"
     test_only: bool = False
+    recorded: Recorded | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``task.json`` keeps, so that ``eval`` finds the same held-out examples again."""
@@ -71,12 +123,15 @@ class DataRequest:
             "skip_bad": self.skip_bad,
             "held_out": self.held_out,
             "seed": self.seed,
+            "split": self.split,
         }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> DataRequest:
         """Rebuild a recorded request; it reads the held-out part only."""
-        values = dict(record)
+        values = {"split": "position", **record}
+        if values["split"] not in ("content", "position"):
+            raise ValueError("split")
         values["path"] = Path(values["path"])
         values["val"] = None if values["val"] is None else Path(values["val"])
         classes = values["classes"]
@@ -106,6 +161,14 @@ class TaskData(Protocol):
     @property
     def digest(self) -> str:
         """SHA-256 over the examples, hex."""
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Content hash of each held-out example, ``Recorded.DIGITS`` hex digits each."""
+
+    @property
+    def change(self) -> Change | None:
+        """What differs from ``DataRequest.recorded``; ``None`` when nothing does, or nothing was recorded."""
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from treelora_cli.commands import options
-from treelora_cli.commands.context import Session, session_of
+from treelora_cli.commands.context import Session, parse_pairs, session_of
 from treelora_cli.errors import CheckError, DataError, UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ def evaluate(
         typer.Option(help="routed, latest or merged; base: the untouched model on the same prompts (language models)."),
     ] = None,
     limit: options.Limit = None,
+    changed_data: Annotated[
+        bool,
+        typer.Option("--changed-data", help="Also score tasks whose held-out data changed, on what is there."),
+    ] = False,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="TASK=PATH", help="Where a task's data lies now.")
+    ] = None,
     fail_under: Annotated[
         float | None, typer.Option(min=0, max=100, help="Exit with 7 when OP, in percent, is below this.")
     ] = None,
@@ -51,18 +59,26 @@ def evaluate(
     wanted = [task.name for task in project.state.tasks]
     if tasks is not None:
         wanted = [project.entry(name.strip()).name for name in tasks.split(",")]
+    places = {name: Path(path) for name, path in parse_pairs(data, "--data").items()}
+    for name in places:
+        project.entry(name)
     config = project_config(project, from_flags(inference=None if untouched else inference))
     runtime = session.runtime(device)
     base = open_base(project, config, runtime)
     runtime.compute_as(project.task_record(project.state.tasks[-1].name))
-    held_out = list(read_held_out(base, {name: project.task_record(name) for name in wanted}, limit))
+    records = {name: project.task_record(name) for name in wanted}
+    held_out = list(read_held_out(base, records, limit, changed_data=changed_data, places=places))
     for one in held_out:
         if one.data is None:
             session.output.note(f"Task '{one.name}' is not scored: {one.problem}")
+        elif one.changed:
+            session.output.note(f"Task '{one.name}': {one.changed}.")
     if not any(one.data for one in held_out):
         raise DataError(f"No task can be scored. {held_out[0].name}: {held_out[0].problem}")
     scores = score_tasks(base, project.memory(), BASE if untouched else str(config.inference), held_out)
-    standing = project.matrix().standing({name: score.value for name, score in scores.items()}, wanted)
+    now = {name: score.value for name, score in scores.items()}
+    compared = {one.name for one in held_out if not one.changed or not changed_data}
+    standing = project.matrix().standing(now, wanted, compared)
     _show(session, BASE if untouched else str(config.inference), standing, scores, held_out)
     _check(standing.overall(), fail_under, standing.forgetting(), max_forgetting)
 
@@ -82,6 +98,7 @@ def _show(
             name: {"score": score.value, "examples": score.count, "routed": score.routed}
             for name, score in scores.items()
         },
+        "changed_data": {one.name: one.changed for one in held_out if one.changed},
         "not_scored": {one.name: one.problem for one in held_out if one.data is None},
     }
     routed = {name: score.routed for name, score in scores.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.backend.contract import DataRequest
-from treelora_cli.data.held_out import set_aside
+from treelora_cli.backend.contract import Change, DataRequest
+from treelora_cli.data.held_out import (
+    OTHER_DATA,
+    content_hash,
+    find_recorded,
+    set_aside,
+    set_aside_by_position,
+)
 from treelora_cli.data.paths import existing
 from treelora_cli.data.tables import TABLE_SUFFIXES, Row, read_table
 from treelora_cli.errors import DataError
@@ -45,12 +52,14 @@ class ImageListing:
         train: Training images.
         test: Held-out images.
         notes: Lines for the user.
+        change: What differs from the recorded held-out images, if anything.
     """
 
     labels: tuple[str, ...]
     train: list[ImageItem]
     test: list[ImageItem]
     notes: tuple[str, ...]
+    change: Change | None = None
 
 
 def list_images(request: DataRequest) -> ImageListing:
@@ -68,12 +77,39 @@ def list_images(request: DataRequest) -> ImageListing:
     train, test = _choose_classes(train, request), _choose_classes(test, request)
     labels = tuple(sorted({item.label for item in train}))
     _check_classes(path, labels, test, request)
+    if request.recorded is not None and request.recorded.held_out is not None:
+        test, change = find_recorded(test, train, request.recorded.held_out, hash_of_image)
+        test = _limit(test, request.recorded.limit, request.seed)
+        return ImageListing(labels, train, test, tuple(notes), change)
     if not test and request.held_out > 0:
-        train, test = _split(train, request.held_out, request.seed)
+        train, test = _split(train, request)
         notes.append(f"No held-out data given: {len(test)} of {len(train) + len(test)} images kept for scoring.")
     train = _limit(train, request.train_limit, request.seed)
     test = _limit(test, request.test_limit, request.seed)
-    return ImageListing(labels, train, test, tuple(notes))
+    if request.recorded is None:
+        return ImageListing(labels, train, test, tuple(notes))
+    same = request.skip_bad or digest_of([*train, *test]) == request.recorded.digest
+    test = _limit(test, request.recorded.limit, request.seed)
+    return ImageListing(labels, train, test, tuple(notes), None if same else OTHER_DATA)
+
+
+def hash_of_image(item: ImageItem) -> str:
+    """Return the hash of an image's label and file, by which a held-out one is known again."""
+    try:
+        return content_hash(item.label, item.read())
+    except OSError:
+        return content_hash(item.name)  # whoever decodes it says what is wrong
+
+
+def digest_of(items: Sequence[ImageItem]) -> str:
+    """Return SHA-256 over labels and files in order, hex."""
+    digest = hashlib.sha256()
+    for item in items:
+        try:
+            digest.update(item.label.encode() + b"\0" + hashlib.sha256(item.read()).digest())
+        except OSError as error:
+            raise DataError(f"{item.name} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()
 
 
 def _read(path: Path, request: DataRequest, notes: list[str]) -> tuple[list[ImageItem], list[ImageItem]]:
@@ -182,12 +218,15 @@ def _check_classes(path: Path, labels: Sequence[str], test: Sequence[ImageItem],
         raise DataError(f"{request.val or path}: held-out class '{strange[0]}' has no training images.")
 
 
-def _split(items: Sequence[ImageItem], share: float, seed: int) -> tuple[list[ImageItem], list[ImageItem]]:
-    """Set aside ``share`` of each class that has at least two images, chosen by ``seed``."""
+def _split(items: Sequence[ImageItem], request: DataRequest) -> tuple[list[ImageItem], list[ImageItem]]:
+    """Set aside ``request.held_out`` of each class that has at least two images."""
     train: list[ImageItem] = []
     test: list[ImageItem] = []
     for label, members in _by_label(items).items():
-        kept, aside = set_aside(members, share, f"{seed}/{label}")
+        if request.split == "position":
+            kept, aside = set_aside_by_position(members, request.held_out, f"{request.seed}/{label}")
+        else:
+            kept, aside = set_aside(members, request.held_out, str(request.seed), hash_of_image)
         train += kept
         test += aside
     return train, test

@@ -7,12 +7,18 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.backend.contract import DataRequest
-from treelora_cli.data.held_out import set_aside
+from treelora_cli.backend.contract import Change, DataRequest
+from treelora_cli.data.held_out import (
+    OTHER_DATA,
+    content_hash,
+    find_recorded,
+    set_aside,
+    set_aside_by_position,
+)
 from treelora_cli.data.paths import existing
 from treelora_cli.data.tables import TABLE_SUFFIXES, Row, read_table
 from treelora_cli.data.text_scores import METRICS
@@ -75,6 +81,7 @@ class TextListing:
         metric: One of ``scores.METRICS``.
         train, test: Examples.
         notes: Lines for the user.
+        change: What differs from the recorded held-out examples, if anything.
     """
 
     style: str
@@ -83,6 +90,7 @@ class TextListing:
     train: list[TextExample]
     test: list[TextExample]
     notes: tuple[str, ...]
+    change: Change | None = None
 
     @property
     def digest(self) -> str:
@@ -115,13 +123,27 @@ def list_texts(request: DataRequest) -> TextListing:
         labels, train, test = _chosen(labels, train, test, request)
     if style == "labels" and len(labels) < 2:
         raise DataError(f"{path}: one label only ('{labels[0]}'); a task needs two or more.")
-    if train and not test and request.held_out > 0:
-        train, test = _split(train, request.held_out, request.seed, bool(labels))
-        notes.append(f"No held-out data given: {len(test)} of {len(train) + len(test)} examples kept for scoring.")
     metric = _metric(request.metric, style, labels, train or test)
+    if request.recorded is not None and request.recorded.held_out is not None:
+        test, change = find_recorded(test, train, request.recorded.held_out, hash_of_text)
+        test = _limit(test, request.recorded.limit, f"test/{request.seed}")
+        return TextListing(style, labels, metric, train, test, tuple(notes), change)
+    if train and not test and request.held_out > 0:
+        train, test = _split(train, request, bool(labels))
+        notes.append(f"No held-out data given: {len(test)} of {len(train) + len(test)} examples kept for scoring.")
     train = _limit(train, request.train_limit, f"train/{request.seed}")
     test = _limit(test, request.test_limit, f"test/{request.seed}")
-    return TextListing(style, labels, metric, train, test, tuple(notes))
+    listing = TextListing(style, labels, metric, train, test, tuple(notes))
+    if request.recorded is None:
+        return listing
+    change = None if listing.digest == request.recorded.digest else OTHER_DATA
+    return replace(listing, test=_limit(test, request.recorded.limit, f"test/{request.seed}"), change=change)
+
+
+def hash_of_text(one: TextExample) -> str:
+    """Return the hash of an example, by which a held-out one is known again."""
+    turns = [part for turn in one.turns for part in (turn.role, turn.content)]
+    return content_hash(one.prompt, one.answer, *turns)
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -326,16 +348,19 @@ def _metric(named: str | None, style: str, labels: Sequence[str], examples: Sequ
 
 
 def _split(
-    examples: Sequence[TextExample], share: float, seed: int, by_answer: bool
+    examples: Sequence[TextExample], request: DataRequest, by_answer: bool
 ) -> tuple[list[TextExample], list[TextExample]]:
-    """Set aside ``share`` of the examples, of each label alike where there are labels, chosen by ``seed``."""
+    """Set aside ``request.held_out`` of the examples, of each label alike where there are labels."""
     groups: Mapping[str, list[TextExample]] = defaultdict(list)
     for one in examples:
         groups[one.answer.strip() if by_answer else ""].append(one)
     train: list[TextExample] = []
     test: list[TextExample] = []
     for key in sorted(groups):
-        kept, aside = set_aside(groups[key], share, f"{seed}/{key}")
+        if request.split == "position":
+            kept, aside = set_aside_by_position(groups[key], request.held_out, f"{request.seed}/{key}")
+        else:
+            kept, aside = set_aside(groups[key], request.held_out, str(request.seed), hash_of_text)
         train += kept
         test += aside
     return train, test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.backend.contract import Base, DataRequest, Memory, Score, TaskData, layout_of
+from treelora_cli.backend.contract import Base, DataRequest, Memory, Recorded, Score, TaskData, layout_of
 from treelora_cli.errors import BackendError, DataError, ProjectError, is_out_of_memory
 
 
@@ -21,30 +22,55 @@ class HeldOut:
         name: Task name.
         data: The examples; ``None`` when they cannot be had any more.
         problem: One line when ``data`` is ``None``.
+        changed: What differs from the examples that the task was learned with, one line; empty when nothing does.
     """
 
     name: str
     data: TaskData | None
     problem: str = ""
+    changed: str = ""
 
 
-def read_held_out(base: Base, records: Mapping[str, Mapping[str, Any]], limit: int | None) -> Iterator[HeldOut]:
-    """Read the held-out data of each task from where it was when the task was learned, one after the other.
+_ASK = "Score what is there now with: treelora eval --changed-data"
+
+
+def read_held_out(
+    base: Base,
+    records: Mapping[str, Mapping[str, Any]],
+    limit: int | None,
+    *,
+    changed_data: bool = False,
+    places: Mapping[str, Path] | None = None,
+) -> Iterator[HeldOut]:
+    """Read the held-out data of each task, the very examples of when it was learned, one task after the other.
 
     Args:
         base: The loaded base.
         records: ``task.json`` by task name.
-        limit: Most examples per class or task; ``None`` keeps the recorded limit.
+        limit: Most examples per class or task; ``None`` takes all.
+        changed_data: Where examples are gone or different, take what is there now; otherwise such a task has no data.
+        places: Where the data of some tasks lies now.
     """
     for name, record in records.items():
-        request = DataRequest.from_json({**record["data"], **({} if limit is None else {"test_limit": limit})})
+        request = dataclasses.replace(DataRequest.from_json(record["data"]), recorded=Recorded.from_task(record, limit))
+        if places and name in places:
+            request = dataclasses.replace(request, path=places[name].absolute())
         try:
             data = base.read_task(request)
+            change = data.change
+            if change is not None and changed_data:
+                now = request.test_limit if limit is None else limit
+                data = base.read_task(dataclasses.replace(request, recorded=None, test_limit=now))
         except DataError as error:
             yield HeldOut(name, None, str(error))
             continue
-        problem = "" if data.test_size else "no held-out examples"
-        yield HeldOut(name, data if data.test_size else None, problem)
+        changed = "" if change is None else change.text
+        if change is not None and not change.scorable and not changed_data:
+            yield HeldOut(name, None, f"{changed}. {_ASK}", changed)
+        elif not data.test_size:
+            yield HeldOut(name, None, "no held-out examples", changed)
+        else:
+            yield HeldOut(name, data, "", changed)
 
 
 def score_tasks(base: Base, memory: Memory, inference: str, held_out: Iterable[HeldOut]) -> dict[str, Score]:

@@ -208,12 +208,13 @@ class Project:
         Raises:
             DamagedError: It is not what this program writes.
         """
-        from treelora_cli.backend.contract import DataRequest
+        from treelora_cli.backend.contract import DataRequest, Recorded
 
         where = f"{self.entry(name).directory}/task.json"
         record = self._read_json(where)
         try:
             DataRequest.from_json(record["data"])
+            Recorded.from_task(record)
             for key in ("name", "metric", "precision", "device"):
                 if type(record[key]) is not str:
                     raise TypeError(key)

@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass
 
 from treelora_backends.causal_lm.render import Encoded, Encoder
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.contract import Change, DataRequest
 from treelora_cli.backend.runtime import Reporter
-from treelora_cli.data.text import TextExample, TextListing, list_texts
+from treelora_cli.data.text import TextExample, TextListing, hash_of_text, list_texts
 
 _SHOWN = 600
 """Characters of the sample that are shown."""
@@ -67,6 +67,16 @@ class LmTask:
     def test_size(self) -> int:
         """Held-out examples."""
         return len(self.listing.test)
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Content hash of each held-out example."""
+        return tuple(hash_of_text(one) for one in self.listing.test)
+
+    @property
+    def change(self) -> Change | None:
+        """What differs from the recorded held-out examples, if anything."""
+        return self.listing.change
 
     @property
     def digest(self) -> str:

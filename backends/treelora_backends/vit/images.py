@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.contract import Change, DataRequest
 from treelora_cli.backend.runtime import Reporter
+from treelora_cli.data.held_out import content_hash
 from treelora_cli.data.images import ImageItem, list_images, open_image
 from treelora_cli.errors import DataError, UsageError
 
@@ -90,10 +91,12 @@ class Pictures:
     Attributes:
         pixels: (N, 3, H, W) bytes, in memory or in a temporary file.
         labels: Index into the task's label names, (N,) int64.
+        hashes: Content hash of each image and its label.
     """
 
     pixels: Tensor
     labels: Tensor
+    hashes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -109,7 +112,13 @@ class ImageTask:
     digest: str
     notes: tuple[str, ...]
     sample: str
+    change: Change | None = None
     metric: str = "accuracy"
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Content hash of each held-out image."""
+        return self.test.hashes
 
     @property
     def train_size(self) -> int:
@@ -156,7 +165,7 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
         raise DataError(f"{request.path}: a class has no readable training image left.")
     height, width = preprocessing.size
     sample = f"{listing.train[0].name} -> 3x{height}x{width}, label '{listing.train[0].label}'" if listing.train else ""
-    return ImageTask(listing.labels, train, test, digest.hexdigest(), notes, sample)
+    return ImageTask(listing.labels, train, test, digest.hexdigest(), notes, sample, listing.change)
 
 
 def _decode(
@@ -173,31 +182,34 @@ def _decode(
     pixels = _allocate(shape)
     index_of = {label: index for index, label in enumerate(labels)}
 
-    def one(item: ImageItem) -> tuple[bytes, Any]:
+    def one(item: ImageItem) -> tuple[bytes, str, Any]:
         try:
             data = item.read()
         except OSError as error:
             raise DataError(f"{item.name} cannot be read: {error.strerror}.") from error
         try:
-            return hashlib.sha256(data).digest(), preprocessing.to_pixels(open_image(data, item.name))
+            own = content_hash(item.label, data)
+            return hashlib.sha256(data).digest(), own, preprocessing.to_pixels(open_image(data, item.name))
         except DataError:
             if not skip_bad:
                 raise
-            return b"", None
+            return b"", "", None
 
     kept: list[int] = []
+    hashes: list[str] = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         starts = range(0, len(items), _CHUNK)
         for start in reporter.track(starts, what, len(starts)):
             chunk = items[start : start + _CHUNK]
-            for item, (content, picture) in zip(chunk, pool.map(one, chunk), strict=True):
+            for item, (content, own, picture) in zip(chunk, pool.map(one, chunk), strict=True):
                 if picture is None:
                     bad.append(item.name)
                     continue
                 digest.update(item.label.encode() + b"\0" + content)
                 pixels[len(kept)] = picture
                 kept.append(index_of[item.label])
-    return Pictures(torch.from_numpy(pixels[: len(kept)]), torch.tensor(kept, dtype=torch.int64))
+                hashes.append(own)
+    return Pictures(torch.from_numpy(pixels[: len(kept)]), torch.tensor(kept, dtype=torch.int64), tuple(hashes))
 
 
 def _allocate(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -1,0 +1,133 @@
+"""The held-out examples of a task are those of when it was learned, whatever happens to its data."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Cli, check_error, make_images
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treelora_cli.backend.contract import DataRequest, Recorded
+from treelora_cli.data.held_out import content_hash, find_recorded, set_aside, set_aside_by_position
+from treelora_cli.data.images import list_images
+from treelora_cli.data.text import list_texts
+from treelora_cli.project.state import seal
+from treelora_cli.project.store import record_of
+
+
+def own(text: str) -> str:
+    return content_hash(text)
+
+
+# -- the split --------------------------------------------------------------------------------------------
+
+
+@given(st.sets(st.text(max_size=8), max_size=60), st.sets(st.text(max_size=8), max_size=20), st.integers(0, 9))
+def test_a_draw_depends_on_the_example_alone(before: set[str], more: set[str], seed: int) -> None:
+    """An example leaves its part only for one that is drawn before it, or because the share has grown."""
+    kept, aside = set_aside(sorted(before), 0.3, str(seed), own)
+    assert sorted([*kept, *aside]) == sorted(before)
+    assert len(before) < 2 or len(aside) == min(len(before) - 1, max(1, round(0.3 * len(before))))
+    assert set(set_aside(sorted(before, reverse=True), 0.3, str(seed), own)[1]) == set(aside)
+    _, after = set_aside(sorted(before | more), 0.3, str(seed), own)
+    came = set(after) - before
+    assert len(set(aside) - set(after)) <= len(came)
+    assert len(set(after) & set(kept)) <= max(0, len(after) - len(aside))
+
+
+def test_texts_are_split_by_content_too(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "answer": f"value {n}"} for n in range(100)]
+    path = tmp_path / "d.jsonl"
+
+    def listed(chosen: list[dict[str, str]]) -> set[str]:
+        path.write_text("\n".join(json.dumps(row) for row in chosen))
+        return {one.prompt for one in list_texts(DataRequest(path)).test}
+
+    first = listed(rows)
+    assert len(first) == 10
+    assert listed(rows[::-1]) == first
+    rest = [row for row in rows if row["prompt"] in first or row["prompt"] in {f"{n}?" for n in range(50)}]
+    assert listed(rest) <= first, "of the rest, the lowest draws are among the same"
+
+
+def test_an_older_projects_split_is_by_position_still(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "d", ["red", "blue"], train=20, test=0) / "train"
+    record = DataRequest(folder).to_json()
+    del record["split"]
+    listing = list_images(DataRequest.from_json(record))
+    names = [str(path) for path in sorted((folder / "red").iterdir())]
+    assert [one.name for one in listing.test if one.label == "red"] == set_aside_by_position(names, 0.1, "0/red")[1]
+    assert len(listing.test) == 4
+
+
+def test_recorded_examples_are_found_wherever_they_are() -> None:
+    hashes = [own(one) for one in ("a", "b", "b", "c")]
+    assert find_recorded(["c", "b", "a", "b"], ["x"], hashes, own) == (["c", "b", "a", "b"], None)
+    assert find_recorded([], ["x", "b", "a", "b", "c"], hashes, own) == (["b", "a", "b", "c"], None)
+    found, change = find_recorded(["a", "b", "new"], [], hashes, own)
+    assert (found, change is not None and change.scorable) == (["a", "b"], False)
+    assert change is not None
+    assert change.text == "2 of 4 held-out examples are gone or different since it was learned, 1 are new"
+    found, change = find_recorded(["a", "b", "b", "c", "new"], [], hashes, own)
+    assert (found, change is not None and change.scorable) == (["a", "b", "b", "c"], True)
+
+
+@pytest.mark.parametrize("held_out", [3, "0" * 15, "X" * 16])
+def test_malformed_hashes_are_refused(held_out: object) -> None:
+    with pytest.raises(ValueError, match="held_out is no list of hashes"):
+        Recorded.from_task({"held_out": held_out})
+
+
+# -- eval -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stream(cli: Cli, empty_project: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A project of two tasks, the first from a folder that is split, the second with its own test part."""
+    data = tmp_path / "data"
+    make_images(data / "warm", ["red", "yellow"], train=20, test=0)
+    make_images(data / "cold", ["blue", "green"])
+    for name, folder in (("warm", data / "warm/train"), ("cold", data / "cold")):
+        done = cli("-C", empty_project, "train-task", folder, "--name", name, "--device", "cpu", "--precision", "fp32")
+        assert done.code == 0, done.err
+    return empty_project, data
+
+
+def evaluated(cli: Cli, root: Path, *options: object, code: int = 0) -> dict[str, object]:
+    done = cli("-C", root, "--json", "eval", "--device", "cpu", *options)
+    assert done.code == code, done.err
+    return done.json
+
+
+def test_data_that_moved_is_found_where_the_user_says(cli: Cli, stream: tuple[Path, Path], tmp_path: Path) -> None:
+    root, data = stream
+    before = evaluated(cli, root)
+    shutil.move(data / "cold", tmp_path / "elsewhere")
+    assert "not found" in evaluated(cli, root)["not_scored"]["cold"]  # type: ignore[index]
+    assert evaluated(cli, root, "--data", f"cold={tmp_path / 'elsewhere'}") == before
+    wrong = evaluated(cli, root, "--data", f"cold={data / 'warm/train'}")
+    assert "its data is not what it was learned from" in wrong["not_scored"]["cold"]  # type: ignore[index]
+    check_error(cli("-C", root, "eval", "--data", f"nothing={data}"), 2, "No task 'nothing' in this project")
+
+
+def test_a_task_of_before_the_hashes_is_compared_as_a_whole(cli: Cli, stream: tuple[Path, Path]) -> None:
+    """Its recorded SHA-256 is over all examples, trained on or held out."""
+    root, data = stream
+    name = "tasks/002-cold/task.json"
+    record = json.loads((root / name).read_text())
+    record.pop("held_out", None)
+    del record["data"]["split"]
+    content = json.dumps(record).encode()
+    (root / name).write_bytes(content)
+    state = json.loads((root / "state.json").read_text())
+    state["files"][name] = dataclasses.asdict(record_of(content))
+    (root / "state.json").write_bytes(seal(state))
+    before = evaluated(cli, root)
+    assert (set(before["tasks"]), before["changed_data"]) == ({"warm", "cold"}, {})  # type: ignore[call-overload]
+    shutil.copy(data / "cold/train/blue/00.png", data / "cold/train/blue/99.png")
+    said = "its data is not what it was learned from (the SHA-256 over all examples differs)"
+    assert evaluated(cli, root)["changed_data"] == {"cold": said}
+    assert evaluated(cli, root, "--changed-data")["tasks"] == before["tasks"]
