@@ -93,7 +93,7 @@ class TrainConfig:
     max_length: int | None = _setting(None, "longest input, in tokens", low=8)
     prompt_tail: int | None = _setting(
         None,
-        "last tokens of a prompt through which gradients pass; 0, or grad_checkpointing: all",
+        "last tokens of a prompt through which gradients pass; 0: all; none: 8 on a CPU, all on a GPU",
         low=0,
     )
     precision: str | None = _setting(
@@ -189,7 +189,6 @@ DEFAULTS = Config(
         update="penalty",
         warm_start="nearest",
         max_length=512,
-        prompt_tail=0,
         precision="auto",
         grad_checkpointing=False,
     ),

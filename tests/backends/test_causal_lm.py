@@ -236,7 +236,7 @@ def test_loss_in_chunks_is_the_same(llama, data, monkeypatch):
     task = base.read_task(DataRequest(data / "texts.jsonl"))
     labelled = collate(task.train, base.encoder.pad_id)
     whole = float(base.lm.loss(labelled))
-    monkeypatch.setattr("treelora_backends.causal_lm.network.network._LOSS_CHUNK", 7)
+    monkeypatch.setattr(base.lm, "_logits_at_once", 7)
     assert float(base.lm.loss(labelled)) == pytest.approx(whole, abs=1e-5)
 
 
@@ -379,6 +379,16 @@ def test_a_large_batch_in_parts_gives_the_same_gradients(llama, data, monkeypatc
     monkeypatch.setattr("treelora_backends.causal_lm.session._TOKENS_KEPT", {"cpu": 40})
     for one, other in zip(whole, torch.autograd.grad(session.loss(list(range(8))), ups), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_closed_answer_may_end_in_a_space(llama, tmp_path):
+    rows = [{"prompt": f"apple {place}", "answer": ("good ", "bad")[place % 2]} for place in range(20)]
+    (tmp_path / "spaces.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    base = load(llama)
+    task = base.read_task(DataRequest(tmp_path / "spaces.jsonl"))
+    session = base.session(task, Memory((), dict), base.config)
+    session.prepare()
+    assert sorted(task.labels) == ["bad", "good"]
 
 
 def test_bfloat16_base_learns_in_float32(llama):

@@ -133,7 +133,14 @@ class Trainer:
         self.step = 0
         self.total = settings.epochs * session.steps_per_epoch
         self.parameters = [parameter for pair in slot for parameter in pair] + session.parameters()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=self._fused
+        )
+
+    @property
+    def _fused(self) -> bool:
+        """True where one kernel steps all parameters; it keeps its count of steps on the device."""
+        return self.runtime.device.type == "cuda"
 
     def run(self, save: Checkpoint) -> TrainReport:
         """Train to the end.
@@ -253,6 +260,6 @@ class Trainer:
                 found = {key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)}
                 if found:
                     self.optimizer.state[parameter] = {
-                        key: value.clone() if key == "step" else value.to(parameter.device)
+                        key: value.clone() if key == "step" and not self._fused else value.to(parameter.device)
                         for key, value in found.items()
                     }

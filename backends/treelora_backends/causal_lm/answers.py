@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from treelora_backends.causal_lm.batches import by_length, collate, pad, tokens_at_once
+from treelora_backends.causal_lm.batches import by_length, labelled_padded, padded, tokens_at_once
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.render import Encoder, Ids, cut_middle
 from treelora_cli.backend.runtime import Runtime
@@ -118,7 +118,7 @@ class Answerer:
         answers: dict[int, Answer] = {}
         for labels in _distinct(by_tail.values()):
             rows = [row for row, prompt in enumerate(prompts) if by_tail[prompt.tail] == labels]
-            batch = pad([prompts[row].ids for row in rows], self.encoder.pad_id).to(self.lm.device)
+            batch = padded([prompts[row].ids for row in rows], self.encoder, self.lm.device)
             with torch.no_grad(), self.runtime.autocast():
                 scores = self.lm.label_log_likelihoods(batch, labels)
             confidence, best = scores.softmax(dim=1).max(dim=1)
@@ -129,9 +129,9 @@ class Answerer:
     # -- generation -----------------------------------------------------------------------------------
 
     def _by_generation(self, prompts: Sequence[_Prompt], manner: Manner) -> list[Answer]:
-        batch = pad([prompt.ids for prompt in prompts], self.encoder.pad_id, left=True).to(self.lm.device)
+        batch = padded([prompt.ids for prompt in prompts], self.encoder, self.lm.device, left=True)
         with torch.no_grad(), self.runtime.autocast():
-            most_new = max(1, min(manner.most_new, self.encoder.context - batch.ids.shape[1]))
+            most_new = max(1, min(manner.most_new, self.encoder.context - max(map(len, prompts))))
             new = self.lm.generate(batch, most_new, self.encoder.end_ids, self.encoder.pad_id)
         return [(self.encoder.decode(ids), None) for ids in new]
 
@@ -148,10 +148,10 @@ class Answerer:
         encoded = [self.encoder.encode(one, "text", ()) for one in examples]
         right = count = 0
         for rows in by_length(encoded, len, tokens_at_once(self.lm.device)):
-            labelled = collate([encoded[row] for row in rows], self.encoder.pad_id).to(self.lm.device)
+            batch = labelled_padded([encoded[row] for row in rows], self.encoder, self.lm.device)
             with torch.no_grad(), self.runtime.autocast():
-                right += self.lm.correct(labelled)
-            count += len(labelled.targets)
+                right += self.lm.correct(batch)
+            count += len(batch.targets)
         return float(right), float(count)
 
 

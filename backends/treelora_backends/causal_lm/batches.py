@@ -12,12 +12,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from treelora_backends.causal_lm.render import Encoded, Ids
+from treelora_backends.causal_lm.render import Encoded, Encoder, Ids
 from treelora_backends.transfer import sent
 
 T = TypeVar("T")
 
 _AT_ONCE, _AT_ONCE_ELSEWHERE = {"cpu": 512}, 4096
+_AT_ONCE_PER_GIB = 205
+"""More on a GPU of more than 20 GiB."""
+_SIZES_PER_OCTAVE, _SMALLEST_STEP = 8, 16
+"""Lengths to which texts are padded on a GPU, between one power of two and the next."""
 _BUCKET_BATCHES = 16
 """Batches whose examples are sorted by length together."""
 
@@ -65,9 +69,34 @@ class LabelledBatch:
         return LabelledBatch(self.batch.to(device), *parts)
 
 
-def pad(rows: Sequence[Ids], pad_id: int, *, left: bool = False) -> Batch:
-    """Pad rows to the longest, on the right or the left."""
-    width = max(len(row) for row in rows)
+def width_for(longest: int, device: torch.device, most: int) -> int:
+    """Return how many tokens wide a batch is whose longest text has ``longest``; none is wider than ``most``.
+
+    Kernels are chosen, loaded and at times built for each shape that occurs, and on a GPU that takes longer than a few
+    tokens more: widths there are multiples of 16, at most eight between one power of two and the next.
+    """
+    if device.type == "cpu":
+        return longest
+    octave: int = 2 ** (max(1, longest) - 1).bit_length()
+    step = max(_SMALLEST_STEP, octave // (2 * _SIZES_PER_OCTAVE))
+    return max(longest, min(most, -(-longest // step) * step))
+
+
+def padded(rows: Sequence[Ids], encoder: Encoder, device: torch.device, *, left: bool = False) -> Batch:
+    """Return texts side by side on ``device``, in one of the widths that are used there."""
+    width = width_for(max(len(row) for row in rows), device, encoder.context)
+    return pad(rows, encoder.pad_id, left=left, width=width).to(device)
+
+
+def labelled_padded(examples: Sequence[Encoded], encoder: Encoder, device: torch.device) -> LabelledBatch:
+    """Return examples side by side on ``device``, in one of the widths that are used there."""
+    width = width_for(max(len(one) for one in examples), device, encoder.context)
+    return collate(examples, encoder.pad_id, width).to(device)
+
+
+def pad(rows: Sequence[Ids], pad_id: int, *, left: bool = False, width: int | None = None) -> Batch:
+    """Pad rows to ``width``, or to the longest, on the right or the left."""
+    width = width or max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
@@ -77,11 +106,11 @@ def pad(rows: Sequence[Ids], pad_id: int, *, left: bool = False) -> Batch:
     return Batch(ids, mask)
 
 
-def collate(examples: Sequence[Encoded], pad_id: int) -> LabelledBatch:
-    """Put examples side by side; only the answers are labelled."""
+def collate(examples: Sequence[Encoded], pad_id: int, width: int | None = None) -> LabelledBatch:
+    """Put examples side by side, padded to ``width`` or the longest; only the answers are labelled."""
     import numpy as np
 
-    batch = pad([np.concatenate([one.prompt, one.answer]) for one in examples], pad_id)
+    batch = pad([np.concatenate([one.prompt, one.answer]) for one in examples], pad_id, width=width)
     rows: list[int] = []
     columns: list[int] = []
     targets: list[int] = []
@@ -113,7 +142,10 @@ def shuffled_batches(lengths: Sequence[int], count: int, seed: int) -> Iterator[
 
 def tokens_at_once(device: torch.device) -> int:
     """Return the padded tokens of a batch that is only read: on a CPU what stays in its caches is faster than more."""
-    return _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE)
+    if device.type != "cuda":
+        return _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE)
+    gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return max(_AT_ONCE_ELSEWHERE, int(_AT_ONCE_PER_GIB * gib))
 
 
 def by_length(items: Sequence[T], length: Callable[[T], int], most_tokens: int) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from treelora_backends.causal_lm.batches import collate, shuffled_batches
+from treelora_backends.causal_lm.batches import labelled_padded, shuffled_batches
 from treelora_backends.causal_lm.memory import describe
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.steps import LmSteps
@@ -82,9 +82,9 @@ class PlainLmSession(LmSteps):
     def loss_of(self, places: Sequence[int]) -> Tensor:
         """Return the mean loss over the labels of some examples, with dropout as it is set."""
         chosen = [self.examples[place] for place in places]
-        labelled = collate(chosen, self.base.encoder.pad_id).to(self.base.lm.device)
+        batch = labelled_padded(chosen, self.base.encoder, self.base.lm.device)
         with self.base.runtime.autocast():
-            return self.base.lm.loss(labelled)
+            return self.base.lm.loss(batch)
 
     def finish(self) -> Learned:
         """Nothing is handed over: the contender reads what it needs."""

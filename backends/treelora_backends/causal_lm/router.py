@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from treelora_backends.causal_lm.batches import by_length, pad, tokens_at_once
+from treelora_backends.causal_lm.batches import by_length, padded, tokens_at_once
 from treelora_backends.causal_lm.network.halves import Passes
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.render import Encoder
@@ -54,7 +54,7 @@ class FeatureReader:
         passes = Passes(self.runtime, self.lm.first_blocks(self.lm.feature_block + 1))
         with adapters.base_only(self.wrapped):
             for rows in self.runtime.reporter.track(batches, description, len(batches)):
-                batch = pad([ids[row] for row in rows], self.encoder.pad_id).to(self.lm.device)
+                batch = padded([ids[row] for row in rows], self.encoder, self.lm.device)
                 with passes.without_gradients():
                     features = self.lm.read(batch).features(batch.lengths).cpu()
                 found |= {fresh[row]: feature for row, feature in zip(rows, features, strict=True)}

@@ -11,24 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from treelora_backends.causal_lm.batches import (
     Batch,
     LabelledBatch,
     by_length,
-    collate,
-    pad,
+    labelled_padded,
+    padded,
     shuffled_batches,
     tokens_at_once,
 )
 from treelora_backends.causal_lm.closed import ClosedHead
 from treelora_backends.causal_lm.memory import describe
+from treelora_backends.causal_lm.network.ahead import summed_in_parts
 from treelora_backends.causal_lm.network.halves import HalfWeights, Passes
 from treelora_backends.causal_lm.render import Ids
 from treelora_backends.causal_lm.router import TaskRouter
@@ -43,9 +44,12 @@ from treelora_cli.errors import DataError, UsageError
 if TYPE_CHECKING:
     from treelora_backends.causal_lm.backend import CausalLmBase
 
+_TAILS = {"cpu": 8}
+"""Last tokens of a prompt through which gradients pass where nothing is said: reading a text in two parts saves a CPU
+arithmetic, and costs a GPU twice the launches."""
 _TOKENS_KEPT = {"cpu": 1024}
 _TOKENS_KEPT_ELSEWHERE = 16_384
-"""Tokens whose activations are kept for the backward pass; those of a larger batch are computed twice."""
+"""Tokens whose activations are kept for the backward pass; of a larger batch one part follows the other."""
 
 
 class LmSession(LmSteps):
@@ -55,8 +59,8 @@ class LmSession(LmSteps):
         if not task.train:
             raise DataError("No training examples.")
         assert config.train.batch_size is not None and config.seed is not None
-        assert config.train.prompt_tail is not None
-        self.tail: int = config.train.prompt_tail
+        told = config.train.prompt_tail
+        self.tail = _TAILS.get(base.lm.device.type, 0) if told is None else told
         self.task = task
         self.runtime = base.runtime
         self.own = self.runtime.share(list(range(task.train_size)))
@@ -80,7 +84,7 @@ class LmSession(LmSteps):
     def _collated(self, places: list[int]) -> LabelledBatch:
         """Return this process's examples at ``places``, padded, on the device."""
         chosen = [self.task.train[self.own[place]] for place in places]
-        return collate(chosen, self.base.encoder.pad_id).to(self.base.lm.device)
+        return labelled_padded(chosen, self.base.encoder, self.base.lm.device)
 
     # -- before training ------------------------------------------------------------------------------
 
@@ -115,7 +119,7 @@ class LmSession(LmSteps):
         read = torch.stack([features[place] for place in range(len(examples))])
         self.router.add_task(lm.routing(read), self.runtime)
         if self.task.closed:
-            answers = [one.answer for one in examples]
+            answers = [one.answer.strip() for one in examples]
             head = ClosedHead.fit(read, answers, self.task.labels, self.runtime)
             self._closed = {} if head is None else head.to_tensors()
 
@@ -132,7 +136,7 @@ class LmSession(LmSteps):
         self.base.network.eval()
         passes = self._passes()
         for places in self.runtime.reporter.track(batches, "Frozen pass", len(batches)):
-            batch = pad([tokens[place] for place in places], encoder.pad_id).to(lm.device)
+            batch = padded([tokens[place] for place in places], encoder, lm.device)
             with passes.without_gradients():
                 reading = lm.read(batch, to_cut=True) if lm.read_once else None
                 states = lm.entering(batch) if reading is None else reading.entering
@@ -181,17 +185,18 @@ class LmSession(LmSteps):
     # -- training -------------------------------------------------------------------------------------
 
     def loss_of(self, places: list[int]) -> Tensor:
-        """Return the mean loss over a batch's labels; of a large one, parts are kept in memory in turn."""
+        """Return the mean loss over a batch's labels; of a large one, one part after the other is in memory."""
         most = _TOKENS_KEPT.get(self.base.lm.device.type, _TOKENS_KEPT_ELSEWHERE)
         parts = [[places[row] for row in rows] for rows in by_length(places, self._tokens_with_graph, most)]
         if len(parts) == 1:
             return self._loss_of_part(parts[0])
         labels = sum(len(self.task.train[self.own[place]].answer) for place in places)
-        losses = []
-        for part in parts:
-            share = sum(len(self.task.train[self.own[place]].answer) for place in part) / labels
-            losses.append(checkpoint(self._loss_of_part, part, use_reentrant=False) * share)
-        return torch.stack(losses).sum()
+        shares = [sum(len(self.task.train[self.own[place]].answer) for place in part) / labels for part in parts]
+        losses = [partial(self._share_of_loss, part, share) for part, share in zip(parts, shares, strict=True)]
+        return summed_in_parts(losses, [one for one in self.base.network.parameters() if one.requires_grad])
+
+    def _share_of_loss(self, places: list[int], share: float) -> Tensor:
+        return self._loss_of_part(places) * share
 
     def _tokens_with_graph(self, place: int) -> int:
         one = self.task.train[self.own[place]]
@@ -235,6 +240,7 @@ class LmSession(LmSteps):
         tensors = {**describe(self.task), **self.router.task_tensors(), **self._closed}
         facts: dict[str, Any] = {
             "style": self.task.style,
+            "prompt_tail": self.tail,
             "tokens": sum(len(one) for one in self.task.train),
             "answer_tokens": int(tensors["answer.tokens"]),
         }

@@ -17,16 +17,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from treelora_backends.causal_lm.batches import Batch, LabelledBatch
+from treelora_backends.causal_lm.network.ahead import mean_cross_entropy
 from treelora_backends.causal_lm.network.features import Reading, routing_part
 from treelora_backends.causal_lm.network.forwards import standing_in
 from treelora_backends.causal_lm.network.narrow import feed_forward, narrowed
 from treelora_backends.causal_lm.network.tail import Divided, chosen_states, divide
 
-_LOSS_CHUNK = 512
-"""Positions whose logits are in memory at a time."""
+_LOGITS, _LOGITS_ELSEWHERE = {"cpu": 2**24}, 2**26
+"""Logits in memory at a time; of a wide vocabulary those of few positions."""
 _TRIAL_TOKENS = 6
 _UNLIKE = (AttributeError, TypeError, ValueError, LookupError, RuntimeError)
 """What a model of another make may raise where it is tried in parts."""
@@ -147,23 +147,21 @@ class LmNetwork:
             with self._narrowed(labelled), self._maybe_entered(entering):
                 states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
         chosen, targets = states[labelled.rows, labelled.columns], labelled.targets  # (M, C)
-        if len(targets) <= _LOSS_CHUNK:
-            return nn.functional.cross_entropy(self._logits(chosen), targets)
-        parts = [
-            checkpoint(self._summed_loss, some, wanted, use_reentrant=False)
-            for some, wanted in zip(chosen.split(_LOSS_CHUNK), targets.split(_LOSS_CHUNK), strict=True)
-        ]
-        return torch.stack(parts).sum() / len(targets)
+        return mean_cross_entropy(chosen, targets, self._logits, self._logits_at_once)
 
-    def _summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self._logits(states), targets, reduction="sum")
+    @cached_property
+    def _logits_at_once(self) -> int:
+        """Positions whose logits are in memory at a time."""
+        most = _LOGITS.get(self.device.type, _LOGITS_ELSEWHERE)
+        return max(1, most // int(self.model.config.get_text_config().vocab_size))
 
     @torch.no_grad()
     def correct(self, labelled: LabelledBatch) -> int:
         """Return at how many labelled positions the right token is the likeliest."""
         states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
         chosen = states[labelled.rows, labelled.columns]
-        pairs = zip(chosen.split(_LOSS_CHUNK), labelled.targets.split(_LOSS_CHUNK), strict=True)
+        most = self._logits_at_once
+        pairs = zip(chosen.split(most), labelled.targets.split(most), strict=True)
         return sum(int((self._logits(some).argmax(dim=1) == wanted).sum()) for some, wanted in pairs)
 
     # -- what the loss does not need ------------------------------------------------------------------
