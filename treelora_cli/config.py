@@ -73,7 +73,11 @@ class TreeConfig:
     )
     signature_width: int | None = _setting(None, "sketch width m per layer", low=8, high=65536)
     probe_batches: int | None = _setting(None, "mini-batches probed before training", low=1)
-    search: str | None = _setting(None, "how similar tasks are found", choices=("lcb", "flat", "exhaustive", "random"))
+    search: str | None = _setting(
+        None,
+        "how similar tasks are found; cold, as published: without the probe's distances to all as first pulls",
+        choices=("lcb", "cold", "flat", "exhaustive", "random"),
+    )
     width: str | None = _setting(
         None, "confidence width: observed spread, or sigma = 1", choices=("observed", "literal")
     )

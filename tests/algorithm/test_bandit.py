@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any, get_args
@@ -77,7 +78,7 @@ ZERO = np.zeros((1, 1), dtype=np.float32)
 def test_unpulled_arms_are_tried_first_and_bounds_are_those_of_the_rule() -> None:
     bandit = TreeBandit(line_tree(), width="literal")
     # step 1: all unpulled, first child each time; 2: the other half is unpulled;
-    # 3: left is 0 - 2 sqrt(ln 3) - 0.25 = -2.346, right 4 - 2.096 - 0.25; task 1 is unpulled
+    # 3: left is 0 - 2 sqrt(ln 3) - 0.5 = -2.596, right 4 - 2.096 - 0.5; task 1 is unpulled
     assert run(bandit, [ZERO] * 3) == [[0], [2], [1]]
     means = bandit.mean_distances()[0].tolist()
     assert means == pytest.approx([0.0, 0.5, 4.0, math.nan], nan_ok=True)
@@ -87,15 +88,72 @@ def test_unpulled_arms_are_tried_first_and_bounds_are_those_of_the_rule() -> Non
     assert bounds[node_of(bandit, 0)] == pytest.approx(0.0 - width)
     assert bounds[node_of(bandit, 1)] == pytest.approx(0.5 - width)
     assert bounds[node_of(bandit, 3)] == -math.inf
-    # left: max(min(-2.096, -1.596), 0.25 - 2 sqrt(ln 3 / 2) - 0.25) = -1.482
-    left = 0.25 - 2.0 * math.sqrt(math.log(3) / 2) - 0.25
-    assert left == pytest.approx(-1.4823, abs=1e-4)
+    # left: max(min(-2.096, -1.596), 0.25 - 2 sqrt(ln 3 / 2) - 0.5) = -1.732
+    left = 0.25 - 2.0 * math.sqrt(math.log(3) / 2) - 0.5
+    assert left == pytest.approx(-1.7323, abs=1e-4)
     assert bounds[node_of(bandit, 0, 1)] == pytest.approx(left)
-    # right: max(-inf, 4 - 2.096 - 0.25) = 1.654: the smoothness holds back an unpulled arm
-    assert bounds[node_of(bandit, 2, 3)] == pytest.approx(4.0 - width - 0.25)
-    # root: its own 1.5 - 2 sqrt(ln 3 / 3) - 2.25 = -1.960 is below its children's least
+    # right: max(-inf, 4 - 2.096 - 0.5) = 1.404: the smoothness holds back an unpulled arm
+    assert bounds[node_of(bandit, 2, 3)] == pytest.approx(4.0 - width - 0.5)
+    # root: its own 1.5 - 2 sqrt(ln 3 / 3) - 4.5 = -4.210 is below its children's least
     assert bounds[0] == pytest.approx(left)
     assert bandit.step(ZERO).tolist() == [0]
+
+
+def test_first_distances_are_pulls_of_every_arm_pooled_upwards() -> None:
+    bandit = TreeBandit(line_tree())
+    bandit.begin_with(np.array([[[8]], [[9]]], dtype=np.float32))
+    # from 8: 4, 3.5, 0, 0.5; from 9: 4.5, 4, 0.5, 0
+    assert bandit.mean_distances()[0].tolist() == [4.25, 3.75, 0.25, 0.25]
+    assert bandit.pulls().tolist() == [[2, 2, 2, 2]]
+    assert bandit.node_pulls().tolist() == [[8, 4, 4]]
+    # four arms of two pulls, 0.5 apart: squares 4 times 0.125, four repeats
+    assert bandit.sigma()[0] == pytest.approx(math.sqrt((2 * 0.05**2 + 0.5) / 6))
+    assert (bandit.selected().tolist(), bandit.nearest()) == ([2], 2)
+    assert bandit.distance_computations == 8
+    assert bandit.step(np.array([[8.4]], dtype=np.float32)).tolist() == [2]
+    with pytest.raises(ValueError, match="the search has begun"):
+        bandit.begin_with(np.zeros((1, 1, 1), dtype=np.float32))
+    with pytest.raises(ValueError, match="queries: shape"):
+        TreeBandit(line_tree()).begin_with(np.zeros((0, 1, 1), dtype=np.float32))
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 37, 200])
+def test_the_walk_after_first_distances_is_that_of_the_exact_bounds(tasks: int) -> None:
+    tree = build_tree(random_signatures(tasks), 3)
+    bandit = TreeBandit(tree)
+    bandit.begin_with(random_signatures(4, seed=1))
+    bandit.step_count = 5
+    bounds = bandit.lower_bounds()
+    for layer, search in enumerate(bandit._layers):
+        search.begin_with(np.zeros((1, tasks)), 1)  # every witness anew
+        search.begin_with(l1_distance(tree.signatures[None, :, layer], random_signatures(4, seed=1)[:, None, layer]), 5)
+        path = search.walk(5)
+        for node, below in itertools.pairwise(path):
+            assert bounds[layer, below] == bounds[layer, bandit.arms.children[node]].min()
+
+
+def test_with_first_distances_the_nearest_of_many_is_pulled_from_the_first_step() -> None:
+    tree = build_tree(smooth_signatures(8), 6)
+    found: dict[Search, list[bool]] = {"lcb": [], "cold": []}
+    for target in (3, 77, 200):
+        queries = noisy_queries(tree.signatures[target], 12, 0.5, seed=target)
+        for search in found:
+            bandit = TreeBandit(tree, search=search)
+            if search == "lcb":
+                bandit.begin_with(np.stack(queries))
+            found[search] += (np.array(run(bandit, queries[:4])) == target).ravel().tolist()
+    assert np.mean(found["lcb"]) > 0.95
+    assert np.mean(found["cold"]) < 0.05
+
+
+def test_no_two_members_of_a_node_are_further_apart_than_its_spread() -> None:
+    tree = build_tree(random_signatures(24), 3)
+    for node in tree.nodes:
+        rows = tree.signatures[list(node.members)]
+        apart = l1_distance(rows[:, None], rows[None]).max(axis=(0, 1))  # (D,)
+        assert (apart <= tree.spreads[node.index] + 1e-6).all()
+    line = line_tree()
+    assert line.spreads[:, 0].tolist() == [4.5, 0.5, 0.5]  # of two tasks, exactly their distance
 
 
 def test_observed_width_by_hand() -> None:
@@ -281,7 +339,7 @@ def test_no_arm_is_locked_out() -> None:
     assert bandit.pulls().min() >= 10
 
 
-@pytest.mark.parametrize("search", ["lcb", "flat", "exhaustive", "random"])
+@pytest.mark.parametrize("search", ["lcb", "cold", "flat", "exhaustive", "random"])
 @pytest.mark.parametrize("tree_depth", [2, 5])
 def test_a_round_trip_changes_nothing_that_follows(search: Any, tree_depth: int) -> None:
     tree = build_tree(random_signatures(21), tree_depth)

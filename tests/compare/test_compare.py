@@ -172,7 +172,7 @@ def test_weights_given_to_the_command_reach_every_process(
         (["--methods", "treelora:width=64"], 2, "'width' fits tree.width and head.width."),
         (["--methods", "treelora:reg"], 2, "expected treelora:KEY=VALUE."),
         (["--methods", "treelora:epochs=many"], 2, "'train.epochs' needs int, got 'many'"),
-        (["--methods", "treelora:search=rand"], 2, "'search' is one of lcb, flat, exhaustive, random"),
+        (["--methods", "treelora:search=rand"], 2, "'search' is one of lcb, cold, flat, exhaustive, random"),
         (["--methods", "seqlora:search=random"], 2, "'tree.search' means nothing to seqlora."),
         (["--seeds", "0,x"], 2, "--seeds 0,x: expected whole numbers with commas"),
         (["--seeds", "1,1"], 2, "--seeds needs one or more different numbers."),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from treelora_cli.algorithm.distances import FloatArray, IntArray, radius_by_layer
+from treelora_cli.algorithm.distances import FloatArray, IntArray, spread_by_layer
 from treelora_cli.algorithm.split import halve
 from treelora_cli.algorithm.tree import Tree
 
@@ -125,7 +125,7 @@ def search_arms(tree: Tree) -> SearchArms:
             pending.append((len(children), members[side], layer))
             children.append([-1, -1])
             tasks.append(-1)
-            spreads.append(radius_by_layer(tree.signatures[members[side]]))
+            spreads.append(spread_by_layer(tree.signatures[members[side]]))
     return SearchArms(np.array(children), np.array(tasks), np.stack(spreads))
 
 

@@ -33,13 +33,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treelora_cli.algorithm.arms import SearchArms, checked_array, search_arms
-from treelora_cli.algorithm.distances import FloatArray, IntArray, l1_distance
+from treelora_cli.algorithm.distances import FloatArray, IntArray, distances_to_all, l1_distance
 from treelora_cli.algorithm.layer_search import LayerSearch
 from treelora_cli.algorithm.nodes import check_keys, read_count
 from treelora_cli.algorithm.tree import Tree
 
 Width: TypeAlias = Literal["observed", "literal"]
-Search: TypeAlias = Literal["lcb", "flat", "exhaustive", "random"]
+Search: TypeAlias = Literal["lcb", "cold", "flat", "exhaustive", "random"]
+_ON_TREE = ("lcb", "cold")
 
 FORMAT_VERSION = 1
 # An arm counts as adequately pulled with a quarter of the pulls of the most pulled one.
@@ -74,8 +75,9 @@ class TreeBandit:
         Args:
             tree: at least one task.
             width: "observed" for the estimated sigma, "literal" for the paper's 1.
-            search: "lcb" on the tree; the ablations "flat" (LCB over all arms), "exhaustive" (every
-                arm, every step) and "random" (a uniform arm).
+            search: "lcb" on the tree, to be begun by `begin_with`; "cold" the same from no pulls, as
+                published; the ablations "flat" (LCB over all arms), "exhaustive" (every arm, every
+                step) and "random" (a uniform arm).
             smoothness: factor on every node's spread; 1 is the rule of the paper.
             seed: for "random"; a passed generator is used as it is.
             arms: the tree's search nodes where they are known; made anew if not given.
@@ -112,6 +114,34 @@ class TreeBandit:
             for row in zip(slack, counts, sums, witness, squares.tolist(), repeats.tolist(), strict=True)
         ]
 
+    def begin_with(self, queries: NDArray[np.floating]) -> None:
+        """Give every arm its first pulls: the distances of the probe's mini-batches to every task.
+
+        An arm that waits for its first pull may wait for as many steps as there are tasks, and the
+        search of a thousand tasks then ends before it began. Signatures are small: all distances
+        together cost about as much as the pulls of one epoch.
+
+        Args:
+            queries: `(n, D, m)`, n at least 1.
+
+        Raises:
+            ValueError: a wrong shape, or the search has begun.
+        """
+        if self.started:
+            raise ValueError("begin_with: the search has begun")
+        if queries.ndim != 3 or queries.shape[1:] != self.tree.signatures.shape[1:] or not len(queries):
+            raise ValueError(f"queries: shape {queries.shape}, expected (n, {self.tree.signatures.shape[1:]})")
+        found = distances_to_all(self.tree.signatures, queries)  # (n, T, D)
+        self.distance_computations += found.size
+        for index, layer in enumerate(self._layers):
+            layer.begin_with(np.ascontiguousarray(found[:, :, index]), self.step_count + 1)
+        self._last = np.asarray(self.mean_distances().argmin(axis=1))
+
+    @property
+    def started(self) -> bool:
+        """Whether any arm was pulled."""
+        return bool(self._layers[0].counts[0])
+
     def step(self, query: NDArray[np.floating]) -> IntArray:
         """Pull once in every layer and return the tasks pulled.
 
@@ -141,7 +171,7 @@ class TreeBandit:
 
     def _paths(self) -> list[list[int]]:
         """Nodes from the root to the arm that the search chooses, for each layer."""
-        if self.search == "lcb":
+        if self.search in _ON_TREE:
             paths = [layer.walk(self.step_count) for layer in self._layers]
             self.node_visits += sum(4 * (len(path) - 1) for path in paths)  # two on the way down, two up
             return paths
@@ -160,7 +190,7 @@ class TreeBandit:
         self.distance_computations += distance.size
         for layer, path, found in zip(self._layers, paths, distance.tolist(), strict=True):
             layer.pull(path, found)
-            if self.search == "lcb":
+            if self.search in _ON_TREE:
                 layer.refresh(path, self.step_count)
         return tasks
 
@@ -219,12 +249,12 @@ class TreeBandit:
         return np.asarray(np.nansum(excess * self.pulls(), axis=1))
 
     def selected(self) -> IntArray:
-        """Best task of each layer so far, int64 `(D,)`; -1 before the first step.
+        """Best task of each layer so far, int64 `(D,)`; -1 before the first pull.
 
         The least mean distance among arms with at least a quarter of the pulls of the layer's most
         pulled one: one lucky pull does not win. For the "random" ablation, the tasks last drawn.
         """
-        if self.search == "random" or self.step_count == 0:
+        if self.search == "random" or not self.started:
             return self._last.copy()
         return np.asarray(np.nanargmin(_where_adequate(self.mean_distances(), self.pulls()), axis=1))
 
@@ -238,7 +268,7 @@ class TreeBandit:
         Raises:
             ValueError: no step was made.
         """
-        if self.step_count == 0:
+        if not self.started:
             raise ValueError("nearest: no step was made")
         means, pulls = self.mean_distances(), self.pulls()
         relative = means - np.nanmean(means, axis=1, keepdims=True)

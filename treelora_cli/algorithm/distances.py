@@ -33,6 +33,9 @@ _CANDIDATES = 8
 _CHUNK_ROWS = 256
 
 
+_BLOCK_ENTRIES = 1 << 16
+
+
 def l1_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> FloatArray:
     """Scaled L1 distance over the last axis.
 
@@ -50,23 +53,33 @@ def l1_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> Fl
     return np.asarray(gap / (2.0 * math.sqrt(width)), dtype=np.float64)
 
 
-def radius_by_layer(signatures: Float32Array) -> FloatArray:
-    """Largest L1 distance of a set's tasks to their mean, for every layer.
+def spread_by_layer(signatures: Float32Array) -> FloatArray:
+    """A bound, for every layer, on how far two of a set's tasks lie apart: no two lie further.
+
+    By the triangle inequality two tasks are at most the sum of their distances to the mean apart, so
+    the sum of the two largest such distances bounds every pair. For two tasks it is their distance.
+    The radius alone is no bound: two tasks on opposite sides lie up to twice as far apart.
 
     Args:
         signatures: float32 `(n, D, m)`.
 
     Returns:
-        float64 `(D,)`, in [0, 1]; exactly 0 for one task.
+        float64 `(D,)`; exactly 0 for one task.
     """
     tasks, layers, _ = signatures.shape
     if tasks <= 1:
         return np.zeros(layers)
     if tasks <= _CHUNK_ROWS:
-        mean = signatures.mean(axis=0, dtype=np.float64)  # (D, m)
-        return np.asarray(l1_distance(signatures, mean).max(axis=0))
+        mean = signatures.mean(axis=0, dtype=np.float64).astype(np.float32)  # (D, m)
+        return _two_largest(distances_to_all(signatures, mean[None])[0])
     # Layer by layer, so that a large node needs no second copy of all its signatures.
-    return np.array([distances_to_mean(signatures[:, layer]).max() for layer in range(layers)])
+    return np.array([_two_largest(distances_to_mean(signatures[:, layer])) for layer in range(layers)])
+
+
+def _two_largest(distances: FloatArray) -> FloatArray:
+    """Sum of the two largest values along the first axis: `(n, ...) -> (...)`, with n at least 2."""
+    last = distances.shape[0] - 2
+    return np.asarray(np.partition(distances, last, axis=0)[last:].sum(axis=0))
 
 
 def nearest_neighbours(signatures: Float32Array) -> tuple[IntArray, FloatArray]:
@@ -117,6 +130,35 @@ def mutual_pairs(signatures: Float32Array) -> IntArray:
     return np.where(mutual, np.minimum(own, neighbour), own)
 
 
-def distances_to_mean(layer: Float32Array) -> FloatArray:
+def distances_to_mean(rows: Float32Array) -> FloatArray:
     """L1 distance of each row to the rows' mean: `(n, m) -> (n,)`."""
-    return l1_distance(layer, layer.mean(axis=0, dtype=np.float64))
+    return l1_distance(rows, rows.mean(axis=0, dtype=np.float64))
+
+
+def distances_to_all(signatures: Float32Array, queries: NDArray[np.floating]) -> FloatArray:
+    """Scaled L1 distance of every query to every task, by layer.
+
+    Block by block, so that what is subtracted stays in the processor's caches: a thousand tasks
+    take a few milliseconds a query.
+
+    Args:
+        signatures: float32 `(T, D, m)`.
+        queries: `(n, D, m)`.
+
+    Returns:
+        float64 `(n, T, D)`, in [0, 1] for L2-normalised layers.
+    """
+    tasks, layers, width = signatures.shape
+    found = np.empty((len(queries), tasks, layers))
+    block = max(1, _BLOCK_ENTRIES // (layers * width))
+    gap = np.empty((block, layers, width), dtype=np.float32)
+    ones = np.full(width, 1.0 / (2.0 * math.sqrt(width)), dtype=np.float32)
+    rows = np.asarray(queries, dtype=np.float32)
+    for start in range(0, tasks, block):
+        some = signatures[start : start + block]
+        part = gap[: len(some)]
+        for index, query in enumerate(rows):
+            np.subtract(some, query, out=part)
+            np.abs(part, out=part)
+            found[index, start : start + block] = part @ ones
+    return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from treelora_cli.algorithm.distances import Float32Array, FloatArray, IntArray, mutual_pairs, radius_by_layer
+from treelora_cli.algorithm.distances import Float32Array, FloatArray, IntArray, mutual_pairs, spread_by_layer
 from treelora_cli.algorithm.nodes import Node
 from treelora_cli.algorithm.split import Cut, SplitRule, median_l1_cut, principal_gap_cut
 
@@ -64,10 +64,10 @@ def number(root: Shape, signatures: Float32Array) -> tuple[tuple[Node, ...], Flo
     spreads = np.zeros((len(order), signatures.shape[1]))
     nodes = []
     for index, shape in enumerate(order):
-        radius = shape.spread
-        spreads[index] = radius_by_layer(signatures[shape.members]) if radius is None else radius
+        spread = shape.spread
+        spreads[index] = spread_by_layer(signatures[shape.members]) if spread is None else spread
         children = tuple(range(first_child[index], first_child[index] + len(shape.children)))
         members = tuple(int(task) for task in shape.members)
-        spread = float(spreads[index, shape.layer])
-        nodes.append(Node(index, shape.depth, shape.layer, members, children, shape.threshold, spread))
+        own = float(spreads[index, shape.layer])
+        nodes.append(Node(index, shape.depth, shape.layer, members, children, shape.threshold, own))
     return tuple(nodes), spreads

@@ -145,6 +145,27 @@ class LayerSearch:
                 value, attained = own, parent
             chosen = parent
 
+    def begin_with(self, distances: FloatArray, step: int) -> None:
+        """Take first pulls of every arm, `(n, T)` in the order of the tasks; there was none before.
+
+        Counts and sums are pooled upwards, and every node gets the witness that the exact recursion gives.
+        """
+        arms, rounds = self._arms.arm_of, len(distances)
+        self.counts[arms] = rounds
+        self.sums[arms] = distances.sum(axis=0)
+        self.squares = float(np.square(distances - distances.mean(axis=0)).sum())
+        self.repeats = (rounds - 1) * distances.shape[1]
+        self._pool()
+        own, attained = self.own_bounds(step), np.arange(self.counts.size)
+        bound = own.copy()
+        for level in self._arms.levels:
+            below = self._arms.children[level]  # (k, 2)
+            least = below[np.arange(level.size), bound[below].argmin(axis=1)]  # the first child wins a tie
+            self.witness[level] = attained[least]
+            held = bound[least] > own[level]
+            bound[level] = np.where(held, bound[least], own[level])
+            attained[level] = np.where(held, attained[least], level)
+
     def pull_all(self, distances: FloatArray) -> None:
         """Add one pull of every arm; `distances` `(T,)` in the order of the tasks."""
         arms = self._arms.arm_of
@@ -154,6 +175,10 @@ class LayerSearch:
         self.repeats += int((before > 0).sum())
         self.counts[arms] += 1
         self.sums[arms] += distances
+        self._pool()
+
+    def _pool(self) -> None:
+        """Pool the arms' pulls upwards and measure every bound anew."""
         for level in self._arms.levels:
             below = self._arms.children[level]  # (k, 2)
             self.counts[level] = self.counts[below].sum(axis=1)

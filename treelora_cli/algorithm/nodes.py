@@ -23,7 +23,7 @@ class Node:
         members: tasks below this node, ascending.
         children: indices of the two children, or empty for a leaf.
         threshold: where the members were cut (see `split.Cut`), None for a leaf.
-        spread: largest scaled L1 distance of a member to the members' mean on `layer`, in [0, 1].
+        spread: a bound on the scaled L1 distance of two members on `layer`, see `distances.spread_by_layer`.
     """
 
     index: int

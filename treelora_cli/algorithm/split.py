@@ -30,6 +30,7 @@ SPLIT_RULES: tuple[str, ...] = get_args(SplitRule)
 _SMALLEST_SHARE = 0.25
 # Positions closer than this share of their whole range are equal up to rounding.
 _TIE = 1e-9
+_POWER_ITERATIONS = 8
 
 
 class Cut(NamedTuple):
@@ -111,7 +112,10 @@ def principal_gap_cut(layer: Float32Array, labels: IntArray) -> Cut | None:
 
 
 def halve(layer: Float32Array) -> Cut:
-    """Cut a set in two equal halves along its principal direction, whatever the ties.
+    """Cut a set in two equal halves along the direction in which it varies most, whatever the ties.
+
+    The direction is found by a few power iterations: halving a thousand tasks down to single ones
+    solves hundreds of eigenproblems otherwise, which takes longer than all of the search.
 
     Args:
         layer: float32 `(n, m)` with `n >= 2`.
@@ -120,7 +124,7 @@ def halve(layer: Float32Array) -> Cut:
         The cut, `n // 2` tasks on the right; in index order where all signatures are equal.
     """
     count = layer.shape[0]
-    position = _principal_positions(layer.astype(np.float64), np.ones(count, dtype=np.int64))
+    position = _leading_positions(layer.astype(np.float64))
     order = np.arange(count) if position is None else np.argsort(position, kind="stable")
     middle = (count + 1) // 2
     threshold = 0.0 if position is None else float(position[order[middle - 1 : middle + 1]].mean())
@@ -137,6 +141,20 @@ def _unit_means(layer: Float32Array, unit: IntArray, sizes: IntArray) -> FloatAr
     total = np.zeros((sizes.size, layer.shape[1]))
     np.add.at(total, unit, layer)
     return np.asarray(total / sizes[:, None])
+
+
+def _leading_positions(rows: FloatArray) -> FloatArray | None:
+    """Coordinates `(n,)` of rows `(n, m)` along nearly their first principal direction, None where all are equal."""
+    centred = rows - rows.mean(axis=0)
+    gram = centred @ centred.T  # (n, n)
+    farthest = int(gram.diagonal().argmax())
+    if gram[farthest, farthest] == 0.0:
+        return None
+    position = gram[farthest]
+    for _ in range(_POWER_ITERATIONS):
+        position = gram @ (position / np.abs(position).max())
+    direction = position @ centred  # (m,)
+    return np.asarray(-position if direction[np.abs(direction).argmax()] < 0 else position)
 
 
 def _principal_positions(rows: FloatArray, weights: IntArray) -> FloatArray | None:

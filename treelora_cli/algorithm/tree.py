@@ -48,7 +48,7 @@ class Tree:
     Attributes:
         signatures: float32 `(T, D, m)`, each layer of L2 norm 1 or all zero.
         nodes: in index order, parents before children; empty for no tasks.
-        spreads: float64 `(nodes, D)`, largest L1 distance of a node's tasks to their mean on
+        spreads: float64 `(nodes, D)`, a bound on the L1 distance of two of a node's tasks on
             *every* layer, since the search on one layer needs the spread on that layer.
         tree_depth: the depth asked for; nodes lie at `min(tree_depth, D)` or above.
         split: the rule that cut the nodes.

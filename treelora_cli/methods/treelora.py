@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.methods.base import StepView
 
+_BEGUN_BY_DISTANCES = ("lcb", "flat")
+"""Searches that start from the probe's distances to every earlier task instead of from nothing."""
 _SEARCH_ROUNDS = 4
-"""Times the probe's sketches are walked down the tree before training; a comparison costs no gradient."""
+"""Times the probe's sketches are walked down the tree before training by the others; a comparison costs no gradient."""
 
 _AHEAD = 32
 """Training steps searched for at once: in between two of them a search finds nothing it reads in the processor's caches
@@ -71,10 +73,17 @@ class TreeLora:
         self.bandit = None
         if tree is not None:
             self.bandit = TreeBandit(tree, width=settings.width, search=settings.search, seed=settings.seed)
-            for index in range(_SEARCH_ROUNDS * len(queries)):
+            if settings.search in _BEGUN_BY_DISTANCES:
+                self.bandit.begin_with(queries)
+            for index in range(self._steps_before):
                 self.bandit.step(queries[index % len(queries)])
         self._selected: dict[int, np.ndarray[Any, Any]] = {}
         self._behind: tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]] | None = None
+
+    @property
+    def _steps_before(self) -> int:
+        """Steps of the search before the training."""
+        return 0 if self.settings.search in _BEGUN_BY_DISTANCES else _SEARCH_ROUNDS * len(self.queries)
 
     def nearest(self) -> int | None:
         """Return the earlier task that the search finds nearest over all layers."""
@@ -107,7 +116,7 @@ class TreeLora:
 
     def _select(self, bandit: TreeBandit, view: StepView) -> np.ndarray[Any, Any]:
         """Return the tasks selected at this step, (D,); the search runs ahead, for its queries are known."""
-        before = _SEARCH_ROUNDS * len(self.queries)
+        before = self._steps_before
         made = bandit.step_count - before
         if made <= view.step:
             self._behind = bandit.state_arrays(), bandit.state_meta()
