@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
+from treelora_cli.locations import lasting
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -112,8 +114,8 @@ class DataRequest:
     def to_json(self) -> dict[str, Any]:
         """Return what ``task.json`` keeps, so that ``eval`` finds the same held-out examples again."""
         return {
-            "path": str(self.path),
-            "val": None if self.val is None else str(self.val),
+            "path": str(lasting(self.path)),
+            "val": None if self.val is None else str(lasting(self.val)),
             "classes": None if self.classes is None else list(self.classes),
             "data_format": self.data_format,
             "columns": dict(self.columns),

@@ -11,6 +11,7 @@ import typer
 from treelora_cli.commands import options
 from treelora_cli.commands.context import Session, parse_pairs, session_of
 from treelora_cli.errors import DamagedError, ProjectError, UsageError
+from treelora_cli.locations import lasting
 
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import Base, DataRequest
@@ -128,7 +129,7 @@ def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple
         request = replace(DataRequest.from_json(facts["request"]), test_only=False)
     except (KeyError, TypeError) as error:
         raise DamagedError(".treelora/run/checkpoint.json is malformed. Train the task anew.") from error
-    if data is not None and data.absolute() != request.path:
+    if data is not None and lasting(data) != lasting(request.path):
         raise UsageError(f"The interrupted task's data is {request.path}, not {data}.")
     return str(facts["task"]), request
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from treelora_cli.backend.contract import Base, DataRequest, Memory, Recorded, Score, TaskData, layout_of
 from treelora_cli.errors import BackendError, DataError, ProjectError, is_out_of_memory
+from treelora_cli.locations import lasting
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_held_out(
     for name, record in records.items():
         request = dataclasses.replace(DataRequest.from_json(record["data"]), recorded=Recorded.from_task(record, limit))
         if places and name in places:
-            request = dataclasses.replace(request, path=places[name].absolute())
+            request = dataclasses.replace(request, path=lasting(places[name]))
         try:
             data = base.read_task(request)
             change = data.change

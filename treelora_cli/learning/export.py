@@ -53,8 +53,8 @@ class ExportRequest:
             raise UsageError("--task goes with --format adapter; a merged model holds every task.")
         if self.task is not None:
             project.entry(self.task)
-        out = self.out.absolute()
-        if out == project.root or out in project.root.parents or project.root in out.parents:
+        out, root = self.out.resolve(), project.root.resolve()  # "../out" is beside the project, not below it
+        if out == root or out in root.parents or root in out.parents:
             raise UsageError(f"{self.out} overlaps the project. Choose a directory outside it.")
         if out.is_file() or (out.is_dir() and any(out.iterdir()) and not self.force):
             raise UsageError(f"{self.out} is not empty. Choose another directory, or pass --force.")
@@ -87,7 +87,7 @@ def write_export(project: Project, base: Base, request: ExportRequest) -> Export
     task = None
     if request.kind == "adapter":
         task = request.task or project.state.tasks[-1].name
-    out = request.out.absolute()
+    out = request.out.resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -8,6 +8,7 @@ from pathlib import Path
 from treelora_cli.backend.contract import DataRequest
 from treelora_cli.config import StreamConfig, StreamTask
 from treelora_cli.errors import ConfigError, DataError, suggest
+from treelora_cli.locations import lasting
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -49,7 +50,7 @@ def stream_data(stream: StreamConfig, given: Path | None, recipe: Path) -> Path:
         raise ConfigError(f"{recipe.name} names no data. Pass --data DIR.")
     if not directory.exists():
         raise DataError(f"{directory} not found. Pass --data DIR.")
-    return directory.absolute()
+    return lasting(directory)
 
 
 def stream_tasks(stream: StreamConfig, data: Path, seed: int, recipe: str) -> tuple[StreamTask, ...]:

@@ -49,7 +49,7 @@ def write_report(project: Project, out: Path) -> list[Path]:
 
 
 def _check_place(project: Project, out: Path) -> None:
-    full, root = out.absolute(), project.root.absolute()
+    full, root = out.resolve(), project.root.resolve()
     own = {"tasks", "metrics", ".treelora"}
     if full == root or full in root.parents or (root in full.parents and full.relative_to(root).parts[0] in own):
         raise UsageError(f"{out} holds the project's own files. Choose another directory for the report.")

@@ -16,6 +16,7 @@ from treelora_backends.causal_lm.network.network import blocks_of
 from treelora_backends.causal_lm.own_code import refuse_kernels, refuse_own_code
 from treelora_cli.config import AdapterConfig, BaseConfig
 from treelora_cli.errors import ModelError, UsageError
+from treelora_cli.locations import lasting
 
 _USUAL_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",), ("Wqkv",), ("qkv",))
 """Names of attention inputs, tried in order where PEFT does not know a family."""
@@ -64,7 +65,7 @@ def resolve(base: BaseConfig, *, offline: bool) -> BaseConfig:
 def _local(path: Path) -> Path:
     if path.is_dir():
         if (path / "config.json").is_file():
-            return path.absolute()
+            return lasting(path)
         files = sorted(path.glob("*.gguf"))
         if len(files) != 1:
             found = "several GGUF files; name one of them" if files else "neither config.json nor a GGUF file"
@@ -74,7 +75,7 @@ def _local(path: Path) -> Path:
         raise ModelError(f"{path}: not a model. Pass a directory with config.json, or a .gguf file.")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{path.name} needs the gguf package. Run: pip install 'treelora[gguf]'")
-    return path.absolute()
+    return lasting(path)
 
 
 def _is_cached(hub_id: str) -> bool:

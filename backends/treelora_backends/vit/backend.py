@@ -21,6 +21,7 @@ from treelora_cli.backend import adapters
 from treelora_cli.backend.fingerprint import hash_parameters
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig
 from treelora_cli.errors import ModelError, UsageError
+from treelora_cli.locations import lasting
 
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import ContenderModel, DataRequest, ExportCheck, ExportOptions, Memory, TaskData
@@ -52,7 +53,7 @@ class VitBackend:
         if model != "embedded" and Path(model).is_dir():
             if not (Path(model) / "config.json").is_file():
                 raise ModelError(f"{model} holds no config.json: not a model directory saved by timm.")
-            model = str(Path(model).absolute())
+            model = str(lasting(Path(model)))
         elif model != "embedded":
             check_model_name(model, weights, offline)
         return dataclasses.replace(base, model=model, weights=weights)

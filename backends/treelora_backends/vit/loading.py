@@ -12,6 +12,7 @@ from torch import nn
 
 from treelora_cli.config import BaseConfig, Config
 from treelora_cli.errors import ModelError, UsageError
+from treelora_cli.locations import lasting
 
 if TYPE_CHECKING:
     pass
@@ -35,7 +36,7 @@ def existing_weights(path: Path) -> Path:
         raise ModelError(f"{path} not found. Pass --weights FILE.safetensors.")
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: only .safetensors weights are read, nothing is ever unpickled. Convert it first.")
-    return path.absolute()
+    return lasting(path)
 
 
 def check_model_name(model: str, weights: str | None, offline: bool) -> None:
