@@ -252,11 +252,39 @@ class Prediction:
         output: Label name or generated text.
         task: Name of the task whose adapter answered; ``None`` when no single one did.
         confidence: Probability given to ``output``, in [0, 1]; ``None`` where there is none.
+        others: What else could be answered and its probability, likeliest first; empty where nothing is chosen from.
     """
 
     output: str
     task: str | None
     confidence: float | None
+    others: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def margin(self) -> float | None:
+        """How far ``output`` is ahead of the next, in probability; ``None`` where there is no next."""
+        return None if self.confidence is None or not self.others else self.confidence - self.others[0][1]
+
+
+OTHERS = 9
+"""Most answers named beside the chosen one."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was answered to held-out examples whose right answers are names.
+
+    Attributes:
+        confusion: Examples by (right answer, given answer).
+        routes: Examples by the task that answered; empty where nothing routes.
+        places: Examples whose right answer came first, second, ... among the likeliest, as far as that is known.
+        sure: (probability given to the answer, whether it was right) of each example.
+    """
+
+    confusion: Mapping[tuple[str, str], int]
+    routes: Mapping[str, int]
+    places: tuple[int, ...]
+    sure: tuple[tuple[float, bool], ...]
 
 
 @dataclass(frozen=True)
@@ -267,11 +295,13 @@ class Score:
         value: In [0, 1]; higher is better.
         count: Examples scored.
         routed: Share of examples answered by the task's own adapter; ``None`` where nothing routes.
+        answers: What was answered for what; ``None`` where answers are free text.
     """
 
     value: float
     count: int
     routed: float | None
+    answers: Answers | None = None
 
 
 class Session(Protocol):

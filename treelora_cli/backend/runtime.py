@@ -115,6 +115,22 @@ class Runtime:
         gathered = self.accelerator.gather(tensor.contiguous())
         return gathered  # type: ignore[no-any-return]
 
+    def gather_json(self, items: list[Any]) -> list[Any]:
+        """Return the items, of JSON's types, of all processes."""
+        if self.accelerator.num_processes == 1:
+            return items
+        import json
+
+        import torch
+
+        text = json.dumps(items).encode()
+        lengths = self.accelerator.gather(torch.tensor([len(text)], device=self.device)).tolist()
+        rows = torch.tensor(list(text), dtype=torch.uint8, device=self.device)[:, None]
+        data = bytes(self.gather_rows(rows)[:, 0].tolist())
+        ends = [sum(lengths[: index + 1]) for index in range(len(lengths))]
+        parts = [data[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        return [item for part in parts for item in json.loads(part)]
+
     def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the rows (n, F) of all processes, however many each has."""
         if self.accelerator.num_processes == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,8 @@ from treelora_cli.commands.context import Session, parse_pairs, session_of
 from treelora_cli.errors import CheckError, DataError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from treelora_cli.backend.contract import Score
     from treelora_cli.learning.evaluation import HeldOut
     from treelora_cli.score_matrix import Standing
@@ -42,9 +44,21 @@ def evaluate(
     max_forgetting: Annotated[
         float | None, typer.Option(help="Exit with 7 when forgetting, in points, is above this.")
     ] = None,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Also show each class: accuracy, count, what it is confused with.")
+    ] = False,
+    top: Annotated[
+        int | None, typer.Option(min=1, max=10, help="Also show how often the right answer is among so many likeliest.")
+    ] = None,
+    confusion: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Write the confusion matrix, in examples, to this file.")
+    ] = None,
     device: options.Device = None,
 ) -> None:
-    """Score the held-out data of every task over everything learned so far."""
+    """Score the held-out data of every task over everything learned so far.
+
+    Example: treelora eval --per-class --top 5 --confusion confusion.csv
+    """
     from treelora_cli.config import from_flags
     from treelora_cli.learning.evaluation import read_held_out, score_tasks
     from treelora_cli.learning.opening import open_base, project_config
@@ -79,12 +93,50 @@ def evaluate(
     now = {name: score.value for name, score in scores.items()}
     compared = {one.name for one in held_out if not one.changed or not changed_data}
     standing = project.matrix().standing(now, wanted, compared)
-    _show(session, BASE if untouched else str(config.inference), standing, scores, held_out)
+    detail = _detail(scores, per_class, top)
+    _show(session, BASE if untouched else str(config.inference), standing, scores, held_out, detail)
+    if confusion is not None:
+        _write_confusion(confusion, scores)
     _check(standing.overall(), fail_under, standing.forgetting(), max_forgetting)
 
 
+def _detail(scores: dict[str, Score], per_class: bool, top: int | None) -> tuple[dict[str, Any], list[RenderableType]]:
+    """Return what --per-class and --top add to the document and to the views."""
+    from treelora_cli.views.answers import class_scores, class_table, summed, within, within_line
+
+    answers = [score.answers for score in scores.values()]
+    document: dict[str, Any] = {}
+    views: list[RenderableType] = []
+    if per_class:
+        classes = class_scores(summed(answers))
+        document["classes"] = [one.to_json() for one in classes]
+        views.append(class_table(classes) if classes else "No classes: the answers are free text.")
+    if top is not None:
+        share, count = within(top, answers)
+        document["top"] = {"k": top, "share": share, "examples": count}
+        views.append(within_line(top, share, count))
+    return document, views
+
+
+def _write_confusion(path: Path, scores: dict[str, Score]) -> None:
+    from treelora_cli.views.answers import confusion_csv, summed
+
+    confusion = summed(score.answers for score in scores.values())
+    if not confusion:
+        raise UsageError("--confusion: these tasks' answers are free text; there is nothing to confuse.")
+    try:
+        path.write_text(confusion_csv(confusion), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--confusion {path}: {error.strerror}.") from error
+
+
 def _show(
-    session: Session, inference: str, standing: Standing, scores: dict[str, Score], held_out: list[HeldOut]
+    session: Session,
+    inference: str,
+    standing: Standing,
+    scores: dict[str, Score],
+    held_out: list[HeldOut],
+    detail: tuple[dict[str, Any], list[RenderableType]],
 ) -> None:
     from treelora_cli.views.scores import FORMULAS, standing_table, untouched_table
 
@@ -100,10 +152,11 @@ def _show(
         },
         "changed_data": {one.name: one.changed for one in held_out if one.changed},
         "not_scored": {one.name: one.problem for one in held_out if one.data is None},
+        **detail[0],
     }
     routed = {name: score.routed for name, score in scores.items()}
     shown = [untouched_table(standing)] if untouched else [standing_table(standing, routed), FORMULAS]
-    session.output.result(document, f"Inference: {inference}", *shown)
+    session.output.result(document, f"Inference: {inference}", *shown, *detail[1])
 
 
 def _check(op: float | None, floor: float | None, forgetting: float | None, ceiling: float | None) -> None:

@@ -2,49 +2,105 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from treelora_cli.commands import options
-from treelora_cli.commands.context import session_of
-from treelora_cli.errors import DataError, UsageError
+from treelora_cli.commands.context import Session, session_of
+from treelora_cli.errors import DataError, UsageError, suggest
+
+if TYPE_CHECKING:
+    from treelora_cli.backend.contract import Memory, Prediction, Predictor
+    from treelora_cli.views.predictions import Shape
+
+_AT_ONCE = 256
+"""Inputs answered before the first of them is written."""
 
 
 def predict(
     context: typer.Context,
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Image files, or prompts.")],
     inference: options.Inference = None,
+    top: Annotated[int, typer.Option(min=1, max=10, help="Name so many of the likeliest answers.")] = 1,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Also show the margin to the next answer, and the task's leaf in the tree."),
+    ] = False,
+    output_format: Annotated[str, typer.Option("--format", help="table, or as answers come: csv or jsonl.")] = "table",
     device: options.Device = None,
 ) -> None:
-    """Answer each INPUT: a label for an image, text for a prompt; no task identity given."""
+    """Answer each INPUT: a label for an image, text for a prompt; no task identity given.
+
+    Example: treelora predict photos/*.jpg --top 3 --format csv > answers.csv
+    """
     from treelora_cli.config import from_flags
     from treelora_cli.learning.evaluation import blamed
     from treelora_cli.learning.opening import open_base, project_config
-    from treelora_cli.views.scores import percent
+    from treelora_cli.views.predictions import FORMATS, Shape, leaves
 
     session = session_of(context)
+    if output_format not in FORMATS:
+        hint = suggest(output_format, FORMATS)
+        raise UsageError(f"--format is one of {', '.join(FORMATS)}; got '{output_format}'{hint}.")
     project = session.project()
     if not project.state.tasks:
         raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
+    tree = project.tree() if explain else None
+    beside = None if tree is None else leaves(tree, [task.name for task in project.state.tasks])
     config = project_config(project, from_flags(inference=inference))
     base = open_base(project, config, session.runtime(device))
+    memory = project.memory()
+    with blamed(memory):
+        predictor = base.predictor(memory, str(config.inference))
+    _show(
+        session,
+        str(config.inference),
+        _answered(session, predictor, memory, inputs),
+        Shape(top, explain, beside),
+        output_format,
+    )
+
+
+def _answered(
+    session: Session, predictor: Predictor, memory: Memory, inputs: Sequence[str]
+) -> Iterator[tuple[str, Prediction]]:
+    """Yield each input with its answer, some at a time under a progress bar."""
+    from treelora_cli.learning.evaluation import blamed
+
+    parts = [inputs[start : start + _AT_ONCE] for start in range(0, len(inputs), _AT_ONCE)]
+    for part in session.output.track(parts, "Answering", len(parts)):
+        with _files_named(), blamed(memory):
+            answers = predictor.predict(part)
+        yield from zip(part, answers, strict=True)
+
+
+@contextmanager
+def _files_named() -> Iterator[None]:
+    """Turn what the system says of an input file into an error that names it."""
     try:
-        memory = project.memory()
-        with blamed(memory):
-            answers = base.predictor(memory, str(config.inference)).predict(inputs)
+        yield
     except OSError as error:
         if error.filename is None:
             raise
         raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
-    table = Table()
-    for heading in ("input", "output", "task", "confidence"):
-        table.add_column(heading)
-    for given, answer in zip(inputs, answers, strict=True):
-        table.add_row(given, answer.output, answer.task or "-", percent(answer.confidence))
-    found = [
-        {"input": given, "output": answer.output, "task": answer.task, "confidence": answer.confidence}
-        for given, answer in zip(inputs, answers, strict=True)
-    ]
-    session.output.result({"inference": config.inference, "predictions": found}, table)
+
+
+def _show(
+    session: Session, inference: str, answered: Iterator[tuple[str, Prediction]], shape: Shape, output_format: str
+) -> None:
+    """Write lines as answers come, or everything at the end."""
+    from treelora_cli.views.predictions import csv_line, json_line, prediction_table
+
+    if output_format == "table" or session.output.as_json:
+        pairs: Sequence[tuple[str, Prediction]] = list(answered)
+        found: list[dict[str, Any]] = [shape.record(*pair) for pair in pairs]
+        table = prediction_table([shape.cells(*pair) for pair in pairs], shape)
+        session.output.result({"inference": inference, "predictions": found}, table)
+        return
+    if output_format == "csv":
+        session.output.line(csv_line(shape.columns))
+    for pair in answered:
+        session.output.line(csv_line(shape.cells(*pair)) if output_format == "csv" else json_line(shape.record(*pair)))

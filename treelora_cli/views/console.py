@@ -49,6 +49,12 @@ class Output:
         for view in views:
             self.out.print(view, markup=False)
 
+    def line(self, text: str) -> None:
+        """Write one line of a result that comes in lines, as it is, at once."""
+        if not self.silent:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+
     def note(self, message: str) -> None:
         """Print one line beside the result."""
         if not (self.quiet or self.silent):

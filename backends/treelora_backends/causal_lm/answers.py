@@ -141,8 +141,11 @@ class Answerer:
         """Return (sum of scores, their number) of examples; free text counts its tokens."""
         if metric == "token_accuracy":
             return self._token_hits(examples)
-        room = min(self.encoder.context, self.encoder.max_length + manner.most_new)
-        return sum_scores(examples, self.answers(examples, manner, room), metric)
+        return sum_scores(examples, self.held_out_answers(examples, manner), metric)
+
+    def held_out_answers(self, examples: Sequence[TextExample], manner: Manner) -> list[Answer]:
+        """Answer as scoring does: with prompts as long as training's."""
+        return self.answers(examples, manner, min(self.encoder.context, self.encoder.max_length + manner.most_new))
 
     def _token_hits(self, examples: Sequence[TextExample]) -> tuple[float, float]:
         encoded = [self.encoder.encode(one, "text", ()) for one in examples]

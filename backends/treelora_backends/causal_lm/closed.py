@@ -59,6 +59,12 @@ class ClosedHead:
         confidence, best = (self.sharpness * self.head(features)).softmax(dim=1).max(dim=1)
         return best.tolist(), confidence.tolist()
 
+    def likely(self, features: Tensor, count: int) -> list[list[tuple[int, float]]]:
+        """Return the places of each input's ``count`` likeliest answers with their probabilities, likeliest first."""
+        chances = (self.sharpness * self.head(features)).softmax(dim=1)
+        best = chances.topk(min(count, chances.shape[1]), dim=1)
+        return [list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
     def to_tensors(self) -> dict[str, Tensor]:
         """Return what is kept."""
         parts = {"weight": self.head.weight, "bias": self.head.bias, "sharpness": torch.tensor(self.sharpness)}

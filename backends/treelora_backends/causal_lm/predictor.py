@@ -8,6 +8,7 @@ labels included, as the field does. ``base``: the same without any adapter.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +23,9 @@ from treelora_backends.causal_lm.router import TaskRouter
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
-from treelora_cli.backend.contract import Memory, Prediction, Score
+from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score
 from treelora_cli.data.text import TextExample
+from treelora_cli.data.text_scores import exact_match
 from treelora_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class LmPredictor:
         self.memory = memory
         self.inference = inference
         self._choose = choose
+        self._given: list[tuple[str, str, float | None, str | None]] = []
         self.answerer = Answerer(base.lm, base.encoder, base.runtime, base.known_answers)
 
     # -- which adapter --------------------------------------------------------------------------------
@@ -120,6 +123,7 @@ class LmPredictor:
         holder = holder_of(self.memory, task)
         metric = task.metric if holder is None else self.memory.tasks[holder].metric
         examples = self.base.runtime.share(task.test)
+        self._given = []
         total = count = right = 0.0
         for chosen, rows in self._groups(examples).items():
             some = [examples[row] for row in rows]
@@ -129,20 +133,36 @@ class LmPredictor:
         sums = torch.tensor([total, count, right, len(examples)], device=self.base.lm.device)
         totals = self.base.runtime.sum(sums).tolist()
         known = self.inference == "routed" and holder is not None
-        return Score(
-            totals[0] / max(1.0, totals[1]), int(totals[3]), totals[2] / max(1.0, totals[3]) if known else None
-        )
+        routed = totals[2] / max(1.0, totals[3]) if known else None
+        answers = self._answers() if metric == "accuracy" else None
+        return Score(totals[0] / max(1.0, totals[1]), int(totals[3]), routed, answers)
 
     def _score_sum(
         self, examples: Sequence[TextExample], task: LmTask, holder: int | None, chosen: int | None, metric: str
     ) -> tuple[float, float]:
         """Return (sum of scores, their number) of examples that one task's weights answer."""
         if metric != "token_accuracy" and (head := self._closed_head(chosen)) is not None:
-            return sum_scores(examples, self._closed_answers(head, examples, chosen), metric)
-        self._load(chosen)
-        routed = None if self.inference != "routed" else chosen
-        manner = self._own_manner(task, holder) if routed is None else manner_of(self.memory.tasks[routed])
-        return self.answerer.score_sum(examples, manner, metric)
+            answers = self._closed_answers(head, examples, chosen)
+        else:
+            self._load(chosen)
+            routed = None if self.inference != "routed" else chosen
+            manner = self._own_manner(task, holder) if routed is None else manner_of(self.memory.tasks[routed])
+            if metric == "token_accuracy":
+                return self.answerer.score_sum(examples, manner, metric)
+            answers = self.answerer.held_out_answers(examples, manner)
+        name = None if chosen is None or self.inference != "routed" else self.memory.tasks[chosen].name
+        self._given += [(one.answer, text, sure, name) for one, (text, sure) in zip(examples, answers, strict=True)]
+        return sum_scores(examples, answers, metric)
+
+    def _answers(self) -> Answers:
+        """Count what was answered to all processes' examples."""
+        given = self.base.runtime.gather_json(self._given)
+        return Answers(
+            confusion=Counter((right, text) for right, text, _, _ in given),
+            routes=Counter(name for *_, name in given if name is not None),
+            places=(sum(exact_match(text, right) == 1 for right, text, _, _ in given),),
+            sure=tuple((sure, exact_match(text, right) == 1) for right, text, sure, _ in given if sure is not None),
+        )
 
     def _own_manner(self, task: LmTask, holder: int | None) -> Manner:
         """Return how the data itself says that it is rendered."""
@@ -166,13 +186,17 @@ class LmPredictor:
             routed = None if self.inference != "routed" else chosen
             manner = common_manner(self.memory) if routed is None else manner_of(self.memory.tasks[routed])
             self._check_lengths(some, [row + 1 for row in rows], manner)
+            name = None if chosen is None else self.memory.tasks[chosen].name
             if (head := self._closed_head(chosen)) is not None:
-                answers = self._closed_answers(head, some, chosen)
+                features = self.base.read_features(some, "Answering")
+                assert chosen is not None
+                labels, likely = self.memory.tasks[chosen].labels, head.likely(features, OTHERS + 1)
+                answered = [_of_likely([(labels[place], sure) for place, sure in row], name) for row in likely]
             else:
                 self._load(chosen)
                 answers = self.answerer.answers(some, manner, self.base.context)
-            for row, answer in zip(rows, answers, strict=True):
-                found[row] = _prediction(answer, None if chosen is None else self.memory.tasks[chosen].name)
+                answered = [Prediction(text, name, sure) for text, sure in answers]
+            found |= dict(zip(rows, answered, strict=True))
         return [found[row] for row in range(len(examples))]
 
     def _check_lengths(self, examples: Sequence[TextExample], numbers: Sequence[int], manner: Manner) -> None:
@@ -195,6 +219,6 @@ def _checked(text: str, number: int) -> TextExample:
     return TextExample(f"prompt {number}", text, "")
 
 
-def _prediction(answer: Answer, task: str | None) -> Prediction:
-    text, confidence = answer
-    return Prediction(text, task, confidence)
+def _of_likely(likely: Sequence[tuple[str, float]], task: str | None) -> Prediction:
+    (best, sure), *others = likely
+    return Prediction(best, task, sure, tuple(others))

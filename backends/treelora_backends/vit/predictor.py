@@ -9,6 +9,7 @@ Symbols: ``B`` images, ``K`` columns, ``C`` width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_na
 from treelora_backends.vit.single import SingleNetwork
 from treelora_backends.vit.trunk import Cut
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import Memory, Prediction, Score
+from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score
 from treelora_cli.data.images import open_image
 from treelora_cli.data.paths import existing
 from treelora_cli.heads.ridge import LinearHead
@@ -58,16 +59,33 @@ class VitPredictor:
         """Score the held-out images of a task over all classes."""
         position = {name: index for index, name in enumerate(self.names)}
         truth = torch.tensor([position.get(label, -1) for label in task.labels], device=self.device)
-        right = routed = count = 0
-        holders = self._tasks_with(task.labels)
+        rows = [torch.zeros(0, 5, device=self.device)]
         for pixels, labels in self._shares(task.test):
             scores, asked = self.class_scores(self.base.preprocessing.normalise(pixels))
-            right += int((scores.argmax(dim=1) == truth[labels]).sum())
-            routed += 0 if asked is None else int(torch.isin(asked, holders).sum())
-            count += len(labels)
-        totals = self.base.runtime.sum(torch.tensor([right, routed, count], dtype=torch.float64, device=self.device))
-        right_share, routed_share = (totals[:2] / totals[2].clamp(min=1)).tolist()
-        return Score(right_share, int(totals[2]), routed_share if self.inference == "routed" else None)
+            confidence, best = scores.softmax(dim=1).max(dim=1)
+            right = truth[labels]
+            above = scores > scores.gather(1, right.clamp(min=0)[:, None])
+            place = torch.where(right < 0, len(self.names), above.sum(dim=1))
+            routed = torch.full_like(best, -1) if asked is None else asked
+            rows.append(torch.stack([labels, best, routed, place, confidence], dim=1))
+        return self._score(task, self.base.runtime.gather_rows(torch.cat(rows)).cpu())
+
+    def _score(self, task: ImageTask, rows: Tensor) -> Score:
+        """Count rows of (label in the task, class answered, task asked, place of the right class, confidence)."""
+        labels, best, asked, place = rows[:, :4].long().T.tolist() if len(rows) else ([], [], [], [])
+        given = [self.names[one] for one in best]
+        right = [task.labels[label] == answer for label, answer in zip(labels, given, strict=True)]
+        routed = None
+        if self.inference == "routed":
+            holders = set(self._tasks_with(task.labels).tolist())
+            routed = sum(one in holders for one in asked) / max(1, len(rows))
+        answers = Answers(
+            confusion=Counter(zip((task.labels[label] for label in labels), given, strict=True)),
+            routes=Counter(self.memory.tasks[one].name for one in asked if one >= 0),
+            places=tuple(sum(one == rank for one in place) for rank in range(OTHERS + 1)),
+            sure=tuple(zip(rows[:, 4].tolist(), right, strict=True)),
+        )
+        return Score(sum(right) / max(1, len(rows)), len(rows), routed, answers)
 
     def _tasks_with(self, labels: Sequence[str]) -> Tensor:
         """Indices of the tasks that hold one of these classes: any of them is a right route."""
@@ -90,10 +108,12 @@ class VitPredictor:
             pixels = [self.base.preprocessing.to_pixels(open_image(path.read_bytes(), str(path))) for path in chunk]
             images = torch.stack([torch.from_numpy(picture) for picture in pixels]).to(self.device)
             scores, asked = self.class_scores(self.base.preprocessing.normalise(images))
-            confidence, best = scores.softmax(dim=1).max(dim=1)
+            likely = scores.softmax(dim=1).topk(min(OTHERS + 1, len(self.names)), dim=1)
             for row in range(len(chunk)):
                 task = None if asked is None else self.memory.tasks[int(asked[row])].name
-                answers.append(Prediction(self.names[int(best[row])], task, float(confidence[row])))
+                names = [self.names[index] for index in likely.indices[row].tolist()]
+                (best, sure), *others = zip(names, likely.values[row].tolist(), strict=True)
+                answers.append(Prediction(best, task, sure, tuple(others)))
         return answers
 
     @torch.no_grad()

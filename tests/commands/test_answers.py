@@ -1,0 +1,98 @@
+"""What was answered for what: ``eval`` by class, ``predict`` in several forms."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from conftest import STREAM, Cli, check_error
+
+from treelora_cli.views.answers import class_scores, confusion_csv, within
+
+CLASSES = [name for _, classes in STREAM for name in classes]
+
+
+@pytest.fixture(scope="module")
+def images(data: Path) -> list[Path]:
+    return [path for name, _ in STREAM for path in sorted((data / name / "test").glob("*/0[0-3].png"))]
+
+
+def test_eval_by_class_agrees_with_the_score_of_each_task(cli: Cli, learned_project: Path, tmp_path: Path) -> None:
+    file = tmp_path / "confusion.csv"
+    done = cli("--json", "-C", learned_project, "eval", "--per-class", "--top", "7", "--confusion", file).json
+    by_class = {one["label"]: one for one in done["classes"]}
+    assert set(by_class) == set(CLASSES)
+    for name, classes in STREAM:
+        right = sum(by_class[one]["accuracy"] * by_class[one]["examples"] for one in classes)
+        count = sum(by_class[one]["examples"] for one in classes)
+        assert done["tasks"][name]["score"] == pytest.approx(right / count)
+    assert done["top"] == {"k": 7, "share": 1.0, "examples": 8 * 7}, "there are seven classes"
+    rows = list(csv.DictReader(file.open()))
+    for row in rows:
+        counts = {key: int(value) for key, value in row.items() if key != "right answer"}
+        told = by_class[row["right answer"]]
+        assert sum(counts.values()) == told["examples"]
+        assert counts[row["right answer"]] == round(told["accuracy"] * told["examples"])
+        if told["confused_with"] is not None:
+            assert counts[told["confused_with"]] == told["confused"]
+    accuracies = [one["accuracy"] for one in done["classes"]]
+    assert accuracies == sorted(accuracies)
+
+
+def test_top_one_is_the_score(cli: Cli, learned_project: Path) -> None:
+    done = cli("--json", "-C", learned_project, "eval", "--top", "1", "--inference", "latest").json
+    assert done["top"]["share"] == pytest.approx(sum(8 * len(c) * done["tasks"][n]["score"] for n, c in STREAM) / 56)
+
+
+def test_eval_shows_classes_as_a_table(cli: Cli, learned_project: Path) -> None:
+    shown = cli("-C", learned_project, "eval", "--per-class", "--top", "2").out
+    assert "confused most with" in shown
+    assert "The right answer is among the 2 likeliest for" in shown
+
+
+def test_confusion_that_cannot_be_written(cli: Cli, learned_project: Path, tmp_path: Path) -> None:
+    check_error(
+        cli("-C", learned_project, "eval", "--confusion", tmp_path / "no" / "x.csv"), 2, "--confusion .*No such"
+    )
+    check_error(cli("-C", learned_project, "eval", "--top", "11"), 2, "Invalid value for '--top'")
+
+
+def test_class_scores_by_hand() -> None:
+    confusion = {("a", "a"): 3, ("a", "b"): 1, ("a", "c"): 1, ("b", "b"): 2}
+    first, second = class_scores(confusion)
+    assert (first.label, first.accuracy, first.count, first.confused_with, first.confused) == ("a", 0.6, 5, "b", 1)
+    assert (second.label, second.accuracy, second.confused_with) == ("b", 1.0, None)
+    assert confusion_csv(confusion) == "right answer,a,b,c\na,3,1,1\nb,0,2,0\n"
+    assert within(1, [None]) == (None, 0)
+
+
+def test_predictions_agree_in_every_form(cli: Cli, learned_project: Path, images: list[Path]) -> None:
+    document = cli("--json", "-C", learned_project, "predict", *images, "--top", "3").json["predictions"]
+    lines = cli("-C", learned_project, "predict", *images, "--top", "3", "--format", "jsonl").out.splitlines()
+    assert [json.loads(line) for line in lines] == document
+    rows = list(csv.DictReader(cli("-C", learned_project, "predict", *images, "--format", "csv").out.splitlines()))
+    assert [(row["input"], row["output"], row["task"]) for row in rows] == [
+        (one["input"], one["output"], one["task"]) for one in document
+    ]
+    for one in document:
+        assert len(one["others"]) == 2
+        shares = [one["confidence"], *(other["confidence"] for other in one["others"])]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) <= 1 + 1e-6
+        assert one["output"] not in {other["output"] for other in one["others"]}
+
+
+def test_explained_predictions_name_margin_and_leaf(cli: Cli, learned_project: Path, images: list[Path]) -> None:
+    plain = cli("--json", "-C", learned_project, "predict", images[0], "--top", "2").json["predictions"][0]
+    told = cli("--json", "-C", learned_project, "predict", images[0], "--explain").json["predictions"][0]
+    assert told["margin"] == pytest.approx(plain["confidence"] - plain["others"][0]["confidence"])
+    assert told["task"] in told["branch"]
+    shown = cli("-C", learned_project, "predict", images[0], "--explain").out
+    assert "margin" in shown and "branch" in shown
+
+
+def test_an_unknown_form_is_refused_before_anything_is_loaded(cli: Cli, learned_project: Path) -> None:
+    done = cli("-C", learned_project, "predict", "x.png", "--format", "jsonlines")
+    check_error(done, 2, r"--format is one of table, csv, jsonl; got 'jsonlines' \(did you mean 'jsonl'\?\)")
