@@ -329,7 +329,9 @@ def test_cached_bounds_choose_as_the_exact_ones_do() -> None:
                 node = int(second if bounds[layer, second] < bounds[layer, first] else first)
             exact.append(int(bandit.arms.tasks[node]))
         agree.append(np.mean(bandit.step(query) == exact))
-    assert np.mean(agree) > 0.9
+    assert (
+        np.mean(agree) > 0.96
+    )  # 0.967; 0.942 and 0.923 where a node's own bound is left out of the walk or of the witnesses
 
 
 def test_no_arm_is_locked_out() -> None:

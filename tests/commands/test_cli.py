@@ -10,7 +10,21 @@ from pathlib import Path
 import pytest
 from conftest import STREAM, Cli, learned_hashes, make_images, picture, run_python, tree_hash
 
-COMMANDS = ("init", "train-task", "eval", "inspect-tree", "export", "predict", "status", "run", "demo")
+COMMANDS = (
+    "init",
+    "train-task",
+    "eval",
+    "inspect-tree",
+    "export",
+    "predict",
+    "status",
+    "report",
+    "rollback",
+    "doctor",
+    "run",
+    "compare",
+    "demo",
+)
 NAMES = [name for name, _ in STREAM]
 _HEAVY = """
 import sys
@@ -31,10 +45,13 @@ def test_version(cli: Cli) -> None:
 
 
 def test_help_lists_every_command(cli: Cli) -> None:
+    from treelora_cli.app import app
+
     shown = cli("--help")
     assert shown.code == 0
     listed = {line.split()[0] for line in shown.out.splitlines() if line.startswith("  ") and line.split()}
     assert set(COMMANDS) <= listed
+    assert set(COMMANDS) == {command.name for command in app.registered_commands}, "a new command belongs in the list"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
