@@ -100,6 +100,7 @@ class TrainConfig:
         "last tokens of a prompt through which gradients pass; 0: all; none: 8 on a CPU, all on a GPU",
         low=0,
     )
+    learn: str | None = _setting(None, "which turns of the assistant in a chat are learned", choices=("all", "last"))
     precision: str | None = _setting(
         None, "arithmetic; auto measures, steps and passes without gradients apart", choices=("auto", "fp32", "bf16")
     )
@@ -193,6 +194,7 @@ DEFAULTS = Config(
         update="penalty",
         warm_start="nearest",
         max_length=512,
+        learn="all",
         precision="auto",
         grad_checkpointing=False,
     ),

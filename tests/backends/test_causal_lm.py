@@ -22,10 +22,11 @@ from treelora_backends.causal_lm.router import TaskRouter
 
 from treelora_cli.app import run_command
 from treelora_cli.backend import adapters
+from treelora_cli.backend.adapters import AdapterWeights
 from treelora_cli.backend.contract import Backend, DataRequest, Memory, TaskMemory
 from treelora_cli.backend.runtime import Silent, open_runtime
 from treelora_cli.config import BaseConfig, Config, TrainConfig, resolve
-from treelora_cli.data.text import TextExample
+from treelora_cli.data.examples import TextExample
 from treelora_cli.errors import DataError, ModelError, UsageError
 from treelora_cli.project import Project
 
@@ -665,12 +666,12 @@ def test_router_tells_tasks_of_unequal_sizes_apart():
     centres = torch.randn(3, 40, generator=generator)
     drawn = [centres[task] + 0.8 * torch.randn(n, 40, generator=generator) for task, n in enumerate((500, 20, 60))]
     fresh = [centres[task] + 0.8 * torch.randn(50, 40, generator=generator) for task in range(3)]
-    memory = Memory((), dict)
+    memory, none = Memory((), dict), AdapterWeights((), (), (), 1.0)
     for task, features in enumerate(drawn):
         router = TaskRouter.restore(memory, config)
         router.add_task(features, runtime)
         tensors, shared = router.task_tensors(), router.to_tensors
-        memory = memory.with_task(TaskMemory(f"t{task}", (), "", dict, lambda kept=tensors: kept), shared)
+        memory = memory.with_task(TaskMemory(f"t{task}", (), "", lambda: none, lambda kept=tensors: kept), shared)
     router = TaskRouter.restore(memory, config)
     for task, features in enumerate(fresh):
         assert (router.scores(features, memory).argmax(dim=1) == task).float().mean() > 0.95

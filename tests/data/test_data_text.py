@@ -102,7 +102,7 @@ def test_chat_keeps_the_turns_before_the_last_answer(tmp_path):
     found = list_texts(DataRequest(path, held_out=0.0))
     assert found.style == "chat"
     assert [turn.role for turn in found.train[0].turns] == ["system", "user"]
-    assert found.train[0].prompt == "Be kind.\nHi"
+    assert (found.train[0].prompt, found.train[0].system) == ("Hi", "Be kind.")
     assert found.train[0].answer == "Hello!"
 
 

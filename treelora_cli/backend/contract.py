@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.backend.runtime import Runtime
     from treelora_cli.config import BaseConfig, Config
+    from treelora_cli.data.examples import Turn
 
     Tensors = dict[str, torch.Tensor]
 
@@ -179,6 +180,10 @@ class TaskData(Protocol):
     @property
     def sample(self) -> str:
         """The first example as the model will see it."""
+
+    @property
+    def tokens(self) -> Sequence[tuple[str, bool]]:
+        """The same token by token, and whether each is learned; empty where there are no tokens."""
 
 
 Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -342,8 +347,8 @@ class Predictor(Protocol):
     def evaluate(self, task: TaskData) -> Score:
         """Score the held-out examples of a task over everything learned so far."""
 
-    def predict(self, inputs: Sequence[str]) -> list[Prediction]:
-        """Answer each input: a prompt, or the path of an image."""
+    def predict(self, inputs: Sequence[str | Sequence[Turn]]) -> list[Prediction]:
+        """Answer each input: a prompt, the messages of a chat, or the path of an image."""
 
 
 class ContenderModel(Protocol):

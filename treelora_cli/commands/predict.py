@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from treelora_cli.errors import DataError, UsageError, suggest
 
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import Memory, Prediction, Predictor
+    from treelora_cli.data.examples import Turn
     from treelora_cli.views.predictions import Shape
 
 _AT_ONCE = 256
@@ -22,7 +24,11 @@ _AT_ONCE = 256
 
 def predict(
     context: typer.Context,
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Image files, or prompts.")],
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="INPUT...", help="Image files, or prompts.")] = None,
+    messages: Annotated[
+        Path | None, typer.Option(help="JSON of a chat's messages, or JSONL with a chat a line, to be answered.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt of every INPUT; else its task's own.")] = None,
     inference: options.Inference = None,
     top: Annotated[int, typer.Option(min=1, max=10, help="Name so many of the likeliest answers.")] = 1,
     explain: Annotated[
@@ -45,6 +51,7 @@ def predict(
     if output_format not in FORMATS:
         hint = suggest(output_format, FORMATS)
         raise UsageError(f"--format is one of {', '.join(FORMATS)}; got '{output_format}'{hint}.")
+    asked = _asked(inputs or [], messages, system)
     project = session.project()
     if not project.state.tasks:
         raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
@@ -58,14 +65,14 @@ def predict(
     _show(
         session,
         str(config.inference),
-        _answered(session, predictor, memory, inputs),
+        _answered(session, predictor, memory, asked),
         Shape(top, explain, beside),
         output_format,
     )
 
 
 def _answered(
-    session: Session, predictor: Predictor, memory: Memory, inputs: Sequence[str]
+    session: Session, predictor: Predictor, memory: Memory, inputs: Sequence[str | Sequence[Turn]]
 ) -> Iterator[tuple[str, Prediction]]:
     """Yield each input with its answer, some at a time under a progress bar."""
     from treelora_cli.learning.evaluation import blamed
@@ -74,7 +81,8 @@ def _answered(
     for part in session.output.track(parts, "Answering", len(parts)):
         with _files_named(), blamed(memory):
             answers = predictor.predict(part)
-        yield from zip(part, answers, strict=True)
+        shown = [one if isinstance(one, str) else one[-1].content for one in part]
+        yield from zip(shown, answers, strict=True)
 
 
 @contextmanager
@@ -104,3 +112,21 @@ def _show(
         session.output.line(csv_line(shape.columns))
     for pair in answered:
         session.output.line(csv_line(shape.cells(*pair)) if output_format == "csv" else json_line(shape.record(*pair)))
+
+
+def _asked(inputs: Sequence[str], messages: Path | None, system: str | None) -> Sequence[str | Sequence[Turn]]:
+    """Return what is to be answered: prompts as typed, or chats where a system prompt or messages are given."""
+    from treelora_cli.data.chats import read_chats
+    from treelora_cli.data.examples import Turn
+
+    if not inputs and messages is None:
+        raise UsageError("predict needs INPUT, or --messages FILE.")
+    if system is not None and not system.strip():
+        raise UsageError("--system is empty.")
+    chats = [] if messages is None else read_chats(messages)
+    if system is None:
+        return [*inputs, *chats]
+    opening = Turn("system", system)
+    if any(chat[0].role == "system" for chat in chats):
+        raise UsageError(f"{messages} has system prompts of its own; leave out --system.")
+    return [[opening, Turn("user", text)] for text in inputs] + [[opening, *chat] for chat in chats]

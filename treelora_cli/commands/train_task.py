@@ -36,6 +36,7 @@ def train_task(
     lr: options.LearningRate = None,
     batch_size: options.BatchSize = None,
     max_length: Annotated[int | None, typer.Option(help="Longest input, in tokens.")] = None,
+    learn: Annotated[str | None, typer.Option(help="Turns of the assistant that are learned: all or last.")] = None,
     reg: options.Reg = None,
     warm_start: options.WarmStart = None,
     search: options.Search = None,
@@ -66,6 +67,7 @@ def train_task(
         train__lr=lr,
         train__batch_size=batch_size,
         train__max_length=max_length,
+        train__learn=learn,
         train__reg=reg,
         train__warm_start=warm_start,
         train__update=update,
@@ -153,6 +155,10 @@ def _show_plan(session: Session, base: Base, request: DataRequest, name: str, co
         "notes": list(task.notes),
     }
     lines = [f"{key.replace('_', ' ')}: {value}" for key, value in document.items() if value not in ([], "")]
+    if session.verbose and task.tokens:
+        document["tokens"] = [{"text": text, "learned": learned} for text, learned in task.tokens]
+        lines.append("Token by token, what is learned marked with *:")
+        lines += [f"{'*' if learned else ' '} {text!r}" for text, learned in task.tokens]
     session.output.result(document, *lines, "Nothing was learned (--dry-run).")
 
 

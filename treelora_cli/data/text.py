@@ -9,9 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from treelora_cli.backend.contract import Change, DataRequest
+from treelora_cli.data.examples import TextExample
 from treelora_cli.data.held_out import (
     OTHER_DATA,
     content_hash,
@@ -20,55 +20,20 @@ from treelora_cli.data.held_out import (
     set_aside_by_position,
 )
 from treelora_cli.data.paths import existing
+from treelora_cli.data.records import ANSWERS, NEED, Shape, shape_of, unused_text
 from treelora_cli.data.tables import TABLE_SUFFIXES, Row, read_table
 from treelora_cli.data.text_scores import METRICS
 from treelora_cli.errors import DataError, suggest
 
-STYLES = ("plain", "labels", "chat", "text")
-"""How examples become model input: prompt as it is; sentence with the label names; chat; free text."""
-
 _TRAIN = ("train", "training")
 _TEST = ("test", "eval", "val", "valid", "validation", "dev")
-_ANSWERS = ("answer", "completion", "response")
-_ROLES = ("system", "user", "assistant", "tool")
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-_NEED = "Need messages, prompt+answer, sentence+label or text."
 _WRONG_KIND = (
     "This project's backend is causal-lm: give JSONL, JSON, CSV or parquet with messages, prompt+answer,"
     " sentence+label or text."
 )
 _CLOSED_ANSWERS, _CLOSED_LENGTH, _CLOSED_REPEATS = 32, 60, 5
 _SHORT_WORDS = 5
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message of a chat."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class TextExample:
-    """One input and its answer.
-
-    Attributes:
-        where: File and line, for messages.
-        prompt: The input as text, without labels or chat markup; empty for free text.
-        answer: What is learned; the whole text for free text.
-        turns: The messages before the answer; chats only.
-    """
-
-    where: str
-    prompt: str
-    answer: str
-    turns: tuple[Turn, ...] = ()
-
-    @property
-    def content(self) -> str:
-        """Text by which an input's task can be told; of free text the first half, as prompts are beginnings."""
-        return self.prompt or self.answer[: max(1, len(self.answer) // 2)]
 
 
 @dataclass(frozen=True)
@@ -98,8 +63,10 @@ class TextListing:
         content = hashlib.sha256(json.dumps([self.style, self.labels]).encode())
         for part in (self.train, self.test):
             for one in part:
-                turns = [[turn.role, turn.content] for turn in one.turns]
-                content.update(json.dumps([one.prompt, one.answer, turns]).encode() + b"\n")
+                turns = [[turn.role, turn.content, *([turn.more] if turn.more else [])] for turn in one.turns]
+                last = [] if one.last is None or not one.last.more else [one.last.more]
+                given = "\n".join(turn.content for turn in one.turns) or one.prompt
+                content.update(json.dumps([given, one.answer, turns, *last]).encode() + b"\n")
             content.update(b"\0")
         return content.hexdigest()
 
@@ -113,10 +80,12 @@ def list_texts(request: DataRequest) -> TextListing:
     path = existing(request.path)
     notes: list[str] = []
     train_rows, test_rows = _tables(path, request)
-    style = _style(train_rows or test_rows)
+    shape = _shape(train_rows or test_rows)
+    style = shape.style
+    notes += _unused(train_rows or test_rows, shape)
     labels = _named_labels(path if path.is_dir() else path.parent) if style == "labels" else None
-    train = _examples(train_rows, style, labels, request, notes)
-    test = _examples(test_rows, style, labels, request, notes)
+    train = _examples(train_rows, shape, labels, request, notes)
+    test = _examples(test_rows, shape, labels, request, notes)
     if labels is None:
         labels = _labels_of(train or test, style)
     if request.classes is not None:
@@ -201,21 +170,24 @@ def _named_labels(folder: Path) -> tuple[str, ...] | None:
 # -- rows -----------------------------------------------------------------------------------------
 
 
-def _style(rows: Sequence[Row]) -> str:
-    """Tell the style by the first row's columns."""
-    found = {str(name) for name in rows[0].values}
-    if "messages" in found:
-        return "chat"
-    if "prompt" in found and found & set(_ANSWERS):
-        return "plain"
-    if "label" in found and found & {"sentence", "text"}:
-        return "labels"
-    if "text" in found:
-        return "text"
-    if any(isinstance(value, bytes | dict) for value in rows[0].values.values()):
-        raise DataError(f"{rows[0].where}: Found {', '.join(sorted(found))}. {_WRONG_KIND}")
+def _shape(rows: Sequence[Row]) -> Shape:
+    """Tell how records are read by the first one's columns."""
+    found = shape_of(rows[0])
+    if found is not None:
+        return found
     names = ", ".join(map(str, rows[0].values))
-    raise DataError(f"Found {names}. {_NEED}{_hint(rows[0])}")
+    if any(isinstance(value, bytes | dict) for value in rows[0].values.values()):
+        raise DataError(f"{rows[0].where}: Found {names}. {_WRONG_KIND}")
+    raise DataError(f"Found {names}. {NEED}{_hint(rows[0])}")
+
+
+def _unused(rows: Sequence[Row], shape: Shape) -> list[str]:
+    """Return a line that names columns of text which are not used."""
+    names = unused_text(rows, shape)
+    used = [str(name) for name in rows[0].values if name in shape.used]
+    if not names:
+        return []
+    return [f"Read: {', '.join(used)}. Not used, though there is text in it: {', '.join(names)}."]
 
 
 def _hint(row: Row) -> str:
@@ -223,19 +195,19 @@ def _hint(row: Row) -> str:
     names = [str(name) for name in row.values]
     if len(names) < 2:
         return "".join(f" Try --map {name}=text" for name in names)
-    answer = next((name for name in names if name in ("label", *_ANSWERS, "output", "target")), names[1])
+    answer = next((name for name in names if name in ("label", *ANSWERS, "output", "target")), names[1])
     question = next(name for name in names if name != answer)
     pairs = [f"--map {source}={wanted}" for source, wanted in ((question, "prompt"), (answer, "answer"))]
     return f" Try {' '.join(pairs)}"
 
 
 def _examples(
-    rows: Sequence[Row], style: str, labels: tuple[str, ...] | None, request: DataRequest, notes: list[str]
+    rows: Sequence[Row], shape: Shape, labels: tuple[str, ...] | None, request: DataRequest, notes: list[str]
 ) -> list[TextExample]:
     kept, bad = [], []
     for row in rows:
         try:
-            one = _READERS[style](row)
+            one = shape.read(row)
             if labels is not None and one.answer not in labels:
                 raise DataError(
                     f"{row.where}: label '{one.answer}' is not in labels.json ({', '.join(labels)})"
@@ -251,60 +223,6 @@ def _examples(
     if rows and not kept:
         raise DataError(f"No example is left: {bad[0]}")
     return kept
-
-
-def _plain(row: Row) -> TextExample:
-    column = next((name for name in _ANSWERS if name in row.values), "answer")
-    return TextExample(row.where, _text(row, "prompt"), _text(row, column))
-
-
-def _labelled(row: Row) -> TextExample:
-    column = "sentence" if "sentence" in row.values else "text"
-    return TextExample(row.where, _text(row, column).strip(), _text(row, "label").strip())
-
-
-def _free(row: Row) -> TextExample:
-    return TextExample(row.where, "", _text(row, "text"))
-
-
-def _chat(row: Row) -> TextExample:
-    messages = row.values.get("messages")
-    if isinstance(messages, str):
-        try:
-            messages = json.loads(messages)
-        except ValueError as error:
-            raise DataError(f"{row.where}: 'messages' is invalid JSON.") from error
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages) or len(messages) < 2:
-        raise DataError(f"{row.where}: 'messages' is a list of two or more records with role and content.")
-    turns = []
-    for one in messages:
-        role, content = one.get("role"), one.get("content")
-        if role not in _ROLES:
-            raise DataError(f"{row.where}: role {role!r} is not one of {', '.join(_ROLES)}.")
-        if not isinstance(content, str) or not content.strip():
-            raise DataError(f"{row.where}: empty content of a message.")
-        turns.append(Turn(role, content))
-    if turns[-1].role != "assistant":
-        raise DataError(f"{row.where}: the last message, the answer, is by '{turns[-1].role}' and not by 'assistant'.")
-    prompt = "\n".join(turn.content for turn in turns[:-1])
-    return TextExample(row.where, prompt, turns[-1].content, tuple(turns[:-1]))
-
-
-_READERS = {"plain": _plain, "labels": _labelled, "text": _free, "chat": _chat}
-
-
-def _text(row: Row, column: str) -> str:
-    """Return a column's text; numbers are written out."""
-    if column not in row.values:
-        raise DataError(f"{row.where}: no '{column}'. Found {', '.join(map(str, row.values))}.")
-    value = row.values[column]
-    if isinstance(value, bool | int | float):
-        value = str(value)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{row.where}: empty {column}. Mend it, or pass --skip-bad.")
-    if not isinstance(value, str):
-        raise DataError(f"{row.where}: '{column}' is not text but {type(value).__name__}.")
-    return value
 
 
 # -- labels, metric, parts ------------------------------------------------------------------------
@@ -370,8 +288,3 @@ def _limit(examples: list[TextExample], limit: int | None, seed: str) -> list[Te
     if limit is None or len(examples) <= limit:
         return examples
     return random.Random(f"limit/{seed}").sample(examples, limit)
-
-
-def message_fields(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Return messages as chat templates take them."""
-    return [{"role": turn.role, "content": turn.content} for turn in turns]

@@ -10,9 +10,9 @@ import torch
 
 from treelora_backends.causal_lm.batches import by_length, labelled_padded, padded, tokens_at_once
 from treelora_backends.causal_lm.network.network import LmNetwork
-from treelora_backends.causal_lm.render import Encoder, Ids, cut_middle
+from treelora_backends.causal_lm.render import Encoder, Ids
 from treelora_cli.backend.runtime import Runtime
-from treelora_cli.data.text import TextExample
+from treelora_cli.data.examples import TextExample
 from treelora_cli.data.text_scores import score_text
 
 _LABEL_TOKENS = 128
@@ -97,8 +97,8 @@ class Answerer:
         return [self.known[key] for key in keys]
 
     def _prompt(self, example: TextExample, manner: Manner, room: int) -> _Prompt:
-        text = self.encoder.prompt_text(example, manner.style, manner.labels)
-        ids = cut_middle(self.encoder.prompt_ids(text, manner.style), max(1, room - manner.reserve(room)))
+        free = max(1, room - manner.reserve(room))
+        text, ids = self.encoder.fitted_prompt(example, manner.style, manner.labels, free)
         return _Prompt(np.asarray(ids, dtype=np.int32), text[-_TAIL:])
 
     # -- labels ---------------------------------------------------------------------------------------
@@ -132,8 +132,8 @@ class Answerer:
         batch = padded([prompt.ids for prompt in prompts], self.encoder, self.lm.device, left=True)
         with torch.no_grad(), self.runtime.autocast():
             most_new = max(1, min(manner.most_new, self.encoder.context - max(map(len, prompts))))
-            new = self.lm.generate(batch, most_new, self.encoder.end_ids, self.encoder.pad_id)
-        return [(self.encoder.decode(ids), None) for ids in new]
+            new = self.lm.generate(batch, most_new, self.encoder.stop_ids, self.encoder.pad_id)
+        return [(self.encoder.decode(ids, manner.style), None) for ids in new]
 
     # -- scores ---------------------------------------------------------------------------------------
 

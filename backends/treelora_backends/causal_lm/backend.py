@@ -22,7 +22,7 @@ from treelora_backends.causal_lm.task import LmTask, read_lm_task
 from treelora_cli.backend import adapters
 from treelora_cli.backend.fingerprint import hash_parameters
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig
-from treelora_cli.data.text import TextExample
+from treelora_cli.data.examples import TextExample
 from treelora_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ class CausalLmBase:
         self.context = _context_of(model)
         assert config.train.max_length is not None
         longest = min(config.train.max_length, self.context)
-        self.encoder = Encoder(tokenizer, longest, _end_ids(model, tokenizer), self.context)
+        ends, embedded = _end_ids(model, tokenizer), int(self.lm.model.get_input_embeddings().weight.shape[0])
+        self.encoder = Encoder(tokenizer, longest, ends, self.context, embedded, str(config.train.learn))
         self.known_answers: Known = {}
         self._features = FeatureReader(network, self.lm, self.encoder, runtime)
 
@@ -172,11 +173,23 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
-    """Refuse a tokenizer of another model; one that only names a few tokens more is common and harmless."""
+    """Refuse a tokenizer that writes tokens the model does not embed.
+
+    Special tokens that no template uses are common beyond the embedding, and harmless until data holds one: that is
+    refused where it is read.
+    """
     rows = int(model.get_input_embeddings().weight.shape[0])
-    largest = max(tokenizer(_SAMPLE)["input_ids"], default=0)
-    if largest >= rows:
-        raise ModelError(f"{name}: its tokenizer writes token {largest}, the model embeds {rows}. They do not fit.")
+    written = tokenizer(_SAMPLE)["input_ids"]
+    beyond = {index: text for text, index in tokenizer.get_vocab().items() if index >= rows}
+    special = {index for index, one in getattr(tokenizer, "added_tokens_decoder", {}).items() if one.special}
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    used = [i for i, text in beyond.items() if i in written or i not in special or text in template]
+    if used:
+        largest = max(used)
+        raise ModelError(
+            f"{name}: its tokenizer writes token {largest} ('{beyond[largest]}'), the model embeds {rows}."
+            " They do not fit: resize the model's embedding, or take the tokenizer that came with it."
+        )
 
 
 def _check_adapters_act(network: nn.Module, model: Any, layers: tuple[str, ...]) -> None:

@@ -107,7 +107,7 @@ def pad(rows: Sequence[Ids], pad_id: int, *, left: bool = False, width: int | No
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, width: int | None = None) -> LabelledBatch:
-    """Put examples side by side, padded to ``width`` or the longest; only the answers are labelled."""
+    """Put examples side by side, padded to ``width`` or the longest; only what is learned of them is labelled."""
     import numpy as np
 
     batch = pad([np.concatenate([one.prompt, one.answer]) for one in examples], pad_id, width=width)
@@ -115,10 +115,10 @@ def collate(examples: Sequence[Encoded], pad_id: int, width: int | None = None) 
     columns: list[int] = []
     targets: list[int] = []
     for index, one in enumerate(examples):
-        first = len(one.prompt) - 1
-        rows += [index] * len(one.answer)
-        columns += range(first, first + len(one.answer))
-        targets += one.answer.tolist()
+        first, places = len(one.prompt) - 1, one.places
+        rows += [index] * len(places)
+        columns += [first + place for place in places]
+        targets += one.answer[places].tolist()
     return LabelledBatch(batch, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets))
 
 

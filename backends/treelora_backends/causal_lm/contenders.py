@@ -21,7 +21,7 @@ from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
 from treelora_cli.backend.contract import Learned, Memory, Score, TaskMemory
 from treelora_cli.config import Config
-from treelora_cli.data.text import TextExample
+from treelora_cli.data.examples import TextExample
 from treelora_cli.errors import DataError
 from treelora_cli.heads.gaussians import AlignSettings, Gaussian, align, covariance_root
 from treelora_cli.heads.ridge import LinearHead

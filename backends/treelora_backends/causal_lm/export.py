@@ -42,6 +42,7 @@ def write_merged(base: CausalLmBase, memory: Memory, out: Path, options: ExportO
     _add_update(model, merged_adapter(memory))
     model.to(getattr(torch, options.dtype))
     model.config.dtype = getattr(torch, options.dtype)
+    model.generation_config.eos_token_id = list(base.encoder.stop_ids) or None
     if model.generation_config.max_new_tokens is None:
         model.generation_config.max_new_tokens = max(manner_of(task).most_new for task in memory.tasks)
     try:

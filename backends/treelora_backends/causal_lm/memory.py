@@ -13,20 +13,28 @@ from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
 from treelora_cli.backend.contract import Memory, TaskMemory
-from treelora_cli.data.text import STYLES
+from treelora_cli.data.examples import STYLES, shared_system
 
 _MARGIN, _FREE_TEXT = 8, 64
 """Tokens generated beyond the longest answer seen, and in all where there is no answer's end to see."""
 
 
 def describe(task: LmTask) -> dict[str, Tensor]:
-    """Return a task's style, longest answer and source as tensors."""
-    longest = max((len(one.answer) for one in task.train), default=0)
+    """Return a task's style, longest answer, source and common system prompt as tensors."""
+    longest = max((one.longest for one in task.train), default=0)
+    system = shared_system(task.listing.train) if task.style == "chat" else ""
     return {
         "style": torch.tensor(STYLES.index(task.style)),
         "answer.tokens": torch.tensor(_FREE_TEXT if task.style == "text" else longest + _MARGIN),
         "source": torch.frombuffer(bytearray.fromhex(task.source), dtype=torch.uint8),
+        **({"system": torch.frombuffer(bytearray(system.encode()), dtype=torch.uint8)} if system else {}),
     }
+
+
+def system_of(task: TaskMemory) -> str:
+    """Return the system prompt that all of a task's examples had; empty for none."""
+    kept = task.tensors().get("system")
+    return "" if kept is None else bytes(kept.tolist()).decode()
 
 
 def manner_of(task: TaskMemory) -> Manner:

@@ -10,27 +10,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from treelora_backends.causal_lm.answers import Answer, Answerer, Manner, sum_scores
 from treelora_backends.causal_lm.closed import ClosedHead
-from treelora_backends.causal_lm.memory import common_manner, digest_of, holder_of, manner_of, merged_adapter
+from treelora_backends.causal_lm.memory import common_manner, digest_of, holder_of, manner_of, merged_adapter, system_of
 from treelora_backends.causal_lm.router import TaskRouter
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
 from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score
-from treelora_cli.data.text import TextExample
+from treelora_cli.data.examples import TextExample, Turn, chat_example
 from treelora_cli.data.text_scores import exact_match
 from treelora_cli.errors import DataError
 
 if TYPE_CHECKING:
     from treelora_backends.causal_lm.backend import CausalLmBase
 
+_ANY_LENGTH = 2**31
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -75,7 +78,16 @@ class LmPredictor:
         if self._choose is not None:
             return self._choose(examples)
         features = self.base.lm.routing(self.base.read_features(examples, "Choosing tasks"))
-        return [int(one) for one in self._router.scores(features, self.memory).argmax(dim=1)]
+        scores = self._router.scores(features, self.memory)  # (n, T)
+        return [int(one) for one in self._among_same_system(examples, scores).argmax(dim=1)]
+
+    def _among_same_system(self, examples: Sequence[TextExample], scores: Tensor) -> Tensor:
+        """Leave out the tasks that were taught another system prompt than an input's own, where one has the same."""
+        known = [system_of(task) for task in self.memory.tasks]
+        for row, one in enumerate(examples):
+            if one.system and one.system in known:
+                scores[row, torch.tensor([system != one.system for system in known])] = -torch.inf
+        return scores
 
     def _groups(self, examples: Sequence[TextExample]) -> dict[int | None, list[int]]:
         """Return rows by the task whose adapter answers them; ``None`` for the merged or no adapter."""
@@ -169,12 +181,12 @@ class LmPredictor:
         if holder is not None:
             return manner_of(self.memory.tasks[holder])
         encoded = [self.base.encoder.encode(one, task.style, task.labels) for one in task.test]
-        return Manner(task.style, task.labels, task.metric == "accuracy", max(len(one.answer) for one in encoded))
+        return Manner(task.style, task.labels, task.metric == "accuracy", max(one.longest for one in encoded))
 
     # -- predictions ----------------------------------------------------------------------------------
 
-    def predict(self, inputs: Sequence[str]) -> list[Prediction]:
-        """Answer prompts.
+    def predict(self, inputs: Sequence[str | Sequence[Turn]]) -> list[Prediction]:
+        """Answer prompts and chats; a chat's task is asked with its own system prompt unless the input has one.
 
         Raises:
             DataError: An empty prompt, an image, or a prompt longer than the model's context.
@@ -182,7 +194,7 @@ class LmPredictor:
         examples = [_checked(text, number) for number, text in enumerate(inputs, start=1)]
         found: dict[int, Prediction] = {}
         for chosen, rows in self._groups(examples).items():
-            some = [examples[row] for row in rows]
+            some = [self._with_system(examples[row], chosen) for row in rows]
             routed = None if self.inference != "routed" else chosen
             manner = common_manner(self.memory) if routed is None else manner_of(self.memory.tasks[routed])
             self._check_lengths(some, [row + 1 for row in rows], manner)
@@ -199,11 +211,18 @@ class LmPredictor:
             found |= dict(zip(rows, answered, strict=True))
         return [found[row] for row in range(len(examples))]
 
+    def _with_system(self, one: TextExample, task: int | None) -> TextExample:
+        """Return an input with the system prompt of the task that answers it, as its examples had it."""
+        system = "" if task is None else system_of(self.memory.tasks[task])
+        if not system or one.system:
+            return one
+        return replace(one, turns=(Turn("system", system), *one.asked))
+
     def _check_lengths(self, examples: Sequence[TextExample], numbers: Sequence[int], manner: Manner) -> None:
         encoder, reserve = self.base.encoder, manner.reserve(self.base.context)
         for one, number in zip(examples, numbers, strict=True):
-            text = encoder.prompt_text(one, manner.style, manner.labels)
-            length = len(encoder.prompt_ids(text, manner.style))
+            _, ids = encoder.fitted_prompt(one, manner.style, manner.labels, _ANY_LENGTH)
+            length = len(ids)
             if length + reserve > self.base.context:
                 raise DataError(
                     f"Prompt {number} has {length} tokens; the model's context is {self.base.context},"
@@ -211,7 +230,9 @@ class LmPredictor:
                 )
 
 
-def _checked(text: str, number: int) -> TextExample:
+def _checked(text: str | Sequence[Turn], number: int) -> TextExample:
+    if not isinstance(text, str):
+        return chat_example(f"prompt {number}", text, Turn("assistant", ""))
     if not text.strip():
         raise DataError(f"Prompt {number} is empty.")
     if Path(text).suffix.lower() in _IMAGES and len(text) < 4096 and Path(text).is_file():

@@ -22,7 +22,7 @@ from treelora_cli.backend import adapters
 from treelora_cli.backend.contract import Memory
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import Config
-from treelora_cli.data.text import TextExample
+from treelora_cli.data.examples import TextExample
 from treelora_cli.heads.gram import Gram
 from treelora_cli.heads.ridge import FeatureMap, RidgeStatistics
 

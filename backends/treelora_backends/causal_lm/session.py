@@ -190,8 +190,8 @@ class LmSession(LmSteps):
         parts = [[places[row] for row in rows] for rows in by_length(places, self._tokens_with_graph, most)]
         if len(parts) == 1:
             return self._loss_of_part(parts[0])
-        labels = sum(len(self.task.train[self.own[place]].answer) for place in places)
-        shares = [sum(len(self.task.train[self.own[place]].answer) for place in part) / labels for part in parts]
+        labels = sum(len(self.task.train[self.own[place]].places) for place in places)
+        shares = [sum(len(self.task.train[self.own[place]].places) for place in part) / labels for part in parts]
         losses = [partial(self._share_of_loss, part, share) for part, share in zip(parts, shares, strict=True)]
         return summed_in_parts(losses, [one for one in self.base.network.parameters() if one.requires_grad])
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from treelora_backends.causal_lm.render import Encoded, Encoder
+from treelora_backends.causal_lm.render import Encoded, Encoder, placed
 from treelora_cli.backend.contract import Change, DataRequest
 from treelora_cli.backend.runtime import Reporter
-from treelora_cli.data.text import TextExample, TextListing, hash_of_text, list_texts
+from treelora_cli.data.examples import TextExample
+from treelora_cli.data.text import TextListing, hash_of_text, list_texts
+from treelora_cli.errors import DataError
 
 _SHOWN = 600
 """Characters of the sample that are shown."""
@@ -25,6 +28,9 @@ class LmTask:
         source: Hash of where the data lies, by which a learned task knows its own held-out examples.
         notes: Lines for the user.
         sample: The first example as the model sees it; what is learned stands in double brackets.
+        tokens: The first example token by token, and whether each is learned.
+        digest: SHA-256 over the examples as read, hex.
+        generated: Held-out examples, calls of tools as the template writes them.
     """
 
     listing: TextListing
@@ -32,6 +38,9 @@ class LmTask:
     source: str
     notes: tuple[str, ...]
     sample: str
+    tokens: tuple[tuple[str, bool], ...]
+    digest: str
+    generated: list[TextExample]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -55,8 +64,8 @@ class LmTask:
 
     @property
     def test(self) -> list[TextExample]:
-        """Held-out examples."""
-        return self.listing.test
+        """Held-out examples, with answers as they are generated."""
+        return self.generated
 
     @property
     def train_size(self) -> int:
@@ -78,31 +87,105 @@ class LmTask:
         """What differs from the recorded held-out examples, if anything."""
         return self.listing.change
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the examples, hex."""
-        return self.listing.digest
-
 
 def read_lm_task(request: DataRequest, encoder: Encoder, reporter: Reporter) -> LmTask:
     """Read, validate and tokenise a task's examples.
 
     Raises:
-        DataError: The data is missing, malformed or of another kind.
+        DataError: The data is missing, malformed or of another kind, or tokenizer or template refuse it.
     """
     listing = list_texts(request)
+    reading = _Reading(encoder, listing.style, listing.labels, request.skip_bad)
     wanted = [] if request.test_only else listing.train
-    train = [
-        encoder.encode(one, listing.style, listing.labels) for one in reporter.track(wanted, "Tokenising", len(wanted))
-    ]
-    notes = [*listing.notes]
-    for part in ("prompt", "answer"):
+    pairs = [pair for one in reporter.track(wanted, "Tokenising", len(wanted)) for pair in reading.learned(one)]
+    test = listing.test
+    if not request.test_only or request.skip_bad:
+        test = [one for one in test if reading.accepts(one)]
+    generated = [replace(one, answer=encoder.body(one)) if one.last and one.last.more else one for one in test]
+    if wanted and not pairs:
+        raise DataError(f"No example is left: {reading.bad[0]}")
+    train = [encoded for _, encoded in pairs]
+    used = replace(listing, train=[one for one, _ in pairs] if wanted else listing.train, test=test)
+    notes = (
+        *listing.notes,
+        *reading.notes(),
+        *_cut_notes(train, encoder),
+        *_template_notes(used, len(wanted), encoder),
+    )
+    first = pairs[0][0] if pairs else None
+    sample = "" if first is None else _shortened(encoder.show(first, listing.style, listing.labels))
+    tokens = () if first is None else tuple(encoder.tokens(first, listing.style, listing.labels))
+    return LmTask(used, train, _source(request), notes, sample, tokens, listing.digest, generated)
+
+
+@dataclass
+class _Reading:
+    """Tokenises examples one by one, and counts those that cannot be."""
+
+    encoder: Encoder
+    style: str
+    labels: tuple[str, ...]
+    skip_bad: bool
+    bad: list[str] = field(default_factory=list)
+
+    def learned(self, one: TextExample) -> list[tuple[TextExample, Encoded]]:
+        """Return what is learned of a record: itself, or a chat's turns; nothing for a bad one that is skipped."""
+        try:
+            with placed(one.where):
+                parts = self.encoder.template.divided(one, self.encoder.learn) if self.style == "chat" else [one]
+            return [(part, self.encoder.encode(part, self.style, self.labels)) for part in parts]
+        except DataError as error:
+            if not self.skip_bad:
+                raise
+            self.bad.append(str(error))
+            return []
+
+    def accepts(self, one: TextExample) -> bool:
+        """True when an example can be tokenised; a bad one is skipped or refused."""
+        try:
+            self.encoder.encode(one, self.style, self.labels)
+        except DataError as error:
+            if not self.skip_bad:
+                raise
+            self.bad.append(str(error))
+            return False
+        return True
+
+    def notes(self) -> list[str]:
+        """Return a line on what was skipped."""
+        return [f"{len(self.bad)} bad examples were skipped, such as {self.bad[0]}"] if self.bad else []
+
+
+def _cut_notes(train: Sequence[Encoded], encoder: Encoder) -> list[str]:
+    notes = []
+    parts = {"prompt": "prompt cut", "answer": "answer cut", "turns": "oldest messages left out"}
+    for part, done in parts.items():
         count = sum(one.cut == part for one in train)
         if count:
-            cut = f"{count} of {len(train)} training examples: {part} cut to fit {encoder.max_length} tokens"
+            cut = f"{count} of {len(train)} training examples: {done} to fit {encoder.max_length} tokens"
             notes.append(f"{cut} (--max-length, or the model's context).")
-    sample = _shortened(encoder.show(wanted[0], listing.style, listing.labels)) if wanted else ""
-    return LmTask(listing, train, _source(request), tuple(notes), sample)
+    return notes
+
+
+def _template_notes(listing: TextListing, records: int, encoder: Encoder) -> list[str]:
+    """Say what of a chat is learned otherwise than its data and template would have one think."""
+    if not encoder.stop_ids:
+        return ["The model names no token that ends an answer: what it writes is cut at the longest answer's length."]
+    if listing.style != "chat" or not encoder.has_template:
+        return []
+    form, notes = encoder.template.form, []
+    if form.only_asked:
+        opened = form.only_asked.replace("\n", "\\n")
+        notes.append(
+            f"The chat template opens '{opened}' where a turn is to be written; finished turns lack it: left out."
+        )
+    if not form.end:
+        notes.append(f"The chat template ends no turn; '{encoder.tokenizer.eos_token}' is learned as the end.")
+    if not encoder.template.takes_system and any(one.system for one in listing.train or listing.test):
+        notes.append("The chat template takes no system prompt: it opens the user's first message instead.")
+    if records and len(listing.train) > records:
+        notes.append(f"{records} chats are learned as {len(listing.train)} examples, one for each answer.")
+    return notes
 
 
 def _shortened(text: str) -> str:

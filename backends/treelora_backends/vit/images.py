@@ -114,6 +114,7 @@ class ImageTask:
     sample: str
     change: Change | None = None
     metric: str = "accuracy"
+    tokens: tuple[tuple[str, bool], ...] = ()
 
     @property
     def held_out(self) -> tuple[str, ...]:

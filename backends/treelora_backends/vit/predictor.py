@@ -25,8 +25,10 @@ from treelora_backends.vit.single import SingleNetwork
 from treelora_backends.vit.trunk import Cut
 from treelora_cli.backend import adapters
 from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score
+from treelora_cli.data.examples import Turn
 from treelora_cli.data.images import open_image
 from treelora_cli.data.paths import existing
+from treelora_cli.errors import DataError
 from treelora_cli.heads.ridge import LinearHead
 
 if TYPE_CHECKING:
@@ -99,12 +101,19 @@ class VitPredictor:
         for rows in own.split(images_at_once(self.device)):
             yield pictures.pixels[rows].to(self.device), pictures.labels[rows].to(self.device)
 
-    def predict(self, inputs: Sequence[str]) -> list[Prediction]:
-        """Answer image files."""
+    def predict(self, inputs: Sequence[str | Sequence[Turn]]) -> list[Prediction]:
+        """Answer image files.
+
+        Raises:
+            DataError: Messages of a chat, or a file that is no image.
+        """
+        names = [name for name in inputs if isinstance(name, str)]
+        if len(names) < len(inputs):
+            raise DataError("This project's backend is vit: give image files. --messages and --system are for chats.")
         answers = []
         count = images_at_once(self.device)
-        for start in range(0, len(inputs), count):
-            chunk = [existing(Path(name)) for name in inputs[start : start + count]]
+        for start in range(0, len(names), count):
+            chunk = [existing(Path(name)) for name in names[start : start + count]]
             pixels = [self.base.preprocessing.to_pixels(open_image(path.read_bytes(), str(path))) for path in chunk]
             images = torch.stack([torch.from_numpy(picture) for picture in pixels]).to(self.device)
             scores, asked = self.class_scores(self.base.preprocessing.normalise(images))

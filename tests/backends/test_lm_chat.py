@@ -1,0 +1,377 @@
+"""Chats as models' templates write them: what is read, what is learned, where an answer ends."""
+
+import json
+
+import numpy as np
+import pytest
+from treelora_backends.causal_lm.batches import collate
+from treelora_backends.causal_lm.memory import system_of
+from treelora_backends.causal_lm.render import Encoder
+from treelora_backends.causal_lm.task import read_lm_task
+
+from tests.tiny_lm import TEMPLATE, load, save_model, small_tokenizer
+from treelora_cli.app import run_command
+from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.runtime import Silent
+from treelora_cli.data.examples import TextExample, Turn, chat_example
+from treelora_cli.errors import DataError, ModelError
+from treelora_cli.project import Project
+
+IM = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}"
+    "<|Assistant|>{{ m.content.split('</think>')[-1] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ZEPHYR_NO_END = (
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+
+
+def tokenizer_of(template, *special, end="</s>"):
+    tokenizer = small_tokenizer(template)
+    tokenizer.add_special_tokens({"eos_token": end, "additional_special_tokens": list(special)})
+    return tokenizer
+
+
+def encoder_of(template, *special, learn="all", max_length=256):
+    tokenizer = tokenizer_of(template, *special)
+    return Encoder(tokenizer, max_length, [tokenizer.eos_token_id], learn=learn)
+
+
+def chat(*contents, system=None):
+    roles = ("user", "assistant")
+    turns = [Turn(roles[index % 2], content) for index, content in enumerate(contents)]
+    return chat_example("c:1", [*([Turn("system", system)] if system else []), *turns[:-1]], turns[-1])
+
+
+def parts(encoder, example):
+    """Return the prompt and every learned part as text."""
+    shown = encoder.show(example, "chat", ())
+    prompt, *rest = shown.split("[[")
+    return prompt, [part.split("]]")[0] for part in rest]
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "prompt", "learned"),
+    [
+        (IM, ["<|im_start|>", "<|im_end|>"], "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Ho<|im_end|>"),
+        (
+            GEMMA,
+            ["<start_of_turn>", "<end_of_turn>"],
+            "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+            "Ho<end_of_turn>",
+        ),
+        (PHI, [], "<|user|>\nHi<|end|>\n<|assistant|>\n", "Ho<|end|>"),
+        (LLAMA2, ["<s>"], "<s>[INST] Hi [/INST]", " Ho </s>"),
+        (R1, ["<|User|>", "<|Assistant|>"], "<|User|>Hi<|Assistant|>", "Ho<|end|>"),
+        (
+            QWEN3,
+            ["<|im_start|>", "<|im_end|>"],
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+            "<think>\n\n</think>\n\nHo<|im_end|>",
+        ),
+        (ZEPHYR_NO_END, [], "### user:\nHi\n### assistant:\n", "Ho</s>"),
+        (None, [], "User: Hi\nAssistant:", " Ho</s>"),
+    ],
+)
+def test_what_the_template_writes_after_an_answer_is_learned(template, special, prompt, learned):
+    assert parts(encoder_of(template, *special), chat("Hi", "Ho")) == (prompt, [learned])
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "end"),
+    [
+        (IM, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
+        (GEMMA, ["<end_of_turn>"], "<end_of_turn>"),
+        (PHI, [], "<|end|>"),
+    ],
+)
+def test_generation_stops_at_the_templates_end_and_at_the_models(template, special, end):
+    encoder = encoder_of(template, *special)
+    assert encoder.stop_ids == tuple(encoder.tokenizer.convert_tokens_to_ids([end, "</s>"]))
+
+
+def test_an_opened_think_is_not_opened_again():
+    encoder = encoder_of(R1, "<|User|>", "<|Assistant|>")
+    assert parts(encoder, chat("Hi", "<think>\nWell.</think>Ho")) == ("<|User|>Hi<|Assistant|>", ["Ho<|end|>"])
+    keeps = R1.replace("m.content.split('</think>')[-1]", "m.content")
+    encoder = encoder_of(keeps, "<|User|>", "<|Assistant|>")
+    prompt, learned = parts(encoder, chat("Hi", "<think>\nWell.</think>Ho"))
+    assert (prompt, learned) == ("<|User|>Hi<|Assistant|>", ["<think>\nWell.</think>Ho<|end|>"])
+    assert encoder.prompt_text(chat("Hi", "Ho"), "chat", ()) == prompt
+
+
+def test_every_turn_of_the_assistant_is_learned_or_the_last():
+    example = chat("Hi", "Ho", "And?", "Yes", system="Be kind.")
+    opening = "<|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>"
+    assert parts(encoder_of(TEMPLATE), example) == (opening, ["Ho<|end|>", "Yes<|end|>"])
+    before = f"{opening}Ho<|end|><|user|>And?<|end|><|assistant|>"
+    assert parts(encoder_of(TEMPLATE, learn="last"), example) == (before, ["Yes<|end|>"])
+
+
+def test_only_learned_tokens_are_labelled():
+    encoder = encoder_of(TEMPLATE)
+    one = encoder.encode(chat("Hi", "Ho", "And?", "Yes"), "chat", ())
+    labelled = collate([one], 0)
+    ids = np.concatenate([one.prompt, one.answer])
+    wanted = [token for token, learned in encoder.tokens(chat("Hi", "Ho", "And?", "Yes"), "chat", ()) if learned]
+    assert "".join(wanted) == "Ho<|end|>Yes<|end|>"
+    assert encoder.tokenizer.decode(labelled.targets.tolist()) == "Ho<|end|>Yes<|end|>"
+    assert [int(ids[column + 1]) for column in labelled.columns] == labelled.targets.tolist()
+    assert one.longest == max(len(encoder.tokenizer(text)["input_ids"]) for text in ("Ho<|end|>", "Yes<|end|>"))
+
+
+def test_a_message_of_weight_zero_is_not_learned():
+    example = chat("Hi", "Ho", "And?", "Yes")
+    turns = (example.turns[0], Turn("assistant", "Ho", learned=False), example.turns[2])
+    silent = TextExample("", "Hi", "Yes", turns, example.last)
+    assert parts(encoder_of(TEMPLATE), silent)[1] == ["Yes<|end|>"]
+
+
+def test_turns_that_are_rewritten_later_are_examples_of_their_own():
+    encoder = encoder_of(QWEN3, "<|im_start|>", "<|im_end|>")
+    example = chat("Hi", "Ho", "And?", "Yes")
+    assert encoder.template.pieces(example, "all") is None
+    first, second = encoder.template.divided(example, "all")
+    opening = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert parts(encoder, first) == (opening, ["<think>\n\n</think>\n\nHo<|im_end|>"])
+    later = f"{opening}Ho<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    assert parts(encoder, second) == (later, ["<think>\n\n</think>\n\nYes<|im_end|>"])
+    assert len(encoder_of(None).template.divided(example, "all")) == 2
+
+
+def test_what_stands_before_every_answer_is_no_part_of_the_answer():
+    encoder = encoder_of(QWEN3, "<|im_start|>", "<|im_end|>")
+    written = encoder.tokenizer("<think>\n\n</think>\n\nParis")["input_ids"]
+    assert encoder.decode(written, "chat") == "Paris"
+    assert encoder.body(chat("Hi", "Paris")) == "Paris"
+
+
+@pytest.mark.parametrize("template", [GEMMA, R1.replace("{% else %}", "{% elif m.role == 'assistant' %}"), LLAMA2])
+def test_a_system_prompt_that_is_not_taken_opens_the_first_message(template):
+    encoder = encoder_of(template, "<start_of_turn>", "<end_of_turn>", "<s>", "<|User|>", "<|Assistant|>")
+    assert not encoder.template.takes_system
+    prompt, learned = parts(encoder, chat("Hi", "Ho", system="Be kind."))
+    assert prompt == parts(encoder, chat("Be kind.\n\nHi", "Ho"))[0]
+    assert "Be kind.\n\nHi" in prompt
+    assert len(learned) == 1
+
+
+def test_a_long_chat_loses_its_oldest_turns():
+    encoder = encoder_of(TEMPLATE, max_length=64)
+    one = encoder.encode(chat("What colour is it? " * 9, "red", "And?", "Yes", system="Be kind."), "chat", ())
+    assert encoder.tokenizer.decode(one.prompt.tolist()) == (
+        "<|system|>Be kind.<|end|><|user|>And?<|end|><|assistant|>"
+    )
+    assert (one.cut, encoder.tokenizer.decode(one.answer.tolist())) == ("turns", "Yes<|end|>")
+
+
+TOOLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_calls_of_tools_are_learned_with_or_without_the_templates_help():
+    calls = json.dumps({"tool_calls": [{"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}]})
+    example = chat_example("", [Turn("user", "1?")], Turn("assistant", "", calls))
+    assert parts(encoder_of(TOOLS), example)[1] == ['<call>sum {"a": 1}</call><|end|>']
+    assert encoder_of(TOOLS).body(example) == '<call>sum {"a": 1}</call>'
+    plain = parts(encoder_of(TEMPLATE), example)
+    assert plain == ("<|user|>1?<|end|><|assistant|>", ['{"name": "sum", "arguments": {"a": 1}}<|end|>'])
+
+
+def test_code_keeps_its_indentation():
+    encoder = encoder_of(None)
+    one = encoder.encode(TextExample("", "def f():\n", "    return 1\n"), "plain", ())
+    assert encoder.tokenizer.decode(one.answer.tolist()) == "    return 1\n</s>"
+    assert encoder.decode(one.answer.tolist()) == "    return 1"
+    assert encoder.decode(encoder.tokenizer(" green")["input_ids"]) == "green"
+
+
+# -- data that tokenizer or template refuse -------------------------------------------------------
+
+
+def written(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("a\ud800b", "d.jsonl:2: the tokenizer refuses this text"), ("a <|call|>", r"d.jsonl:2: holds '<\|call\|>'")],
+)
+def test_text_that_the_tokenizer_refuses_is_named(tmp_path, prompt, message):
+    tokenizer = tokenizer_of(None)
+    embedded = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    encoder = Encoder(tokenizer, 64, [tokenizer.eos_token_id], vocabulary=embedded)
+    rows = [{"prompt": "hi", "answer": f"word {n}"} for n in range(3)]
+    rows[1]["prompt"] = prompt
+    path = written(tmp_path / "d.jsonl", *rows)
+    with pytest.raises(DataError, match=message):
+        read_lm_task(DataRequest(path, held_out=0.0), encoder, Silent())
+    task = read_lm_task(DataRequest(path, held_out=0.0, skip_bad=True), encoder, Silent())
+    assert (len(task.train), len(task.listing.train)) == (2, 2)
+    assert task.notes[0].startswith("1 bad examples were skipped")
+
+
+def test_a_held_out_text_that_is_refused_is_named_before_training(tmp_path):
+    good = written(tmp_path / "train.jsonl", *[{"prompt": "hi", "answer": f"word {n}"} for n in range(3)])
+    bad = written(tmp_path / "val.jsonl", {"prompt": "\ud800", "answer": "word"})
+    with pytest.raises(DataError, match=r"val.jsonl:1: the tokenizer refuses"):
+        read_lm_task(DataRequest(good, val=bad), encoder_of(None), Silent())
+
+
+def test_messages_that_the_template_refuses_are_named(tmp_path):
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('Begin with the user') }}{% endif %}" + TEMPLATE
+    rows = [
+        {"messages": [{"role": r, "content": "x"} for r in roles]}
+        for roles in (("user", "assistant"), ("assistant",) * 2)
+    ]
+    with pytest.raises(DataError, match=r"d.jsonl:2: the model's chat template refuses .* \(Begin with the user\)"):
+        read_lm_task(DataRequest(written(tmp_path / "d.jsonl", *rows), held_out=0.0), encoder_of(strict), Silent())
+
+
+@pytest.mark.parametrize(
+    ("template", "added", "message"),
+    [
+        (None, {"tokens": ["colourful"]}, r"writes token \d+ \('colourful'\), the model embeds \d+"),
+        (TEMPLATE + "<|more|>", {"special": ["<|more|>"]}, r"writes token \d+ \('<\|more\|>'\)"),
+    ],
+)
+def test_a_tokenizer_beyond_the_embedding_is_found_at_once(tmp_path, template, added, message):
+    folder = save_model(tmp_path / "m", "llama", template)
+    tokenizer = small_tokenizer(template)
+    tokenizer.add_tokens(added.get("tokens", []))
+    tokenizer.add_special_tokens({"additional_special_tokens": added.get("special", [])})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=message):
+        load(folder)
+
+
+def test_special_tokens_beyond_the_embedding_that_nothing_uses_are_harmless(tmp_path):
+    folder = save_model(tmp_path / "m", "llama", TEMPLATE)
+    tokenizer = small_tokenizer(TEMPLATE)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(DataError, match=r"c:1: holds '<image>'"):
+        load(folder).encoder.encode(chat("Hi <image>", "Ho"), "chat", ())
+
+
+# -- the whole job --------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return run_command([str(one) for one in arguments])
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Two chats that differ in their system prompt alone, learned to the letter; a model with ends of its own."""
+    root = tmp_path_factory.mktemp("chat")
+    model = save_model(root / "m", "llama", TEMPLATE)
+    tokenizer = small_tokenizer(TEMPLATE)
+    (model / "generation_config.json").write_text('{"eos_token_id": 3}')
+    tokenizer.save_pretrained(model)
+    for name, system, answers in (("kind", "Be kind.", "red green"), ("rude", "Be rude.", "sad bad")):
+        rows = [
+            {
+                "messages": [
+                    {"role": "system", "content": system},
+                    {"role": "user", "content": f"{w}?"},
+                    {"role": "assistant", "content": a},
+                ]
+            }
+            for w, a in zip(("apple", "grass"), answers.split(), strict=True)
+        ] * 12
+        written(root / f"{name}.jsonl", *rows)
+    fast = ["--epochs", "10", "--lr", "0.01", "--batch-size", "8", "--dropout", "0", "--blocks", "0"]
+    assert run("init", root / "p", "--backend", "causal-lm", "--model", model, *fast) == 0
+    settings = root / "p" / "treelora.yaml"
+    settings.write_text(settings.read_text().replace("closed: solved", "closed: likelihood"))
+    for name in ("kind", "rude"):
+        assert run("-C", root / "p", "train-task", root / f"{name}.jsonl") == 0
+    return root / "p"
+
+
+def predictions(capsys, *arguments):
+    capsys.readouterr()
+    assert run("--json", *arguments) == 0
+    return json.loads(capsys.readouterr().out)["predictions"]
+
+
+def test_a_system_prompt_tells_the_task(project, capsys):
+    kind, rude = (
+        predictions(capsys, "-C", project, "predict", "apple?", "--system", f"Be {w}.")[0] for w in ("kind", "rude")
+    )
+    assert (kind["output"], kind["task"]) == ("red", "kind")
+    assert (rude["output"], rude["task"]) == ("sad", "rude")
+
+
+def test_a_task_is_asked_with_its_own_system_prompt(project):
+    memory = Project.open(project).memory()
+    assert [system_of(task) for task in memory.tasks] == ["Be kind.", "Be rude."]
+    base = load(project.parent / "m")
+    predictor = base.predictor(memory, "routed")
+    asked = predictor._with_system(TextExample("", "apple?", ""), 1)
+    assert asked.turns == (Turn("system", "Be rude."), Turn("user", "apple?"))
+    given = TextExample("", "apple?", "", (Turn("system", "Be kind."), Turn("user", "apple?")))
+    assert predictor._with_system(given, 1) is given
+
+
+def test_messages_are_answered(project, tmp_path, capsys):
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([{"role": "system", "content": "Be rude."}, {"role": "user", "content": "grass?"}]))
+    found = predictions(capsys, "-C", project, "predict", "--messages", path)
+    assert [(one["input"], one["output"], one["task"]) for one in found] == [("grass?", "bad", "rude")]
+
+
+def test_what_cannot_be_asked(project, tmp_path, capsys):
+    path = written(tmp_path / "chat.jsonl", [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
+    assert run("-C", project, "predict") == 2
+    assert run("-C", project, "predict", "x", "--system", " ") == 2
+    assert run("-C", project, "predict", "--messages", path, "--system", "x") == 2
+    assert run("-C", project, "predict", "--messages", tmp_path / "none.json") == 4
+    assert run("-C", project, "predict", "--system", "x", "word " * 300) == 4
+    assert "has system prompts of its own" in capsys.readouterr().err
+
+
+def test_the_export_stops_where_answers_end(project, tmp_path):
+    assert run("-C", project, "export", tmp_path / "out", "--no-verify") == 0
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [0, 3]
+
+
+def test_a_dry_run_shows_the_first_example_token_by_token(project, capsys):
+    capsys.readouterr()
+    data = project.parent / "kind.jsonl"
+    assert run("--json", "-v", "-C", project, "train-task", data, "--name", "x", "--dry-run") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "".join(one["text"] for one in found["tokens"] if one["learned"]) in ("red<|end|>", "green<|end|>")
+    assert found["sample"].startswith("<|system|>Be kind.<|end|><|user|>")

@@ -1,0 +1,213 @@
+"""Records by the names that people give their columns."""
+
+import json
+
+import pytest
+
+from treelora_cli.backend.contract import DataRequest
+from treelora_cli.data.chats import read_chats
+from treelora_cli.data.examples import Turn, shared_system
+from treelora_cli.data.text import list_texts
+from treelora_cli.errors import DataError
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Return the first example, the style and the notes of records."""
+
+    def listing(*records, **request):
+        path = tmp_path / "d.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        found = list_texts(DataRequest(path, held_out=0.0, **request))
+        return found.train[0], found.style, found.notes
+
+    return listing
+
+
+SQUAD = {"text": ["Rome", "the city of Rome", "Rome"], "answer_start": [0, 4, 9]}
+
+
+@pytest.mark.parametrize(
+    ("record", "style", "prompt", "answer"),
+    [
+        ({"instruction": "Sum up.", "input": "A b c.", "output": "Abc."}, "plain", "Sum up.\n\nA b c.", "Abc."),
+        ({"instruction": "Say hi.", "input": "", "output": "Hi."}, "plain", "Say hi.", "Hi."),
+        ({"instruction": "Who?", "context": "It was Ann.", "response": "Ann"}, "plain", "Who?\n\nIt was Ann.", "Ann"),
+        ({"question": "Two?", "answer": "2"}, "plain", "Two?", "2"),
+        ({"context": "In Rome.", "question": "Where?", "answers": SQUAD}, "plain", "In Rome.\n\nWhere?", "Rome"),
+        ({"passage": "It is.", "question": "Is it?", "answer": True}, "plain", "It is.\n\nIs it?", "True"),
+        (
+            {"question": "Sky?", "choices": {"text": ["red", "blue"], "label": ["A", "B"]}, "answerKey": "B"},
+            "plain",
+            "Sky?\nA. red\nB. blue",
+            "B",
+        ),
+        ({"question": "Sky?", "choices": ["red", "blue"], "answer": 1}, "plain", "Sky?\nA. red\nB. blue", "B"),
+        ({"prompt": "Hi", "completion": "Ho"}, "plain", "Hi", "Ho"),
+    ],
+)
+def test_prompts_and_answers_by_name(read, record, style, prompt, answer):
+    one, found, notes = read(record)
+    assert (found, one.prompt, one.answer) == (style, prompt, answer)
+    assert notes == ()
+
+
+def test_several_answers_are_as_right_as_the_first(read):
+    one, _, _ = read({"question": "Where?", "context": "In Rome.", "answers": SQUAD})
+    assert one.others == ("the city of Rome",)
+
+
+def test_pairs_of_sentences_have_labels(read):
+    one, style, _ = read(
+        {"premise": "A dog runs.", "hypothesis": "It moves.", "label": "yes"},
+        {"premise": "A dog runs.", "hypothesis": "It sits.", "label": "no"},
+    )
+    assert (style, one.prompt, one.answer) == ("labels", "premise: A dog runs.\nhypothesis: It moves.", "yes")
+
+
+def test_conversations_of_from_and_value(read):
+    one, style, _ = read(
+        {
+            "conversations": [
+                {"from": "system", "value": "Be kind."},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Hello"},
+                {"from": "human", "value": "Bye"},
+                {"from": "gpt", "value": "Farewell"},
+            ]
+        }
+    )
+    assert style == "chat"
+    assert [turn.role for turn in one.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert (one.prompt, one.answer, one.system) == ("Hi\nHello\nBye", "Farewell", "Be kind.")
+
+
+def test_prompt_and_completion_as_messages(read):
+    one, style, _ = read(
+        {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Ho"}]}
+    )
+    assert (style, one.turns, one.answer) == ("chat", (Turn("user", "Hi"),), "Ho")
+
+
+def test_instructions_with_system_and_history_are_chats(read):
+    record = {"instruction": "And 3?", "input": "", "output": "9", "system": "Square.", "history": [["2?", "4"]]}
+    one, style, _ = read(record)
+    assert style == "chat"
+    assert [(turn.role, turn.content) for turn in one.messages] == [
+        ("system", "Square."),
+        ("user", "2?"),
+        ("assistant", "4"),
+        ("user", "And 3?"),
+        ("assistant", "9"),
+    ]
+
+
+CALL = {"type": "function", "function": {"name": "sum", "arguments": '{"a": 1}'}}
+
+
+def test_calls_of_tools_with_empty_content(read):
+    one, _, _ = read(
+        {
+            "messages": [
+                {"role": "user", "content": "1?"},
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": "1"},
+                {"role": "assistant", "content": "It is 1."},
+            ],
+            "tools": [{"type": "function", "function": {"name": "sum"}}],
+        }
+    )
+    called = one.turns[1].fields()
+    assert called["tool_calls"][0]["function"] == {"name": "sum", "arguments": {"a": 1}}
+    assert called["content"] == ""
+    assert json.loads(one.tools)[0]["function"]["name"] == "sum"
+    assert one.answer == "It is 1."
+
+
+def test_parts_of_a_message_and_weights(read):
+    one, _, _ = read(
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]},
+                {"role": "assistant", "content": "No", "weight": 0},
+                {"role": "user", "content": "Well?"},
+                {"role": "assistant", "content": "Yes", "weight": 1},
+            ]
+        }
+    )
+    assert one.turns[0].content == "Hi you"
+    assert [turn.learned for turn in one.messages] == [True, False, True, True]
+
+
+def test_text_that_is_not_used_is_named(read):
+    record = {"instruction": "Sum up.", "input": "A b c.", "output": "Abc.", "id": 7, "topic": "abc"}
+    _, _, notes = read(record, columns={"instruction": "prompt", "output": "answer"})
+    assert notes == ("Read: prompt, answer. Not used, though there is text in it: input, topic.",)
+    _, _, notes = read(record)
+    assert notes == ("Read: instruction, input, output. Not used, though there is text in it: topic.",)
+
+
+def test_the_hash_of_a_chat_with_its_systems_words_is_that_of_before(tmp_path):
+    turns = [{"role": r, "content": c} for r, c in (("system", "Be kind."), ("user", "Hi"), ("assistant", "Ho"))]
+    path = tmp_path / "d.jsonl"
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 2)
+    found = list_texts(DataRequest(path, held_out=0.0))
+    assert found.digest == "442e70a2719527ce692210e34ed6665e65336586f88f729f476bd7059c19b8b7"
+    assert shared_system(found.train) == "Be kind."
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"question": "Who?", "answers": []}, "'answers' holds no answer"),
+        ({"question": "Who?", "choices": ["a", "b"], "answer": 2}, "answer 2 is none of the choices A, B"),
+        ({"instruction": "Do.", "input": 3, "output": "x"}, "'input' is not text but int"),
+        ({"conversations": [{"from": "robot", "value": "x"}] * 2}, "role 'robot' is not one of"),
+        ({"messages": "[{"}, "'messages' is invalid JSON"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]},
+            "a message holds image_url; only text can be read",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "x"},
+                    {"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]},
+                ]
+            },
+            "the arguments of a call are invalid JSON",
+        ),
+    ],
+)
+def test_records_that_fit_no_shape_are_refused_with_their_line(read, record, message):
+    with pytest.raises(DataError, match=f"d.jsonl:1: {message}"):
+        read(record)
+
+
+def test_chats_that_wait_for_an_answer(tmp_path):
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    turns = [Turn("system", "Be kind."), Turn("user", "Hi")]
+    one, several, lines = (tmp_path / name for name in ("one.json", "several.json", "lines.jsonl"))
+    one.write_text(json.dumps({"messages": chat}))
+    several.write_text(json.dumps([chat, chat]))
+    lines.write_text(f"{json.dumps(chat)}\n\n{json.dumps({'messages': chat})}\n")
+    assert read_chats(one) == [turns]
+    assert read_chats(several) == read_chats(lines) == [turns, turns]
+    one.write_text(json.dumps(chat))
+    assert read_chats(one) == [turns]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "c.json: expected a list of messages"),
+        ('[{"role": "assistant", "content": "x"}]', "c.json: the last message is by 'assistant'"),
+        ("x", "c.json:1: invalid JSON"),
+        ("", "holds no messages"),
+    ],
+)
+def test_files_without_a_chat_to_answer(tmp_path, text, message):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_chats(path)
