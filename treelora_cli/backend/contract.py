@@ -468,7 +468,11 @@ class Base(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A model family, registered on the entry-point group ``treelora.backends``."""
+    """A model family, registered on the entry-point group ``treelora.backends``.
+
+    A class attribute ``gpu_dtype`` names the type in which a new project's base is held on a GPU where the user says
+    nothing; without it, and on a CPU, the backend's usual type.
+    """
 
     name: str
 

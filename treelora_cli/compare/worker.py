@@ -34,7 +34,7 @@ from treelora_cli.compare.results import write_result
 from treelora_cli.compare.runs import Run
 from treelora_cli.config import AdapterConfig, Config, TrainConfig, load_config, overlay, resolve
 from treelora_cli.errors import UsageError
-from treelora_cli.learning.opening import load_base
+from treelora_cli.learning.opening import held_in, load_base
 from treelora_cli.learning.provenance import peak_bytes, versions
 from treelora_cli.learning.stream import PlannedTask, StreamRequest, plan_stream, run_stream
 from treelora_cli.learning.trainer import Trainer, TrainSettings
@@ -235,7 +235,8 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
     entry = CONTENDERS[run.variant.method]
     head = choose_head(run.variant.method, getattr(backend, "contender_heads", ()), backend.name)
     config = contender_config(run, resolve(run.flags, recipe, backend.defaults()), head)
-    config = dataclasses.replace(config, base=backend.resolve_base(config.base, offline=runtime.offline))
+    resolved = backend.resolve_base(config.base, offline=runtime.offline)
+    config = dataclasses.replace(config, base=held_in(backend, resolved, runtime))
     tasks = plan_stream(request)
     base = load_base(backend, config, runtime)
     watch = MemoryWatch(runtime)

@@ -39,7 +39,7 @@ def make_project(root: Path, flags: Config, recipe_text: str | None, source: str
     given = overlay(flags, recipe)
     backend = load_backend(given.backend or "vit")
     config = resolve(flags, recipe, backend.defaults())
-    resolved = backend.resolve_base(config.base, offline=runtime.offline)
+    resolved = held_in(backend, backend.resolve_base(config.base, offline=runtime.offline), runtime)
     config = dataclasses.replace(config, backend=backend.name, base=resolved)
     base = load_base(backend, config, runtime)
     record = {
@@ -51,6 +51,14 @@ def make_project(root: Path, flags: Config, recipe_text: str | None, source: str
     }
     text = recipe_text if recipe_text is not None and flags == Config() else to_yaml(config, _HEADING)
     return Project.create(root, text, backend=backend.name, base=record, fixed=fixed_settings(config))
+
+
+def held_in(backend: Backend, base: BaseConfig, runtime: Runtime) -> BaseConfig:
+    """Return a new project's base with the type that it is held in: the user's choice, or the backend's on a GPU."""
+    dtype: str | None = getattr(backend, "gpu_dtype", None)
+    if base.dtype is not None or dtype is None or runtime.device.type != "cuda":
+        return base
+    return dataclasses.replace(base, dtype=dtype)
 
 
 def project_config(project: Project, flags: Config) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from treelora_backends.causal_lm.answers import Known
 from treelora_backends.causal_lm.contenders import make_contender
 from treelora_backends.causal_lm.export import check_export, load_line, write_adapter, write_merged
-from treelora_backends.causal_lm.loading import choose_layers, load_model, load_tokenizer, resolve, source_of
+from treelora_backends.causal_lm.loading import choose_layers, files_of, load_model, load_tokenizer, resolve, source_of
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.render import Encoder
@@ -20,7 +21,7 @@ from treelora_backends.causal_lm.router import FeatureReader
 from treelora_backends.causal_lm.session import LmSession
 from treelora_backends.causal_lm.task import LmTask, read_lm_task
 from treelora_cli.backend import adapters
-from treelora_cli.backend.fingerprint import hash_parameters
+from treelora_cli.backend.fingerprint import hash_parameters, identity
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig
 from treelora_cli.data.examples import TextExample
 from treelora_cli.errors import ModelError
@@ -38,6 +39,7 @@ class CausalLmBackend:
 
     name = "causal-lm"
     contender_heads = ("answer", "routed")
+    gpu_dtype = "bfloat16"
 
     def defaults(self) -> Config:
         """Return the paper's rank, scale and depth, and what measured best for the rest."""
@@ -59,7 +61,9 @@ class CausalLmBackend:
         tokenizer = load_tokenizer(config.base, offline=runtime.offline)
         layers = choose_layers(model, str(config.base.model), config.adapter)
         _check_vocabulary(model, tokenizer, str(config.base.model))
-        fingerprint = hash_parameters(model)
+        fingerprint = identity(
+            files_of(str(config.base.model)), _loaded_as(config.base), lambda: hash_parameters(model)
+        )
         adapter = config.adapter
         assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
         rank, alpha, dropout = adapter.rank, adapter.alpha, adapter.dropout
@@ -153,6 +157,12 @@ class CausalLmBase:
     ) -> ExportCheck:
         """Reload ``out`` with stock transformers or PEFT and compare."""
         return check_export(self, memory, out, task, [(name, cast("LmTask", data)) for name, data in held_out])
+
+
+def _loaded_as(base: BaseConfig) -> dict[str, object]:
+    """Return all that decides what a model's files are loaded as."""
+    libraries = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {"backend": "causal-lm", "dtype": base.dtype or "float32", "model_args": base.model_args, **libraries}
 
 
 def _context_of(model: Any) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from treelora_backends.causal_lm.network.network import blocks_of
 from treelora_backends.causal_lm.own_code import refuse_kernels, refuse_own_code
+from treelora_cli.backend.fingerprint import all_finite
 from treelora_cli.config import AdapterConfig, BaseConfig
 from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.locations import lasting
@@ -90,6 +91,22 @@ def source_of(model: str) -> Source:
     return Source(str(path.parent), path.name) if path.suffix == ".gguf" else Source(model, None)
 
 
+def files_of(model: str) -> list[Path]:
+    """Return the local files that decide a resolved model's weights; none for one that is not here."""
+    source = source_of(model)
+    if source.gguf:
+        return [Path(model)]
+    folder = Path(source.name)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model, "config.json")
+        if not isinstance(cached, str):
+            return []
+        folder = Path(cached).parent
+    return sorted(one for one in folder.iterdir() if one.suffix in (".safetensors", ".json"))
+
+
 # -- loading --------------------------------------------------------------------------------------
 
 
@@ -112,11 +129,11 @@ def load_tokenizer(base: BaseConfig, *, offline: bool) -> Any:
 
 
 def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: str | None = None) -> nn.Module:
-    """Load the model, dense, in evaluation mode, on the CPU unless it is quantised.
+    """Load the model, dense unless it is quantised, in evaluation mode.
 
     Args:
         base: The resolved choice.
-        device: Where a 4-bit model is put.
+        device: Weights go straight there where it is a GPU, unless they are unpacked from a GGUF file.
         offline: Never ask the network.
         dtype: Instead of the base's own; never quantised then.
 
@@ -137,6 +154,8 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
         options["dtype"] = getattr(torch, chosen)
     if source.gguf:
         options |= _dequantized()
+    elif device.type == "cuda" and chosen != "nf4":
+        options["device_map"] = {"": torch.device("cuda", torch.cuda.current_device())}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name, output_loading_info=True, trust_remote_code=False, **options
@@ -149,7 +168,7 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
         raise ModelError(f"{base.model} lacks {len(missing)} weights, such as '{missing[0]}'.")
     if source.gguf:
         drop_quantizer(model)
-    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.is_floating_point()):
+    if not all_finite(model):
         raise ModelError(f"{base.model} holds weights that are not finite.")
     return cast("nn.Module", model.eval())
 

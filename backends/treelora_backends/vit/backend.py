@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,12 +14,12 @@ from torch import nn
 from treelora_backends.vit.contenders.heads import make_contender
 from treelora_backends.vit.export import check_export, write_adapter, write_merged
 from treelora_backends.vit.images import ImageTask, Preprocessing, make_preprocessing, read_image_task
-from treelora_backends.vit.loading import check_model_name, choose_layers, create_vit, existing_weights
+from treelora_backends.vit.loading import check_model_name, choose_layers, create_vit, existing_weights, files_of
 from treelora_backends.vit.predictor import VitPredictor
 from treelora_backends.vit.session import VitSession
 from treelora_backends.vit.trunk import Trunk
 from treelora_cli.backend import adapters
-from treelora_cli.backend.fingerprint import hash_parameters
+from treelora_cli.backend.fingerprint import hash_parameters, identity
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig
 from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.locations import lasting
@@ -62,7 +63,7 @@ class VitBackend:
         """Load the base and attach an adapter slot."""
         vit = create_vit(config.base, offline=runtime.offline)
         layers = choose_layers(vit, config)
-        fingerprint = hash_parameters(vit)
+        fingerprint = identity(files_of(config.base), _loaded_as(config.base), lambda: hash_parameters(vit))
         preprocessing = make_preprocessing(vit, config.base.preprocess)
         adapter = config.adapter
         assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
@@ -73,6 +74,12 @@ class VitBackend:
         trunk = Trunk(vit, int(layers[0].split(".")[1]), config.head.blocks)
         _check_adapters_act(network, trunk, layers, preprocessing, runtime)
         return VitBase(network, layers, fingerprint, trunk, preprocessing, config, runtime)
+
+
+def _loaded_as(base: BaseConfig) -> dict[str, object]:
+    """Return all that decides what a model's files are loaded as."""
+    libraries = {name: metadata.version(name) for name in ("torch", "timm")}
+    return {"backend": "vit", "model": base.model, "model_args": base.model_args, **libraries}
 
 
 class VitBase:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from treelora_cli.backend.fingerprint import all_finite
 from treelora_cli.config import BaseConfig, Config
 from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.locations import lasting
@@ -37,6 +38,13 @@ def existing_weights(path: Path) -> Path:
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: only .safetensors weights are read, nothing is ever unpickled. Convert it first.")
     return lasting(path)
+
+
+def files_of(base: BaseConfig) -> list[Path]:
+    """Return the local files that decide a resolved model's weights; none for weights that timm fetches."""
+    folder = EMBEDDED if base.model == "embedded" else Path(str(base.model))
+    own = sorted(one for one in folder.iterdir() if one.suffix in (".safetensors", ".json")) if folder.is_dir() else []
+    return own if base.weights is None else [*own, Path(base.weights)]
 
 
 def check_model_name(model: str, weights: str | None, offline: bool) -> None:
@@ -94,7 +102,7 @@ def create_vit(base: BaseConfig, *, offline: bool) -> nn.Module:
         raise ModelError(f"{base.model} {reason}. Pass --model PATH or --weights FILE.") from error
     if base.weights is not None:
         _load_weights(vit, Path(base.weights))
-    if not all(bool(p.isfinite().all()) for p in vit.parameters()):
+    if not all_finite(vit):
         source = base.model if base.weights is None else Path(base.weights).name
         raise ModelError(f"{source} holds weights that are not finite.")
     if not isinstance(getattr(vit, "blocks", None), nn.Sequential | nn.ModuleList):
