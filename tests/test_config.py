@@ -204,7 +204,9 @@ def test_flags_name_the_option_when_out_of_range() -> None:
     )
     with pytest.raises(ConfigError, match=r"^--batch-size: 'batch_size' must be at least 1; got 0\.$"):
         from_flags(train__batch_size=0)
-    with pytest.raises(ConfigError, match=r"^--search: 'search' is one of lcb, flat, exhaustive, random; got 'lbc'"):
+    with pytest.raises(
+        ConfigError, match=r"^--search: 'search' is one of lcb, cold, flat, exhaustive, random; got 'lbc'"
+    ):
         from_flags(tree__search="lbc")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, Union, cast
@@ -17,24 +16,11 @@ from typing import Any, TypeVar, Union, cast
 import yaml
 
 from treelora_cli.errors import ConfigError, suggest
+from treelora_cli.fields import check_range, coerce
+from treelora_cli.fields import setting as _setting
 
 T = TypeVar("T")
 _NULL = "tag:yaml.org,2002:null"
-
-
-def _setting(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """Declare one field with its meaning (unit included) and its range."""
-    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -172,6 +158,8 @@ class Config:
     tree: TreeConfig = field(default_factory=TreeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    backend_settings: dict[str, Any] = _setting({}, "settings that the backend declares")
+    method_settings: dict[str, Any] = _setting({}, "settings that the method declares")
     stream: StreamConfig = field(default_factory=StreamConfig)
 
 
@@ -319,39 +307,6 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (Union, types.UnionType)
 
 
-def coerce(wanted: type, value: Any, key: str, where: str) -> Any:
-    """Return ``value`` as ``wanted`` when nothing is lost by it, else raise ``ConfigError``."""
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if wanted is float and isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-3 as text
-        except ValueError:
-            pass
-    if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if type(value) is wanted:
-        return value
-    raise ConfigError(f"{where}: '{key}' needs {wanted.__name__}, got {value!r}.")
-
-
-def check_range(kind: type[Any], key: str, value: Any, where: str) -> None:
-    """Raise ``ConfigError`` when ``value`` is outside what the field ``key`` of ``kind`` allows."""
-    metadata: Mapping[str, Any] = next(spec.metadata for spec in dataclasses.fields(kind) if spec.name == key)
-    choices, low, high = metadata.get("choices"), metadata.get("low"), metadata.get("high")
-    if value is None:
-        return
-    if choices and value not in choices:
-        hint = suggest(str(value), choices)
-        raise ConfigError(f"{where}: '{key}' is one of {', '.join(choices)}; got {value!r}{hint}.")
-    if isinstance(value, float) and value != value:
-        raise ConfigError(f"{where}: '{key}' is not a number.")
-    too_low = low is not None and value < low
-    if too_low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{where}: '{key}' must be {bounds}; got {value}.")
-
-
 def from_flags(**sections: Any) -> Config:
     """Build the uppermost level from command-line values, ``None`` where a flag was not given.
 
@@ -380,7 +335,7 @@ def to_yaml(config: Config, heading: str) -> str:
         if spec.name == "stream":
             continue
         if not dataclasses.is_dataclass(value):
-            if value is not None:
+            if value not in (None, {}):
                 lines.append(_yaml_line(spec, value, ""))
             continue
         inner = [

@@ -36,6 +36,7 @@ def compare(
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
     precision: options.Precision = None,
+    settings: options.Set = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory of results and projects; by default named like the recipe.")
     ] = None,
@@ -61,6 +62,7 @@ def compare(
     from treelora_cli.compare.runs import plan_runs
     from treelora_cli.config import from_flags
     from treelora_cli.learning.recipes import find_recipe
+    from treelora_cli.settings import add_set
 
     session = session_of(context)
     path = find_recipe(recipe).absolute()
@@ -71,6 +73,7 @@ def compare(
         train__batch_size=batch_size,
         train__precision=precision,
     )
+    flags = add_set(flags, settings)
     runs = plan_runs(
         _split(methods),
         _numbers(seeds),

@@ -43,6 +43,7 @@ def init(
     inference: options.Inference = None,
     budget: options.Budget = None,
     seed: options.Seed = None,
+    settings: options.Set = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe to take settings from: a file or a shipped name.")] = None,
     device: options.Device = None,
 ) -> None:
@@ -50,6 +51,7 @@ def init(
     from treelora_cli.config import from_flags
     from treelora_cli.learning.opening import make_project
     from treelora_cli.learning.recipes import find_recipe
+    from treelora_cli.settings import add_set
 
     session = session_of(context)
     flags = from_flags(
@@ -77,6 +79,7 @@ def init(
         train__batch_size=batch_size,
         head__width=head_width,
     )
+    flags = add_set(flags, settings)
     path = None if recipe is None else find_recipe(recipe)
     text = None if path is None else path.read_text(encoding="utf-8")
     project = make_project(directory, flags, text, path.name if path else "", session.runtime(device))

@@ -20,6 +20,10 @@ Update = Annotated[str | None, typer.Option(help="Eq. 3 as a subgradient term or
 Precision = Annotated[str | None, typer.Option(help="auto (measured), fp32 or bf16.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 Budget = Annotated[int | None, typer.Option(help="Most adapters kept; beyond, the nearest are merged. 0: no limit.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting of treelora.yaml, such as train.lr=0.01."),
+]
 Val = Annotated[Path | None, typer.Option(help="Held-out data, when it lies elsewhere.")]
 Mapping = Annotated[list[str] | None, typer.Option("--map", metavar="SRC=DST", help="Read column SRC as DST.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Most held-out examples per class or task.")]

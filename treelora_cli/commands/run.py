@@ -38,12 +38,14 @@ def run(
     budget: options.Budget = None,
     precision: options.Precision = None,
     seed: options.Seed = None,
+    settings: options.Set = None,
     device: options.Device = None,
 ) -> None:
     """Make a project and learn every task of RECIPE in order."""
     from treelora_cli.config import from_flags
     from treelora_cli.learning.recipes import find_recipe
     from treelora_cli.learning.stream import StreamRequest
+    from treelora_cli.settings import add_set
 
     session = session_of(context)
     path = find_recipe(recipe)
@@ -63,6 +65,7 @@ def run(
         train__update=update,
         train__precision=precision,
     )
+    flags = add_set(flags, settings)
     root = directory or session.directory or Path(path.stem)
     request = StreamRequest(path, root, data, flags, limit, resume)
     project, reports = run_and_report(session, request, device)

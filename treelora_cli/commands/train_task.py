@@ -50,15 +50,17 @@ def train_task(
         int | None, typer.Option(min=0, help="Most memory for activations kept over epochs; beyond, a file.")
     ] = None,
     device: options.Device = None,
+    settings: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted task.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, sample and memory; learn nothing.")] = False,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Score every task afterwards.")] = True,
 ) -> None:
     """Learn one more task from DATA and commit it. The earlier tasks' data is not needed."""
     from treelora_cli.backend.contract import DataRequest
-    from treelora_cli.config import from_flags
+    from treelora_cli.config import BaseConfig, from_flags
     from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.learning.task import learn_task
+    from treelora_cli.settings import add_set
 
     session = session_of(context)
     flags = from_flags(
@@ -76,6 +78,9 @@ def train_task(
         train__keep_mib=keep_mib,
         tree__search=search,
     )
+    flags = add_set(flags, settings)
+    if flags.base != BaseConfig():
+        raise UsageError("The base model is chosen when a project is made. Make another: treelora init DIR --model ...")
     project = session.project()
     if resume:
         chosen, request = _interrupted(project, data, name)

@@ -23,8 +23,9 @@ from typing import Any
 import yaml
 
 from treelora_cli import __version__
-from treelora_cli.config import Config, coerce, from_flags, overlay, to_dict
+from treelora_cli.config import Config, from_flags, overlay, to_dict
 from treelora_cli.errors import UsageError, suggest
+from treelora_cli.fields import coerce
 from treelora_cli.methods.catalogue import OURS, check_method
 
 _CONTENDERS_OWN = ("adapter.", "train.", "head.width")

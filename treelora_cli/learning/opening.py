@@ -12,9 +12,10 @@ from treelora_cli.backend.contract import Backend, Base
 from treelora_cli.backend.registry import load_backend
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
-from treelora_cli.errors import ConfigError, ModelError, ProjectError
+from treelora_cli.errors import ConfigError, ModelError, ProjectError, UsageError
 from treelora_cli.project import Project
 from treelora_cli.project.project import check_new_directory
+from treelora_cli.settings import check_own, fixed_own, given_settings
 
 _RUNS_CODE = {"trust_remote_code", "code_revision", "auto_map", "use_kernels", "allow_all_kernels", "kernel_config"}
 """Arguments that make transformers run a repository's own code, or kernels that it fetches."""
@@ -50,7 +51,7 @@ def make_project(root: Path, flags: Config, recipe_text: str | None, source: str
         "given": dataclasses.asdict(recipe.base if flags == Config() else resolved),
     }
     text = recipe_text if recipe_text is not None and flags == Config() else to_yaml(config, _HEADING)
-    return Project.create(root, text, backend=backend.name, base=record, fixed=fixed_settings(config))
+    return Project.create(root, text, backend=backend.name, base=record, fixed=fixed_settings(config, backend))
 
 
 def held_in(backend: Backend, base: BaseConfig, runtime: Runtime) -> BaseConfig:
@@ -63,6 +64,7 @@ def held_in(backend: Backend, base: BaseConfig, runtime: Runtime) -> BaseConfig:
 
 def project_config(project: Project, flags: Config) -> Config:
     """Return the settings in force: flags over ``treelora.yaml`` over what the project was made with."""
+    _refuse_fixed(project, flags)
     written = project.config()
     backend = load_backend(project.state.backend)
     config = resolve(flags, overlay(written, _fixed_config(project.state.fixed)), backend.defaults())
@@ -70,6 +72,17 @@ def project_config(project: Project, flags: Config) -> Config:
     unchanged = dataclasses.asdict(written.base) == recorded["given"]
     base = BaseConfig(**recorded["resolved"]) if unchanged else config.base
     return dataclasses.replace(config, backend=project.state.backend, base=base)
+
+
+def _refuse_fixed(project: Project, flags: Config) -> None:
+    """Raise ``UsageError`` when the command line gives what a project was made with, and gives it otherwise."""
+    made_with = {"backend": project.state.backend, **project.state.fixed}
+    for name, value in given_settings(flags).items():
+        if name in made_with and value != made_with[name]:
+            raise UsageError(
+                f"'{name}' is {made_with[name]} since this project was made, and cannot become {value}."
+                " Make a new project: treelora init DIR."
+            )
 
 
 def open_base(project: Project, config: Config, runtime: Runtime) -> Base:
@@ -93,6 +106,7 @@ def load_base(backend: Backend, config: Config, runtime: Runtime) -> Base:
         ConfigError: A model argument would run code.
         ModelError: The weights would be unpickled, are missing, or do not fit.
     """
+    check_own(getattr(backend, "own_settings", None), config.backend_settings, "backend_settings", backend.name)
     refused = sorted(_RUNS_CODE & set(config.base.model_args))
     if refused:
         raise ConfigError(f"model argument '{refused[0]}' is not allowed: code that comes with a model is never run.")
@@ -134,14 +148,15 @@ def _fixed_config(fixed: dict[str, Any]) -> Config:
     for key, value in fixed.items():
         section, _, name = key.rpartition(".")
         if section:
-            part = dataclasses.replace(getattr(config, section), **{name: value})
+            part: Any = getattr(config, section)
+            part = {**part, name: value} if isinstance(part, dict) else dataclasses.replace(part, **{name: value})
             config = dataclasses.replace(config, **{section: part})
         else:
             config = dataclasses.replace(config, **{name: value})
     return config
 
 
-def fixed_settings(config: Config) -> dict[str, Any]:
+def fixed_settings(config: Config, backend: Backend) -> dict[str, Any]:
     """Return the settings that every stored adapter and statistic depends on."""
     return {
         "seed": config.seed,
@@ -153,6 +168,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         "head.width": config.head.width,
         "head.blocks": config.head.blocks,
         "head.merged": config.head.merged,
+        **fixed_own(getattr(backend, "own_settings", None), config.backend_settings, "backend_settings"),
     }
 
 

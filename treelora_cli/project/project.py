@@ -136,7 +136,7 @@ class Project:
         for key, value in self.state.fixed.items():
             section, _, name = key.rpartition(".")
             part = getattr(config, section) if section else config
-            given = getattr(part, name)
+            given = part.get(name) if isinstance(part, dict) else getattr(part, name)
             if given is not None and given != value:
                 raise ConfigError(
                     f"{_CONFIG}: '{name}' is {given} but this project was made with {value}."
