@@ -89,8 +89,8 @@ def train_task(
             raise UsageError("train-task needs DATA: an image folder, a manifest or a table.")
         chosen = _task_name(name, data)
         request = DataRequest(
-            path=data.absolute(),
-            val=None if val is None else val.absolute(),
+            path=lasting(data),
+            val=None if val is None else lasting(val),
             classes=None if classes is None else tuple(part.strip() for part in classes.split(",")),
             data_format=data_format,
             columns=parse_pairs(columns, "--map"),

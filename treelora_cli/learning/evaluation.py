@@ -55,7 +55,8 @@ def read_held_out(
     for name, record in records.items():
         request = dataclasses.replace(DataRequest.from_json(record["data"]), recorded=Recorded.from_task(record, limit))
         if places and name in places:
-            request = dataclasses.replace(request, path=lasting(places[name]))
+            here = lasting(places[name])
+            request = dataclasses.replace(request, path=here, known_as=request.known_as or request.path)
         try:
             data = base.read_task(request)
             change = data.change

@@ -86,7 +86,7 @@ def task_request(task: StreamTask, stream: StreamConfig, data: Path, *, seed: in
         return own if limit is None else min(limit, own or limit)
 
     return DataRequest(
-        path=data / task.path if task.path else data,
+        path=lasting(data / task.path) if task.path else data,
         classes=task.classes,
         metric=task.metric or stream.metric,
         train_limit=capped(stream.train_limit),

@@ -18,7 +18,7 @@ from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.own_code import refuse_own_code
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import ExportCheck, TaskMemory
+from treelora_cli.backend.contract import ExportCheck, TaskMemory, rounded_scores
 from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.backend.contract import ExportOptions, Memory
 
-_TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}
-"""Allowed logit difference; logits are of the order of 10 and half precision keeps 3 or 2 digits."""
+_EXACT = 1e-3
+"""Allowed logit difference between networks in float32; logits are of the order of 10."""
+_OF_ROUNDING = 4.0
+"""Allowed difference where another type takes part, as a multiple of what that type does to the base alone."""
 _CHECKED_PROMPTS, _CHECKED_EXAMPLES = 8, 64
 _TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the answer?"
 
@@ -115,23 +117,59 @@ def check_export(
     base: CausalLmBase, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, LmTask]]
 ) -> ExportCheck:
     """Reload an export with stock code and compare logits and scores with the model in memory."""
-    weights = merged_adapter(memory) if task is None else _task(memory, task).adapter()
     base.network.eval()
+    batch = _prompts(base, memory, held_out)
+    written = _written_type(base, out, task)
+    rounding = _rounding(base, batch, written)
+    weights = merged_adapter(memory) if task is None else _task(memory, task).adapter()
     adapters.write_slot(base.network, weights)
     reloaded = LmNetwork(_reloaded(base, out, task).to(base.runtime.device))
-    batch = _prompts(base, memory, held_out)
-    place = torch.arange(len(batch.ids), device=batch.ids.device)
-    with torch.no_grad():
-        here, there = (lm.logits_at(batch, place, batch.lengths - 1) for lm in (base.lm, reloaded))
-    dtype = next(reloaded.model.parameters()).dtype if task is None else torch.float32
+    difference = _difference(_last_logits(base.lm, batch), _last_logits(reloaded, batch))
     answerers = [Answerer(lm, base.encoder, base.runtime) for lm in (base.lm, reloaded)]
-    scores = {}
+    scores, counts = {}, []
     for name, data in held_out:
         known = _task(memory, name)
         some = data.test[:_CHECKED_EXAMPLES]
+        counts.append(len(some))
         sums = [one.score_sum(some, manner_of(known), known.metric) for one in answerers]
         scores[name] = (sums[0][0] / max(1.0, sums[0][1]), sums[1][0] / max(1.0, sums[1][1]))
-    return ExportCheck(float((here - there).abs().max()), _TOLERANCES.get(dtype, 1.0), scores)
+    if rounding is None:
+        return ExportCheck(difference, _EXACT, scores)
+    return ExportCheck(difference, max(_EXACT, _OF_ROUNDING * rounding), scores, rounded_scores(counts))
+
+
+def _written_type(base: CausalLmBase, out: Path, task: str | None) -> str:
+    """Return the type that the export's network is held in."""
+    if task is not None:
+        return base.config.base.dtype or "float32"
+    return str(json.loads((out / "config.json").read_text(encoding="utf-8")).get("dtype", "float32"))
+
+
+def _rounding(base: CausalLmBase, batch: Batch, written: str) -> float | None:
+    """Return how far the base's own logits move in the types at hand, without any adapter; ``None``: all is float32."""
+    own = base.config.base.dtype or "float32"
+    if own == written == "float32":
+        return None
+    stock: Any = load_model(base.config.base, base.runtime.device, offline=base.runtime.offline, dtype="float32")
+    stock = stock.to(base.runtime.device)
+    exact, moved = _last_logits(LmNetwork(stock), batch), 0.0
+    if own != "float32":
+        adapters.write_slot(base.network, adapters.reference_point(base.network, base.layers, base.scale, 0))
+        moved += _difference(_last_logits(base.lm, batch), exact)
+    if written in ("float16", "bfloat16"):
+        moved += _difference(_last_logits(LmNetwork(stock.to(getattr(torch, written))), batch), exact)
+    return moved
+
+
+def _last_logits(lm: LmNetwork, batch: Batch) -> Tensor:
+    """Return the logits after each prompt, (B, V) float32."""
+    rows = torch.arange(len(batch.ids), device=batch.ids.device)
+    with torch.no_grad():
+        return lm.logits_at(batch, rows, batch.lengths - 1).float()
+
+
+def _difference(ones: Tensor, others: Tensor) -> float:
+    return float((ones - others).abs().max())
 
 
 def _reloaded(base: CausalLmBase, out: Path, task: str | None) -> nn.Module:

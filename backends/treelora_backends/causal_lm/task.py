@@ -193,6 +193,6 @@ def _shortened(text: str) -> str:
 
 
 def _source(request: DataRequest) -> str:
-    record = request.to_json()
+    record = {**request.to_json(), "path": str(request.known_as or request.path)}
     place = [record[key] for key in ("path", "val", "classes", "data_format", "columns")]
     return hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()
