@@ -149,6 +149,7 @@ class Config:
     """Everything in ``treelora.yaml`` or a recipe."""
 
     backend: str | None = _setting(None, "registered model family, such as vit")
+    method: str | None = _setting(None, "registered method that runs in a project, such as treelora")
     seed: int | None = _setting(None, "seed of every random choice", low=0, high=2**31 - 1)
     inference: str | None = _setting(None, "how a prediction is made", choices=("routed", "latest", "merged"))
     budget: int | None = _setting(None, "most adapters kept; 0 means no limit", low=0)
@@ -165,6 +166,7 @@ class Config:
 
 DEFAULTS = Config(
     backend="vit",
+    method="treelora",
     seed=0,
     inference="routed",
     budget=0,

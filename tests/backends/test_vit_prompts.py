@@ -30,7 +30,7 @@ from treelora_cli.backend import adapters
 from treelora_cli.compare.worker import Contest
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig, resolve
 from treelora_cli.errors import ModelError
-from treelora_cli.methods.catalogue import CONTENDERS
+from treelora_cli.methods.catalogue import load_method
 
 POOL = L2PSettings(pool=4, chosen=2, length=3)
 PAIR = DualPromptSettings(general_blocks=(0,), expert_length=4, expert_blocks=(1,))
@@ -74,7 +74,7 @@ def prompts_of(base: VitBase, method: str, seed: int = 0) -> PromptedVit:
 
 def contest_of(base: VitBase, config: Config, method: str) -> tuple[Contest, PromptContender]:
     model = PromptContender(base, prompts_of(base, method))
-    return Contest(base, model, CONTENDERS[method].make(2), config, base.runtime), model
+    return Contest(base, model, load_method(method).make(), config, 2, base.runtime), model
 
 
 def task(seed: int, classes: int = 2, count: int = 32) -> ImageTask:

@@ -18,7 +18,7 @@ from treelora_cli.compare.runs import Run, parse_variant, plan_runs
 from treelora_cli.compare.worker import MemoryWatch, contender_config
 from treelora_cli.config import Config, from_flags
 from treelora_cli.errors import Interrupted, ProjectError, UsageError
-from treelora_cli.methods.catalogue import CONTENDERS
+from treelora_cli.methods.catalogue import load_method
 from treelora_cli.score_matrix import ScoreMatrix
 from treelora_cli.views.comparison import size
 
@@ -165,7 +165,7 @@ def test_weights_given_to_the_command_reach_every_process(
 @pytest.mark.parametrize(
     ("options", "code", "line"),
     [
-        (["--methods", "seqlor"], 2, "Unknown method 'seqlor' (did you mean 'seqlora'?). Known: treelora, seqlora"),
+        (["--methods", "seqlor"], 2, "Unknown method 'seqlor' (did you mean 'seqlora'?). Known: treelora, dualprompt"),
         (["--methods", "seqlora,seqlora"], 2, "--methods names 'seqlora' twice."),
         (["--methods", ","], 2, "--methods names nothing."),
         (["--methods", "treelora:regg=1"], 2, "unknown setting 'regg' (did you mean 'reg'?)"),
@@ -208,7 +208,7 @@ def test_a_job_file_holds_the_whole_run(recipe: Path, tmp_path: Path) -> None:
 def test_settings_are_the_rows_then_the_papers_then_the_recipes(recipe: Path, tmp_path: Path) -> None:
     given = from_flags(train__lr=0.01, head__width=64)
     settings = {
-        text: contender_config(run_of(recipe, tmp_path, text), given, CONTENDERS[text.partition(":")[0]].heads[0])
+        text: contender_config(run_of(recipe, tmp_path, text), given, load_method(text.partition(":")[0]).heads[0])
         for text in ("ranpac", "ranpac:width=99", "slca", "slca:lr=0.5", "seqlora:blocks=3")
     }
     assert settings["ranpac"].head.width == 10_000

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from treelora_cli.algorithm.tree import build_tree
 from treelora_cli.backend.adapters import AdapterWeights
 from treelora_cli.backend.contract import Learned
+from treelora_cli.config import Config, TrainConfig, resolve
 from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError
 from treelora_cli.learning.trainer import Trainer, TrainSettings, stop_on_signal
 from treelora_cli.methods import treelora
-from treelora_cli.methods.base import StepView
-from treelora_cli.methods.treelora import TreeLora, TreeLoraSettings
+from treelora_cli.methods.base import Past, StepView, TaskContext, Unprotected
+from treelora_cli.methods.treelora import TreeLora
 
 STEPS = 5
 Checkpoints = dict[int, dict[str, Tensor]]
@@ -77,30 +78,21 @@ class Toy:
         return Learned({}, dict, {})
 
 
-class Plain:
+class Plain(Unprotected):
     """Protects nothing; records the steps it saw."""
 
     def __init__(self) -> None:
         self.views: list[StepView] = []
 
-    def initial_adapter(self) -> AdapterWeights:
-        raise NotImplementedError
+    def begin(self, task: TaskContext) -> AdapterWeights:
+        return task.fresh
 
     def penalty(self, view: StepView, loss: Tensor) -> Tensor | None:
         self.views.append(view)
         return None
 
-    def before_step(self, view: StepView) -> None:
-        pass
-
     def after_step(self, view: StepView) -> None:
         assert self.views[-1] is view
-
-    def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
-        return {}, {}
-
-    def load_state(self, arrays: dict[str, np.ndarray[Any, Any]], facts: dict[str, Any]) -> None:
-        """Nothing to load."""
 
 
 def trainer_of(toy: Toy, method: Any = None, **changed: Any) -> Trainer:
@@ -121,8 +113,14 @@ def treelora_of(toy: Toy, *, reg: float = 0.5, update: str = "penalty") -> TreeL
     def earlier(index: int) -> AdapterWeights:
         return AdapterWeights(("x",), (torch.full((2, 3), index + 1.0),), (torch.full((4, 2), -1.0 - index),), 1.0)
 
-    chosen = TreeLoraSettings(reg=reg, update=update, warm_start="nearest", search="lcb", width="observed", seed=5)
-    return TreeLora(chosen, tree, queries, earlier(9), earlier)
+    config = resolve(Config(train=TrainConfig(reg=reg, update=update)), Config(), Config())
+    past = Past(tree, queries, earlier)
+    method = TreeLora()
+    start = method.begin(
+        TaskContext(3, nn.Module(), ("x",), toy.slot, 1.0, earlier(9), lambda _: iter(()), 5, config, past=past)
+    )
+    assert torch.equal(start.up[0], earlier(1).up[0])
+    return method
 
 
 # -- a step by hand ---------------------------------------------------------------------------------------
@@ -135,12 +133,13 @@ def test_one_adamw_step_with_the_penalty_by_hand() -> None:
     trainer.step = 2  # ramp 2/5, cosine at 2 of 15
     before = parameters_of(toy)
     batch = torch.arange(4)
+    view = StepView(2, 15, STEPS, 0.1, toy.slot)
+    target = method._targets(method.selected(method.bandit, view), view)[0]
 
     loss = toy.loss(batch)
     grads = torch.autograd.grad(loss, [toy.down, toy.up, toy.bias])
     trainer._take_step(batch)
 
-    target = method._targets[0]
     size = sum(float(part.abs().sum()) for part in target)
     pull = 0.5 * (2 / 5) * float(loss.detach()) / size
     own = [grads[0] + pull * (before[0] - target[0]).sign(), grads[1] + pull * (before[1] - target[1]).sign(), grads[2]]
@@ -165,7 +164,7 @@ def test_a_strong_pull_ends_at_the_selected_adapter() -> None:
     toy = Toy(dropout=0.0)
     method = treelora_of(toy, reg=1e4)
     trainer_of(toy, method, epochs=60, weight_decay=0.0, lr=0.1).run(lambda *_: None)
-    assert method.nearest() == 1
+    assert method.found().nearest == 1
     target = method._target(1, 0, torch.device("cpu"))
     assert float((toy.down.detach() - target[0]).abs().max()) < 0.2
     assert float((toy.up.detach() - target[1]).abs().max()) < 0.2
@@ -175,7 +174,7 @@ def test_the_proximal_update_leaves_entries_exactly_at_the_target() -> None:
     toy = Toy(dropout=0.0)
     method = treelora_of(toy, reg=20.0, update="prox")
     trainer_of(toy, method, epochs=40, weight_decay=0.0).run(lambda *_: None)
-    target = method._targets[0]
+    target = method._target(method.found().nearest, 0, torch.device("cpu"))
     assert int((toy.down == target[0]).sum() + (toy.up == target[1]).sum()) > 0
 
 
@@ -216,9 +215,11 @@ def test_a_search_that_runs_ahead_selects_what_one_step_by_step_does(
     slot = [(nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4, 2)))]
     for step in range(10):
         assert method.state()[1]["step_count"] == searched + step // ahead * ahead, "the state where it went ahead"
-        method.penalty(StepView(step, 10, 5, 0.1, slot), torch.ones(()))
-        task = int(alone.bandit.step(alone.queries[step % 4])[0])
-        assert torch.equal(method._targets[0][0], method._target(task, 0, torch.device("cpu"))[0])
+        view = StepView(step, 10, 5, 0.1, slot)
+        method.penalty(view, torch.ones(()))
+        expected = alone.bandit.step(alone.past.queries[step % 4])
+        for _ in range(2):
+            assert np.array_equal(method.selected(method.bandit, view), expected), "however often it is asked"
     assert method.state()[1] == alone.state()[1]
     for name, array in alone.state()[0].items():
         assert np.array_equal(method.state()[0][name], array), name

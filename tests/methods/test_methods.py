@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import SLOT, AdapterWeights
 from treelora_cli.errors import ModelError
-from treelora_cli.methods.base import Contender, StepView, TaskContext
+from treelora_cli.methods.base import Method, StepView, TaskContext
 from treelora_cli.methods.ewc import Ewc
 from treelora_cli.methods.gem import Gem, project
 from treelora_cli.methods.inflora import InfLora, Subspace, input_grams
@@ -46,11 +46,13 @@ class Two(nn.Module):
 class Problem:
     """A network with a slot, and regression tasks on it."""
 
-    def __init__(self, transposed: bool = False, dims: tuple[int, int, int] = (6, 5, 4), rank: int = 2) -> None:
+    def __init__(
+        self, transposed: bool = False, dims: tuple[int, int, int] = (6, 5, 4), rank: int = 2, tasks: int = 10
+    ) -> None:
         torch.manual_seed(0)
         self.network = adapters.attach(Two(transposed, dims), LAYERS, rank=rank, alpha=SCALE * rank, dropout=0.0)
         self.slot = adapters.slot_parameters(self.network, LAYERS)
-        self.dims = dims
+        self.dims, self.tasks = dims, tasks
 
     def fresh(self, seed: int) -> AdapterWeights:
         return adapters.reference_point(self.network, LAYERS, SCALE, seed)
@@ -68,12 +70,13 @@ class Problem:
 
     def task(self, index: int, losses: Callable[[int], Iterator[Tensor]] | None = None) -> TaskContext:
         losses = losses or self.losses(index)
-        return TaskContext(index, self.network, LAYERS, self.slot, SCALE, self.fresh(index), losses)
+        fresh = self.fresh(index)
+        return TaskContext(index, self.network, LAYERS, self.slot, SCALE, fresh, losses, tasks=self.tasks)
 
     def view(self, step: int = 0) -> StepView:
         return StepView(step, 10, 5, 0.05, self.slot)
 
-    def train(self, method: Contender, task: TaskContext, steps: int = 8) -> None:
+    def train(self, method: Method, task: TaskContext, steps: int = 8) -> None:
         """Begin, train with AdamW and weight decay as the trainer does, end."""
         adapters.write_slot(self.network, method.begin(task))
         optimizer = torch.optim.AdamW(self.flat(), lr=0.05, weight_decay=0.1)
@@ -113,7 +116,7 @@ def same(first: AdapterWeights, second: AdapterWeights) -> bool:
 
 
 @pytest.mark.parametrize("make", [SeqLora, Ewc, Ogd, Gem])
-def test_one_adapter_is_carried_on(make: Callable[[], Contender]) -> None:
+def test_one_adapter_is_carried_on(make: Callable[[], Method]) -> None:
     problem, method = Problem(), make()
     task = problem.task(0)
     assert same(method.begin(task), task.fresh)
@@ -177,7 +180,7 @@ def test_folding_refuses_quantised_weights() -> None:
 
 
 @pytest.mark.parametrize("make", [OLora, InfLora])
-def test_earlier_adapters_stay_in_force(make: Callable[[], Contender]) -> None:
+def test_earlier_adapters_stay_in_force(make: Callable[[], Method]) -> None:
     problem, method, x = Problem(), make(), torch.randn(3, 6)
     plain = problem.network(x)
     before_end: list[Tensor] = []
@@ -529,7 +532,7 @@ def test_a_subspace_holds_the_share_and_down_stays_out(seed: int, size: int, sha
 
 
 def test_down_is_orthogonal_to_earlier_inputs_and_bitwise_fixed() -> None:
-    problem, method = Problem(dims=(8, 9, 4)), InfLora(threshold=0.99, tasks=2)
+    problem, method = Problem(dims=(8, 9, 4), tasks=2), InfLora(threshold=0.99)
     axes = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))[0]
     first = problem.task(0, in_subspace(problem, axes[:, :3], seed=2))
     problem.train(method, first)
@@ -562,7 +565,7 @@ def test_down_is_orthogonal_to_earlier_inputs_and_bitwise_fixed() -> None:
 
 
 def test_the_share_rises_to_one_over_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, method = Problem(), InfLora(threshold=0.6, tasks=4, batches=1)
+    problem, method = Problem(tasks=4), InfLora(threshold=0.6, batches=1)
     shares = []
     widened = Subspace.widened
     monkeypatch.setattr(

@@ -53,19 +53,19 @@ def test_data_that_breaks_half_way_changes_nothing(
 def test_data_that_is_deleted_once_it_was_read_is_not_missed(
     cli: Cli, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from treelora_cli.learning.task import _Learner
+    from treelora_cli.learning import task
 
     twin = Path(shutil.copytree(project, tmp_path / "twin"))
     folder = make_images(tmp_path / "d", ["pink", "brown"])
     learn = ["train-task", folder, "--device", "cpu", "--precision", "fp32"]
     assert cli("-C", twin, *learn).code == 0
-    train = _Learner.train
+    train = task.train_task
 
-    def deleting(learner: _Learner, *arguments: Any) -> Any:
+    def deleting(*arguments: Any, **keywords: Any) -> Any:
         shutil.rmtree(folder)
-        return train(learner, *arguments)
+        return train(*arguments, **keywords)
 
-    monkeypatch.setattr(_Learner, "train", deleting)
+    monkeypatch.setattr(task, "train_task", deleting)
     assert cli("-C", project, *learn).code == 0
     assert learned_hashes(project) == learned_hashes(twin)
 

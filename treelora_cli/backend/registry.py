@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 from treelora_cli.backend.contract import Backend
+from treelora_cli.entry_points import registered
 from treelora_cli.errors import ModelError, UsageError, suggest
 
 GROUP = "treelora.backends"
@@ -12,19 +11,7 @@ GROUP = "treelora.backends"
 
 def backend_names() -> list[str]:
     """Names registered by any installed distribution, sorted, without importing a backend."""
-    return sorted(_entry_points())
-
-
-def _entry_points() -> dict[str, metadata.EntryPoint]:
-    found: dict[str, metadata.EntryPoint] = {}
-    for point in metadata.entry_points(group=GROUP):
-        known = found.get(point.name)
-        if known is not None and known.value != point.value:
-            raise UsageError(
-                f"Backend '{point.name}' is registered twice ({known.value} and {point.value}). Uninstall one of them."
-            )
-        found[point.name] = point
-    return found
+    return sorted(registered(GROUP, "Backend"))
 
 
 def load_backend(name: str) -> Backend:
@@ -34,7 +21,7 @@ def load_backend(name: str) -> Backend:
         UsageError: Unknown name (the known ones are listed), or the object does not meet the contract.
         ModelError: A package that the backend needs is not installed.
     """
-    points = _entry_points()
+    points = registered(GROUP, "Backend")
     if name not in points:
         known = ", ".join(sorted(points)) or "none installed"
         raise UsageError(f"Unknown backend '{name}'{suggest(name, points)}. Known: {known}.")

@@ -101,7 +101,7 @@ def check_stream(runs: list[Run], flags: Config) -> None:
     from treelora_cli.backend.registry import load_backend
     from treelora_cli.config import load_config, overlay, resolve
     from treelora_cli.learning.stream import StreamRequest, plan_stream
-    from treelora_cli.methods.catalogue import OURS, choose_head
+    from treelora_cli.methods.catalogue import choose_head, runs_in_project
 
     for run in runs:
         plan_stream(StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False))
@@ -110,7 +110,7 @@ def check_stream(runs: list[Run], flags: Config) -> None:
     backend = load_backend(name)
     backend.resolve_base(resolve(flags, recipe, backend.defaults()).base, offline=runs[0].offline)
     for run in runs:
-        if run.variant.method != OURS:
+        if not runs_in_project(run.variant.method):
             choose_head(run.variant.method, getattr(backend, "contender_heads", ()), name)
 
 

@@ -15,6 +15,7 @@ def init(
     context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to make; absent or empty.")],
     backend: Annotated[str | None, typer.Option(help="Model family: vit or causal-lm.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method of every task, as installed; by default treelora.")] = None,
     model: Annotated[
         str | None, typer.Option(help="timm name, hub id, local directory or GGUF file; none: the embedded ViT.")
     ] = None,
@@ -56,6 +57,7 @@ def init(
     session = session_of(context)
     flags = from_flags(
         backend=backend,
+        method=method,
         seed=seed,
         inference=inference,
         budget=budget,

@@ -26,7 +26,7 @@ from treelora_cli import __version__
 from treelora_cli.config import Config, from_flags, overlay, to_dict
 from treelora_cli.errors import UsageError, suggest
 from treelora_cli.fields import coerce
-from treelora_cli.methods.catalogue import OURS, check_method
+from treelora_cli.methods.catalogue import check_method, runs_in_project
 
 _CONTENDERS_OWN = ("adapter.", "train.", "head.width")
 """Settings that mean something to contenders begin so; the rest are TreeLoRA's."""
@@ -77,7 +77,7 @@ def _setting_named(key: str, method: str, text: str) -> tuple[str, type]:
     """Return the full name and the type of the one setting of a method that ``key`` names."""
     known = _settings()
     anywhere = [name for name in known if name == key or name.endswith(f".{key}")]
-    found = [name for name in anywhere if method == OURS or name.startswith(_CONTENDERS_OWN)]
+    found = [name for name in anywhere if runs_in_project(method) or name.startswith(_CONTENDERS_OWN)]
     if len(found) == 1:
         return found[0], known[found[0]]
     if anywhere and not found:
@@ -92,7 +92,7 @@ def _settings() -> dict[str, type]:
     """Return every scalar setting but those of the stream, the base and the seed, with its type."""
     found: dict[str, type] = {}
     for section, hint in typing.get_type_hints(Config).items():
-        if section in ("stream", "base", "seed", "backend"):
+        if section in ("stream", "base", "seed", "backend", "method"):
             continue
         if not dataclasses.is_dataclass(hint):
             found[section] = _scalar(hint)
@@ -209,8 +209,14 @@ def plan_runs(methods: Sequence[str], seeds: Sequence[int], **shared: Any) -> li
     if len(set(seeds)) < len(seeds) or not seeds:
         raise UsageError("--seeds needs one or more different numbers.")
     flags = shared.pop("flags")
+    of_project = {one.method: one.method if runs_in_project(one.method) else None for one in variants}
     return [
-        Run(one, seed, flags=overlay(Config(seed=seed), overlay(one.settings, flags)), **shared)
+        Run(
+            one,
+            seed,
+            flags=overlay(Config(seed=seed, method=of_project[one.method]), overlay(one.settings, flags)),
+            **shared,
+        )
         for seed in seeds
         for one in variants
     ]

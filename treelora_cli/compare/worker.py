@@ -4,10 +4,10 @@ A contender's task, in order; everything but the first and the last line counts 
 
     read data
     open the session, draw a fresh adapter, choose the arithmetic (first task)
-    strategy.begin -> slot -> Trainer -> strategy.end -> the head takes its statistics
+    train_session: strategy.begin -> slot -> Trainer -> strategy.end; the head takes its statistics
     score every task seen
 
-``treelora`` itself runs through a real project and the same trainer, kept beside the result.
+``treelora``, and any method that runs in a project, goes through a real one, kept beside the result.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic
 from treelora_cli.backend.registry import load_backend
@@ -37,17 +38,16 @@ from treelora_cli.errors import UsageError
 from treelora_cli.learning.opening import held_in, load_base
 from treelora_cli.learning.provenance import peak_bytes, versions
 from treelora_cli.learning.stream import PlannedTask, StreamRequest, plan_stream, run_stream
-from treelora_cli.learning.trainer import Trainer, TrainSettings
-from treelora_cli.methods.base import TaskContext
-from treelora_cli.methods.catalogue import CONTENDERS, OURS, choose_head
+from treelora_cli.learning.training import task_context, train_session
+from treelora_cli.methods.catalogue import choose_head, load_method, runs_in_project
 from treelora_cli.score_matrix import ScoreMatrix
 from treelora_cli.views.console import Output
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import Base, ContenderModel, DataRequest, Session, TaskData
+    from treelora_cli.backend.contract import Base, ContenderModel, DataRequest, TaskData
     from treelora_cli.learning.task import TaskReport
     from treelora_cli.learning.trainer import TrainReport
-    from treelora_cli.methods.base import Contender
+    from treelora_cli.methods.base import Method
 
 _NOT_TRAINING = ("read", "evaluate")
 
@@ -131,16 +131,18 @@ class Contest:
         model: Its network under the contender's head.
         strategy: The contender.
         config: Settings in force.
+        tasks: Length of the stream.
         runtime: Device and reporter.
     """
 
     def __init__(
-        self, base: Base, model: ContenderModel, strategy: Contender, config: Config, runtime: Runtime
+        self, base: Base, model: ContenderModel, strategy: Method, config: Config, tasks: int, runtime: Runtime
     ) -> None:
         self.base = base
         self.model = model
         self.strategy = strategy
         self.config = config
+        self.tasks = tasks
         self.runtime = runtime
         self.matrix = ScoreMatrix()
         self.seconds: dict[str, float] = {}
@@ -178,40 +180,18 @@ class Contest:
     def _train(self, data: Sequence[TaskData], config: Config) -> TrainReport:
         session = self.model.session(data, config)
         session.prepare()
-        context = self._context(session)
+        assert config.seed is not None
+        fresh_seed = seeds.of_task(config.seed, self._index)
+        context = task_context(self.base, session, config, self._index, fresh_seed)
         if self._index == 0:
             adapters.write_slot(self.base.network, context.fresh)
             trained = [*(up for _, up in context.slot), *session.parameters()]
-            wanted = str(self.config.train.precision)
-            choose_arithmetic(self.runtime, wanted, session, trained)
-        start = self.strategy.begin(context)
-        if start is not None:
-            adapters.write_slot(self.base.network, start)
-        slot = [] if start is None else context.slot
-        trainer = Trainer(session, self.strategy, slot, TrainSettings.of(config.train, self._seed()), self.runtime)
-        report = trainer.run(lambda _step, _tensors: None)
-        self.strategy.end(context)
+            choose_arithmetic(self.runtime, str(self.config.train.precision), session, trained)
+        context = dataclasses.replace(context, tasks=self.tasks)
+        report = train_session(session, self.strategy, context, self.runtime)
         self.model.learned()
         self._index += 1
         return report
-
-    def _context(self, session: Session) -> TaskContext:
-        assert self.config.adapter.rank is not None and self.config.adapter.alpha is not None
-        scale = self.config.adapter.alpha / self.config.adapter.rank
-        network, layers = self.base.network, self.base.layers
-        return TaskContext(
-            index=self._index,
-            network=network,
-            layers=layers,
-            slot=adapters.slot_parameters(network, layers),
-            scale=scale,
-            fresh=adapters.reference_point(network, layers, scale, self._seed()),
-            losses=session.probe_losses,
-        )
-
-    def _seed(self) -> int:
-        assert self.config.seed is not None
-        return self.config.seed * 10_007 + self._index
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -232,7 +212,7 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
     """Run a contender over the stream and return the result's record."""
     recipe = load_config(run.recipe)
     backend = load_backend(overlay(run.flags, recipe).backend or "vit")
-    entry = CONTENDERS[run.variant.method]
+    entry = load_method(run.variant.method)
     head = choose_head(run.variant.method, getattr(backend, "contender_heads", ()), backend.name)
     config = contender_config(run, resolve(run.flags, recipe, backend.defaults()), head)
     resolved = backend.resolve_base(config.base, offline=runtime.offline)
@@ -241,7 +221,7 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
     base = load_base(backend, config, runtime)
     watch = MemoryWatch(runtime)
     watch.start()
-    contest = Contest(base, base.contender(head, config), entry.make(len(tasks)), config, runtime)
+    contest = Contest(base, base.contender(head, config), entry.make(), config, len(tasks), runtime)
     for group in [tasks] if entry.at_once else [(task,) for task in tasks]:
         epochs = max((task.config(run.flags, config).train.epochs or 0) for task in group)
         contest.learn(group, overlay(Config(train=TrainConfig(epochs=epochs)), config))
@@ -265,7 +245,7 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
 
 def contender_config(run: Run, config: Config, head: str) -> Config:
     """Return a contender's settings: its row's own over its paper's over the recipe's; all blocks unless told."""
-    entry = CONTENDERS[run.variant.method]
+    entry = load_method(run.variant.method)
     own = run.variant.settings
     config = overlay(own, overlay(entry.settings, config))
     assert config.train.lr is not None
@@ -282,11 +262,11 @@ def perform(run: Run) -> None:
     started = time.perf_counter()
     runtime = open_runtime(run.device, offline=run.offline, reporter=Output(as_json=False, quiet=False))
     request = StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False)
-    if run.variant.method == OURS:
+    if runs_in_project(run.variant.method):
         _clear(request.root)
-    runner: Callable[[Run, StreamRequest, Runtime], dict[str, Any]]
-    runner = run_project if run.variant.method == OURS else run_contender
-    record = runner(run, request, runtime)
+        record = run_project(run, request, runtime)
+    else:
+        record = run_contender(run, request, runtime)
     total = round(time.perf_counter() - started, 3)
     write_result(run, {**record, "process_seconds": total, "device": runtime.device.type, "versions": versions()})
 

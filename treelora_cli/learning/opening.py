@@ -13,6 +13,7 @@ from treelora_cli.backend.registry import load_backend
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
 from treelora_cli.errors import ConfigError, ModelError, ProjectError, UsageError
+from treelora_cli.methods.catalogue import project_method
 from treelora_cli.project import Project
 from treelora_cli.project.project import check_new_directory
 from treelora_cli.settings import check_own, fixed_own, given_settings
@@ -40,6 +41,7 @@ def make_project(root: Path, flags: Config, recipe_text: str | None, source: str
     given = overlay(flags, recipe)
     backend = load_backend(given.backend or "vit")
     config = resolve(flags, recipe, backend.defaults())
+    project_method(str(config.method))
     resolved = held_in(backend, backend.resolve_base(config.base, offline=runtime.offline), runtime)
     config = dataclasses.replace(config, backend=backend.name, base=resolved)
     base = load_base(backend, config, runtime)
@@ -67,7 +69,7 @@ def project_config(project: Project, flags: Config) -> Config:
     _refuse_fixed(project, flags)
     written = project.config()
     backend = load_backend(project.state.backend)
-    config = resolve(flags, overlay(written, _fixed_config(project.state.fixed)), backend.defaults())
+    config = resolve(flags, overlay(written, _fixed_config(project.fixed)), backend.defaults())
     recorded = project.state.base
     unchanged = dataclasses.asdict(written.base) == recorded["given"]
     base = BaseConfig(**recorded["resolved"]) if unchanged else config.base
@@ -76,7 +78,7 @@ def project_config(project: Project, flags: Config) -> Config:
 
 def _refuse_fixed(project: Project, flags: Config) -> None:
     """Raise ``UsageError`` when the command line gives what a project was made with, and gives it otherwise."""
-    made_with = {"backend": project.state.backend, **project.state.fixed}
+    made_with = {"backend": project.state.backend, **project.fixed}
     for name, value in given_settings(flags).items():
         if name in made_with and value != made_with[name]:
             raise UsageError(
@@ -159,6 +161,7 @@ def _fixed_config(fixed: dict[str, Any]) -> Config:
 def fixed_settings(config: Config, backend: Backend) -> dict[str, Any]:
     """Return the settings that every stored adapter and statistic depends on."""
     return {
+        "method": config.method,
         "seed": config.seed,
         "adapter.rank": config.adapter.rank,
         "adapter.alpha": config.adapter.alpha,

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from treelora_cli import seeds
 from treelora_cli.backend.contract import Session
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import TrainConfig
@@ -63,14 +64,12 @@ class TrainReport:
     Attributes:
         steps: Optimizer steps taken, resumed ones included.
         seconds: Time in this process.
-        first_step_seconds: Time of the first step.
         last_loss: Mean task loss over the last epoch; ``None`` without steps.
         trained_parameters: Numbers that were trained; 0 without steps.
     """
 
     steps: int
     seconds: float
-    first_step_seconds: float
     last_loss: float | None
     trained_parameters: int
 
@@ -154,19 +153,17 @@ class Trainer:
             TreeLoraError: The loss is not finite.
         """
         started = time.perf_counter()
-        first = 0.0
         epoch_loss = torch.zeros((), device=self.runtime.device)
         with stop_on_signal() as stop:
             for batch in self.runtime.reporter.track(self._remaining(), "Training", self.total - self.step):
                 if self.step % self.session.steps_per_epoch == 0:
                     epoch_loss = torch.zeros_like(epoch_loss)
                 epoch_loss += self._guarded_step(batch)
-                first = first or time.perf_counter() - started
                 self._after(stop, save, epoch_loss)
         report_steps = max(1, min(self.total, self.session.steps_per_epoch))
         last = float(epoch_loss) / report_steps if self.total else None
         trained = sum(parameter.numel() for parameter in self.parameters) if self.total else 0
-        return TrainReport(self.step, time.perf_counter() - started, first, last, trained)
+        return TrainReport(self.step, time.perf_counter() - started, last, trained)
 
     def _remaining(self) -> Iterator[Any]:
         per_epoch = self.session.steps_per_epoch
@@ -188,7 +185,7 @@ class Trainer:
             ) from error
 
     def _take_step(self, batch: Any) -> Tensor:
-        torch.manual_seed(self.settings.seed * 1_000_003 + self.step)  # dropout
+        torch.manual_seed(seeds.of_step(self.settings.seed, self.step))  # dropout
         view = StepView(self.step, self.total, self.session.steps_per_epoch, self._lr(), self.slot)
         loss = self.session.loss(batch)
         penalty = self.method.penalty(view, loss)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from treelora_cli.methods.base import CALM, Entry
 from treelora_cli.methods.flat import loss_gradients, parameters_of
 from treelora_cli.methods.seqlora import SeqLora
 
@@ -67,3 +68,6 @@ class Ewc(SeqLora):
     def kept_bytes(self) -> int:
         """Return the bytes of the summed Fisher diagonal and of the weighted mean."""
         return sum(one.nbytes for one in (self._fisher, self._mean) if one is not None)
+
+
+EWC = Entry(Ewc, lr_share=CALM)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from scipy.optimize import nnls
 
+from treelora_cli.methods.base import CALM, Entry
 from treelora_cli.methods.flat import flat_gradient, loss_gradients, set_gradient
 from treelora_cli.methods.seqlora import SeqLora
 
@@ -66,6 +67,9 @@ class Gem(SeqLora):
     def kept_bytes(self) -> int:
         """Return the bytes of the memories' inputs as they enter the network; labels are not counted."""
         return self._bytes
+
+
+GEM = Entry(Gem, lr_share=CALM)
 
 
 def project(gradient: Tensor, memory: Tensor, margin: float = 0.0) -> Tensor:

@@ -8,33 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from treelora_cli.methods.base import Entry, Unprotected
+
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from treelora_cli.backend.adapters import AdapterWeights
-    from treelora_cli.methods.base import StepView, TaskContext
+    from treelora_cli.methods.base import TaskContext
 
 
-class HideLora:
-    """Meets ``Contender``; see the module docstring."""
+class HideLora(Unprotected):
+    """No other task shares the adapter, so nothing is protected; the head keeps the adapters."""
 
     def begin(self, task: TaskContext) -> AdapterWeights:
         """Start anew."""
         return task.fresh
 
-    def penalty(self, view: StepView, loss: Tensor) -> Tensor | None:
-        """Add nothing: no other task shares the adapter."""
-        return None
 
-    def before_step(self, view: StepView) -> None:
-        """Leave the gradients as they are."""
-
-    def after_step(self, view: StepView) -> None:
-        """Leave the adapter as it is."""
-
-    def end(self, task: TaskContext) -> None:
-        """Learn nothing for later; the head keeps the adapter."""
-
-    def kept_bytes(self) -> int:
-        """Nothing is kept beside the head's."""
-        return 0
+HIDELORA = Entry(HideLora, heads=("routed",))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from treelora_cli.backend.adapters import AdapterWeights, base_only, fold_slot
+from treelora_cli.methods.base import CALM, Entry
 from treelora_cli.methods.seqlora import SeqLora
 
 if TYPE_CHECKING:
@@ -40,14 +41,12 @@ class InfLora(SeqLora):
 
     Args:
         threshold: Share of the first task's inputs, in squared norm, that its subspace holds, in (0, 1].
-        tasks: Length of the stream, over which that share rises to 1.
         batches: Mini-batches whose inputs are read before and after a task's training.
     """
 
-    def __init__(self, threshold: float = 0.95, tasks: int = 10, batches: int = 20) -> None:
+    def __init__(self, threshold: float = 0.95, batches: int = 20) -> None:
         super().__init__()
         self.threshold = threshold
-        self.tasks = tasks
         self.batches = batches
         self.subspaces: list[Subspace] = []
 
@@ -67,14 +66,18 @@ class InfLora(SeqLora):
 
     def end(self, task: TaskContext) -> None:
         """Fold the update into the frozen weights and widen the subspaces by the task's inputs."""
+        assert task.tasks is not None, "the share rises over a stream whose length is known"
         fold_slot(task.network, task.layers, task.scale)
-        share = min(1.0, self.threshold + (1 - self.threshold) * task.index / self.tasks)
+        share = min(1.0, self.threshold + (1 - self.threshold) * task.index / task.tasks)
         grams = input_grams(task.network, task.layers, task.losses(self.batches))
         self.subspaces = [one.widened(gram, share) for one, gram in zip(self.subspaces, grams, strict=True)]
 
     def kept_bytes(self) -> int:
         """Return the bytes of the subspaces' bases."""
         return sum(subspace.basis.nbytes for subspace in self.subspaces)
+
+
+INFLORA = Entry(InfLora, lr_share=CALM)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from treelora_cli.methods.base import CALM, Entry
 from treelora_cli.methods.flat import flat_gradient, loss_gradients, set_gradient
 from treelora_cli.methods.seqlora import SeqLora
 
@@ -53,6 +54,9 @@ class Ogd(SeqLora):
     def kept_bytes(self) -> int:
         """Return the bytes of the stored gradients."""
         return 0 if self._stored is None else self._stored.nbytes
+
+
+OGD = Entry(Ogd, lr_share=CALM)
 
 
 def projected_off(gradient: Tensor, stored: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from treelora_cli.backend.adapters import fold_slot
+from treelora_cli.methods.base import CALM, Entry
 from treelora_cli.methods.seqlora import SeqLora
 
 if TYPE_CHECKING:
@@ -65,3 +66,6 @@ class OLora(SeqLora):
     def kept_bytes(self) -> int:
         """Return the bytes of the earlier ``down`` matrices."""
         return sum(earlier.nbytes for earlier in self._earlier)
+
+
+OLORA = Entry(OLora, lr_share=CALM)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from treelora_cli.backend.adapters import read_slot
-from treelora_cli.methods.base import Unprotected
+from treelora_cli.config import Config, HeadConfig
+from treelora_cli.methods.base import CALM, Entry, Unprotected
 
 if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class SeqLora(Unprotected):
-    """A contender without protection, and what the others that carry one adapter on have in common."""
+    """A method without protection, and what the others that carry one adapter on have in common."""
 
     def __init__(self) -> None:
         self._carried: AdapterWeights | None = None
@@ -29,3 +30,12 @@ class SeqLora(Unprotected):
     def end(self, task: TaskContext) -> None:
         """Carry the trained adapter on."""
         self._carried = read_slot(task.network, task.layers, task.scale)
+
+
+SEQLORA = Entry(SeqLora, lr_share=CALM)
+NCM = Entry(SeqLora, heads=("mean",))
+# RanPAC, section 4: 10,000 random features
+RANPAC = Entry(SeqLora, heads=("ridge",), settings=Config(head=HeadConfig(width=10_000)))
+# a slow learner: the adapter moves at a tenth of the head's rate, which is the recipe's
+SLCA = Entry(SeqLora, heads=("aligned",), lr_share={"aligned": 0.1})
+JOINT = Entry(SeqLora, at_once=True)

@@ -5,22 +5,22 @@ Source: TreeLoRA section 3, eq. 2 and 3; the deviations are those of ``bandit``,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from treelora_cli.algorithm import pull as regularizer
 from treelora_cli.algorithm.bandit import Search, TreeBandit, Width
+from treelora_cli.methods.base import Entry, Found, Unprotected
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from treelora_cli.algorithm.tree import Tree
     from treelora_cli.backend.adapters import AdapterWeights
-    from treelora_cli.methods.base import StepView
+    from treelora_cli.config import Config
+    from treelora_cli.methods.base import Past, State, StepView, TaskContext
 
 _BEGUN_BY_DISTANCES = ("lcb", "flat")
 """Searches that start from the probe's distances to every earlier task instead of from nothing."""
@@ -43,110 +43,113 @@ class TreeLoraSettings:
     width: Width
     seed: int
 
+    @classmethod
+    def of(cls, config: Config, seed: int) -> TreeLoraSettings:
+        """Return the settings of a complete configuration."""
+        train, tree = config.train, config.tree
+        assert train.reg is not None
+        return cls(
+            reg=train.reg,
+            update=str(train.update),
+            warm_start=str(train.warm_start),
+            search=cast("Search", tree.search),
+            width=cast("Width", tree.width),
+            seed=seed,
+        )
 
-class TreeLora:
-    """The strategy of one task.
 
-    Args:
-        settings: The method's settings.
-        tree: Tree over the earlier tasks, ``None`` for the first task.
-        queries: Sketched mini-batch gradients of the new task at the reference point, (n, D, m).
-        reference: The shared seeded adapter, where a cold start begins.
-        earlier: Returns earlier task ``i``'s adapter.
-    """
+class TreeLora(Unprotected):
+    """The strategy of one task; ``begin`` searches, and every step searches on."""
 
-    def __init__(
-        self,
-        settings: TreeLoraSettings,
-        tree: Tree | None,
-        queries: np.ndarray[Any, Any],
-        reference: AdapterWeights,
-        earlier: Callable[[int], AdapterWeights],
-    ) -> None:
-        self.settings = settings
-        self.tree = tree
-        self.queries = queries
-        self.reference = reference
-        self._earlier = earlier
+    def __init__(self) -> None:
+        self.settings: TreeLoraSettings
+        self.past: Past
+        self.bandit: TreeBandit | None = None
+        self._parent: int | None = None
         self._on_device: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._targets: list[tuple[Tensor, Tensor]] | None = None
-        self.bandit = None
-        if tree is not None:
-            self.bandit = TreeBandit(tree, width=settings.width, search=settings.search, seed=settings.seed)
-            if settings.search in _BEGUN_BY_DISTANCES:
-                self.bandit.begin_with(queries)
-            for index in range(self._steps_before):
-                self.bandit.step(queries[index % len(queries)])
         self._selected: dict[int, np.ndarray[Any, Any]] = {}
-        self._behind: tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]] | None = None
+        self._behind: State | None = None
+
+    def begin(self, task: TaskContext) -> AdapterWeights:
+        """Search; return the parent's adapter (a copy: adapters never stack), or the reference."""
+        assert task.past is not None
+        self.settings, self.past = TreeLoraSettings.of(task.config, task.seed), task.past
+        if self.past.tree is None:
+            return task.fresh
+        settings = self.settings
+        self.bandit = TreeBandit(self.past.tree, width=settings.width, search=settings.search, seed=settings.seed)
+        queries = self.past.queries
+        if settings.search in _BEGUN_BY_DISTANCES:
+            self.bandit.begin_with(queries)
+        for index in range(self._steps_before):
+            self.bandit.step(queries[index % len(queries)])
+        self._parent = self._warm_start(self.past.tree.task_count, self.bandit)
+        return task.fresh if self._parent is None else self.past.adapter(self._parent)
 
     @property
     def _steps_before(self) -> int:
         """Steps of the search before the training."""
-        return 0 if self.settings.search in _BEGUN_BY_DISTANCES else _SEARCH_ROUNDS * len(self.queries)
+        return 0 if self.settings.search in _BEGUN_BY_DISTANCES else _SEARCH_ROUNDS * len(self.past.queries)
 
-    def nearest(self) -> int | None:
-        """Return the earlier task that the search finds nearest over all layers."""
-        return None if self.bandit is None else int(self.bandit.nearest())
-
-    def parent(self) -> int | None:
+    def _warm_start(self, earlier: int, bandit: TreeBandit) -> int | None:
         """Return the earlier task whose adapter the new one starts from."""
-        if self.tree is None or self.settings.warm_start == "none":
+        if self.settings.warm_start == "none":
             return None
-        return self.tree.task_count - 1 if self.settings.warm_start == "latest" else self.nearest()
-
-    def initial_adapter(self) -> AdapterWeights:
-        """Return the parent's adapter (a copy: adapters never stack), or the reference."""
-        parent = self.parent()
-        return self.reference if parent is None else self._earlier(parent)
+        return earlier - 1 if self.settings.warm_start == "latest" else int(bandit.nearest())
 
     def penalty(self, view: StepView, loss: Tensor) -> Tensor | None:
         """Return eq. 3's term towards the tasks that the search selects at this step, layer by layer."""
         if self.bandit is None:
             return None
-        chosen = self._select(self.bandit, view)
-        if self.settings.reg == 0:
+        chosen = self.selected(self.bandit, view)  # without a pull too: the record shows what the search found
+        if self.settings.reg == 0 or self.settings.update != "penalty":
             return None
-        device = view.slot[0][0].device
-        self._targets = [self._target(int(task), layer, device) for layer, task in enumerate(chosen)]
-        if self.settings.update != "penalty":
-            return None
-        ramp = regularizer.ramp(view.step % view.steps_per_epoch, view.steps_per_epoch)
-        return regularizer.penalty(view.slot, self._targets, loss, self.settings.reg, ramp)
+        return regularizer.penalty(view.slot, self._targets(chosen, view), loss, self.settings.reg, _ramp(view))
 
-    def _select(self, bandit: TreeBandit, view: StepView) -> np.ndarray[Any, Any]:
-        """Return the tasks selected at this step, (D,); the search runs ahead, for its queries are known."""
+    def after_step(self, view: StepView) -> None:
+        """With ``update = prox``: draw entries that hardly moved back onto the selected task's, exactly."""
+        if self.bandit is None or self.settings.reg == 0 or self.settings.update != "prox":
+            return
+        targets = self._targets(self.selected(self.bandit, view), view)
+        threshold = self.settings.reg * _ramp(view) * view.lr
+        with torch.no_grad():
+            for pair, target in zip(view.slot, targets, strict=True):
+                regularizer.soft_threshold_(pair, target, threshold)
+
+    def selected(self, bandit: TreeBandit, view: StepView) -> np.ndarray[Any, Any]:
+        """Return the tasks selected at a step, (D,), however often it is asked.
+
+        The search runs ahead, for its queries are known.
+        """
+        queries = self.past.queries
         before = self._steps_before
         made = bandit.step_count - before
         if made <= view.step:
             self._behind = bandit.state_arrays(), bandit.state_meta()
             end = min(max(made + _AHEAD, view.step + 1), view.total)
-            self._selected = {step: bandit.step(self.queries[step % len(self.queries)]) for step in range(made, end)}
+            self._selected = {step: bandit.step(queries[step % len(queries)]) for step in range(made, end)}
         if bandit.step_count == before + view.step + 1:
             self._behind = None
         return self._selected[view.step]
 
-    def before_step(self, view: StepView) -> None:
-        """Leave the gradients as they are."""
-
-    def after_step(self, view: StepView) -> None:
-        """With ``update = prox``: draw entries that hardly moved back onto the selected task's, exactly."""
-        if self.settings.update != "prox" or self._targets is None:
-            return
-        ramp = regularizer.ramp(view.step % view.steps_per_epoch, view.steps_per_epoch)
-        threshold = self.settings.reg * ramp * view.lr
-        with torch.no_grad():
-            for pair, target in zip(view.slot, self._targets, strict=True):
-                regularizer.soft_threshold_(pair, target, threshold)
+    def _targets(self, chosen: np.ndarray[Any, Any], view: StepView) -> list[tuple[Tensor, Tensor]]:
+        device = view.slot[0][0].device
+        return [self._target(int(task), layer, device) for layer, task in enumerate(chosen)]
 
     def _target(self, task: int, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (task, layer)
         if key not in self._on_device:
-            weights = self._earlier(task)
+            weights = self.past.adapter(task)
             self._on_device[key] = (weights.down[layer].to(device), weights.up[layer].to(device))
         return self._on_device[key]
 
-    def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    def found(self) -> Found:
+        """Return the task found nearest over all layers, the one started from, and the search."""
+        if self.bandit is None:
+            return Found()
+        return Found(int(self.bandit.nearest()), self._parent, (self.bandit.state_arrays(), self.bandit.state_meta()))
+
+    def state(self) -> State:
         """Return the bandit's statistics; where the search is ahead of the training, those before it went ahead."""
         if self.bandit is None:
             return {}, {}
@@ -156,6 +159,13 @@ class TreeLora:
 
     def load_state(self, arrays: dict[str, np.ndarray[Any, Any]], facts: dict[str, Any]) -> None:
         """Continue the search where it stopped."""
-        if self.tree is not None:
-            self.bandit = TreeBandit.from_state(self.tree, arrays, facts)
+        if self.past.tree is not None:
+            self.bandit = TreeBandit.from_state(self.past.tree, arrays, facts)
             self._selected, self._behind = {}, None
+
+
+def _ramp(view: StepView) -> float:
+    return regularizer.ramp(view.step % view.steps_per_epoch, view.steps_per_epoch)
+
+
+TREELORA = Entry(TreeLora, in_project=True, heads=())

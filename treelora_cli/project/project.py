@@ -39,6 +39,8 @@ _CONFIG = "treelora.yaml"
 STATE = "state.json"
 """The file that says what a project is made of."""
 _OWN = (STATE, *(f".treelora/{name}" for name in ("objects", "history", "trash", "run")))
+_FIXED_LATER = {"method": "treelora"}
+"""What a project is made with that says nothing of it: one from before the setting existed."""
 _ADAPTERS_AT_HAND = 32
 """Adapters kept in memory after they were read and verified; a prediction switches between a few."""
 
@@ -133,7 +135,7 @@ class Project:
             ConfigError: A malformed file, or an edited setting that stored adapters depend on.
         """
         config = load_config(self.root / _CONFIG)
-        for key, value in self.state.fixed.items():
+        for key, value in self.fixed.items():
             section, _, name = key.rpartition(".")
             part = getattr(config, section) if section else config
             given = part.get(name) if isinstance(part, dict) else getattr(part, name)
@@ -143,6 +145,11 @@ class Project:
                     " Set it back, or make a new project."
                 )
         return config
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Settings that every stored adapter depends on, by name with their section."""
+        return {**_FIXED_LATER, **self.state.fixed}
 
     def read(self, name: str) -> bytes:
         """Return the verified content of one of the project's files."""

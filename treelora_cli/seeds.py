@@ -1,0 +1,32 @@
+"""Every seed that is derived from another, by name, so that who must draw the same numbers asks the same function.
+
+All are whole numbers; torch takes any below 2**63. The factors are primes or nearly so, and part of what a project's
+hashes depend on: a changed one makes other adapters of the same data.
+"""
+
+from __future__ import annotations
+
+
+def of_task(seed: int, index: int) -> int:
+    """Seed of the project's or stream's task ``index``, from 0."""
+    return seed * 10_007 + index
+
+
+def of_order(task_seed: int, epoch: int) -> int:
+    """Seed of the order in which an epoch, from 0, visits a task's examples: a contender sees what TreeLoRA sees."""
+    return task_seed * 104_729 + epoch
+
+
+def of_probe(task_seed: int, number: int = 0) -> int:
+    """Seed of the mini-batches that are probed: ``number`` tells processes, or repeated draws, apart."""
+    return task_seed * 7919 + number
+
+
+def of_step(task_seed: int, step: int) -> int:
+    """Seed of what is drawn within a training step, such as dropout."""
+    return task_seed * 1_000_003 + step
+
+
+def of_layer(seed: int, layer: int) -> int:
+    """Seed of what is drawn for an adapted layer, from 0: where its adapter starts, how its gradients are sketched."""
+    return (seed * 1_000_003 + layer) % (1 << 63)
