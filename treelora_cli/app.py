@@ -22,6 +22,7 @@ from treelora_cli.commands.predict import predict
 from treelora_cli.commands.report import report
 from treelora_cli.commands.rollback import rollback
 from treelora_cli.commands.run import run
+from treelora_cli.commands.settings import settings
 from treelora_cli.commands.status import status
 from treelora_cli.commands.train_task import train_task
 from treelora_cli.errors import Interrupted, describe_error
@@ -49,6 +50,7 @@ for _name, _command in (
     ("predict", predict),
     ("status", status),
     ("report", report),
+    ("settings", settings),
     ("rollback", rollback),
     ("doctor", doctor),
     ("run", run),

@@ -16,6 +16,7 @@ from treelora_cli.project import Project
 from treelora_cli.views.console import Output
 
 if TYPE_CHECKING:
+    from treelora_cli import api
     from treelora_cli.backend.runtime import Runtime
 
 
@@ -38,6 +39,12 @@ class Session:
     def project(self) -> Project:
         """Open the project at ``-C``, or at or above the current directory."""
         return Project.open(Project.locate(self.directory or Path.cwd()))
+
+    def opened(self, device: str | None) -> api.Project:
+        """Open the project as Python programs do; device and processes start when the model is first needed."""
+        from treelora_cli import api
+
+        return api.Project(self.project(), lambda: self.runtime(device))
 
     def runtime(self, device: str | None) -> Runtime:
         """Start accelerate; in all processes but the main one nothing is shown."""

@@ -7,20 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from treelora_cli.api import BASE
 from treelora_cli.commands import options
 from treelora_cli.commands.context import Session, parse_pairs, session_of
-from treelora_cli.errors import CheckError, DataError, UsageError
+from treelora_cli.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from treelora_cli.api import Evaluation
     from treelora_cli.backend.contract import Score
-    from treelora_cli.learning.evaluation import HeldOut
-    from treelora_cli.score_matrix import Standing
-
-
-BASE = "base"
-"""Names the model without any adapter, as a way to answer that only scoring offers."""
 
 
 def evaluate(
@@ -59,42 +55,20 @@ def evaluate(
 
     Example: treelora eval --per-class --top 5 --confusion confusion.csv
     """
-    from treelora_cli.config import from_flags
-    from treelora_cli.learning.evaluation import read_held_out, score_tasks
-    from treelora_cli.learning.opening import open_base, project_config
-
     untouched = inference == BASE
     if untouched and max_forgetting is not None:
         raise UsageError("--max-forgetting says nothing of the untouched model. Leave it out with --inference base.")
     session = session_of(context)
-    project = session.project()
-    if not project.state.tasks:
-        raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
-    wanted = [task.name for task in project.state.tasks]
-    if tasks is not None:
-        wanted = [project.entry(name.strip()).name for name in tasks.split(",")]
-    places = {name: Path(path) for name, path in parse_pairs(data, "--data").items()}
-    for name in places:
-        project.entry(name)
-    config = project_config(project, from_flags(inference=None if untouched else inference))
-    runtime = session.runtime(device)
-    base = open_base(project, config, runtime)
-    runtime.compute_as(project.task_record(project.state.tasks[-1].name))
-    records = {name: project.task_record(name) for name in wanted}
-    held_out = list(read_held_out(base, records, limit, changed_data=changed_data, places=places))
-    for one in held_out:
-        if one.data is None:
-            session.output.note(f"Task '{one.name}' is not scored: {one.problem}")
-        elif one.changed:
-            session.output.note(f"Task '{one.name}': {one.changed}.")
-    if not any(one.data for one in held_out):
-        raise DataError(f"No task can be scored. {held_out[0].name}: {held_out[0].problem}")
-    scores = score_tasks(base, project.memory(), BASE if untouched else str(config.inference), held_out)
-    now = {name: score.value for name, score in scores.items()}
-    compared = {one.name for one in held_out if not one.changed or not changed_data}
-    standing = project.matrix().standing(now, wanted, compared)
+    found = session.opened(device).evaluate(
+        tasks=None if tasks is None else [name.strip() for name in tasks.split(",")],
+        inference=inference,
+        limit=limit,
+        changed_data=changed_data,
+        places={name: Path(path) for name, path in parse_pairs(data, "--data").items()},
+    )
+    standing, scores = found.standing, found.scores
     detail = _detail(scores, per_class, top)
-    _show(session, BASE if untouched else str(config.inference), standing, scores, held_out, detail)
+    _show(session, found, detail)
     if confusion is not None:
         _write_confusion(confusion, scores)
     _check(standing.overall(), fail_under, standing.forgetting(), max_forgetting)
@@ -130,16 +104,10 @@ def _write_confusion(path: Path, scores: dict[str, Score]) -> None:
         raise UsageError(f"--confusion {path}: {error.strerror}.") from error
 
 
-def _show(
-    session: Session,
-    inference: str,
-    standing: Standing,
-    scores: dict[str, Score],
-    held_out: list[HeldOut],
-    detail: tuple[dict[str, Any], list[RenderableType]],
-) -> None:
+def _show(session: Session, found: Evaluation, detail: tuple[dict[str, Any], list[RenderableType]]) -> None:
     from treelora_cli.views.scores import FORMULAS, standing_table, untouched_table
 
+    inference, standing, scores, held_out = found.inference, found.standing, found.scores, found.held_out
     untouched = inference == BASE
     document = {
         "inference": inference,

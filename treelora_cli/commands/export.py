@@ -26,18 +26,12 @@ def export(
 ) -> None:
     """Write a model or adapter that timm, transformers or peft loads without treelora."""
     from treelora_cli.backend.contract import ExportOptions
-    from treelora_cli.config import Config
-    from treelora_cli.learning.export import ExportRequest, write_export
-    from treelora_cli.learning.opening import open_base, project_config
+    from treelora_cli.learning.export import ExportRequest
     from treelora_cli.views.scores import percent
 
     session = session_of(context)
-    project = session.project()
     request = ExportRequest(out, export_format, task, ExportOptions(dtype, max_shard), verify, force, limit)
-    request.check(project)
-    runtime = session.runtime(device)
-    base = open_base(project, project_config(project, Config()), runtime)
-    report = write_export(project, base, request)
+    report = session.opened(device).write_export(request)
     check = report.check
     document = {
         "out": str(out),

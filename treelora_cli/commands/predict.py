@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,15 +10,12 @@ import typer
 
 from treelora_cli.commands import options
 from treelora_cli.commands.context import Session, session_of
-from treelora_cli.errors import DataError, UsageError, suggest
+from treelora_cli.errors import UsageError, suggest
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import Memory, Prediction, Predictor
+    from treelora_cli.backend.contract import Prediction
     from treelora_cli.data.examples import Turn
     from treelora_cli.views.predictions import Shape
-
-_AT_ONCE = 256
-"""Inputs answered before the first of them is written."""
 
 
 def predict(
@@ -42,9 +38,6 @@ def predict(
 
     Example: treelora predict photos/*.jpg --top 3 --format csv > answers.csv
     """
-    from treelora_cli.config import from_flags
-    from treelora_cli.learning.evaluation import blamed
-    from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.views.predictions import FORMATS, Shape, leaves
 
     session = session_of(context)
@@ -52,48 +45,11 @@ def predict(
         hint = suggest(output_format, FORMATS)
         raise UsageError(f"--format is one of {', '.join(FORMATS)}; got '{output_format}'{hint}.")
     asked = _asked(inputs or [], messages, system)
-    project = session.project()
-    if not project.state.tasks:
-        raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
-    tree = project.tree() if explain else None
-    beside = None if tree is None else leaves(tree, [task.name for task in project.state.tasks])
-    config = project_config(project, from_flags(inference=inference))
-    base = open_base(project, config, session.runtime(device))
-    memory = project.memory()
-    with blamed(memory):
-        predictor = base.predictor(memory, str(config.inference))
-    _show(
-        session,
-        str(config.inference),
-        _answered(session, predictor, memory, asked),
-        Shape(top, explain, beside),
-        output_format,
-    )
-
-
-def _answered(
-    session: Session, predictor: Predictor, memory: Memory, inputs: Sequence[str | Sequence[Turn]]
-) -> Iterator[tuple[str, Prediction]]:
-    """Yield each input with its answer, some at a time under a progress bar."""
-    from treelora_cli.learning.evaluation import blamed
-
-    parts = [inputs[start : start + _AT_ONCE] for start in range(0, len(inputs), _AT_ONCE)]
-    for part in session.output.track(parts, "Answering", len(parts)):
-        with _files_named(), blamed(memory):
-            answers = predictor.predict(part)
-        shown = [one if isinstance(one, str) else one[-1].content for one in part]
-        yield from zip(shown, answers, strict=True)
-
-
-@contextmanager
-def _files_named() -> Iterator[None]:
-    """Turn what the system says of an input file into an error that names it."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    project = session.opened(device)
+    tree = project.tree if explain else None
+    beside = None if tree is None else leaves(tree, project.tasks)
+    answered = project.answers(asked, inference=inference)
+    _show(session, project.inference(inference), answered, Shape(top, explain, beside), output_format)
 
 
 def _show(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +57,7 @@ def train_task(
     """Learn one more task from DATA and commit it. The earlier tasks' data is not needed."""
     from treelora_cli.backend.contract import DataRequest
     from treelora_cli.config import BaseConfig, from_flags
+    from treelora_cli.learning.naming import task_name
     from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.learning.task import learn_task
     from treelora_cli.settings import add_set
@@ -87,7 +87,7 @@ def train_task(
     else:
         if data is None:
             raise UsageError("train-task needs DATA: an image folder, a manifest or a table.")
-        chosen = _task_name(name, data)
+        chosen = task_name(name, data)
         request = DataRequest(
             path=lasting(data),
             val=None if val is None else lasting(val),
@@ -110,16 +110,6 @@ def train_task(
         base = open_base(project, config, runtime)
         report = learn_task(project, base, request, chosen, config, runtime, evaluate=evaluate, resume=resume)
     show_report(session, report)
-
-
-def _task_name(name: str | None, data: Path) -> str:
-    from treelora_cli.project import check_task_name
-
-    if name is not None:
-        return check_task_name(name)
-    stem = data.absolute().stem if data.suffix else data.absolute().name
-    derived = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")[:64]
-    return check_task_name(derived or "task")
 
 
 def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple[str, DataRequest]:

@@ -120,8 +120,8 @@ class VitPredictor:
             likely = scores.softmax(dim=1).topk(min(OTHERS + 1, len(self.names)), dim=1)
             for row in range(len(chunk)):
                 task = None if asked is None else self.memory.tasks[int(asked[row])].name
-                names = [self.names[index] for index in likely.indices[row].tolist()]
-                (best, sure), *others = zip(names, likely.values[row].tolist(), strict=True)
+                classes = [self.names[index] for index in likely.indices[row].tolist()]
+                (best, sure), *others = zip(classes, likely.values[row].tolist(), strict=True)
                 answers.append(Prediction(best, task, sure, tuple(others)))
         return answers
 

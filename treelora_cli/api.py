@@ -1,0 +1,434 @@
+"""A project in a few calls of Python; the commands use the same.
+
+::
+
+    from treelora_cli import Project
+
+    project = Project.create("birds", model="vit_base_patch16_224.augreg_in21k")
+    project.train_task("~/data/gulls")
+    print(project.evaluate().standing.overall())
+    print(project.predict(["photo.jpg"])[0].output)
+
+``API.md`` beside this file shows every call; its examples are run as tests. Nothing heavy is imported before a call
+needs the model. One object loads the model once; use it from one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treelora_cli.errors import DataError, UsageError
+from treelora_cli.project import Project as Stored
+from treelora_cli.setting_names import from_names
+
+if TYPE_CHECKING:
+    from treelora_cli.algorithm.tree import Tree
+    from treelora_cli.backend.contract import Base, Prediction, Predictor, Score
+    from treelora_cli.backend.runtime import Reporter, Runtime
+    from treelora_cli.config import Config
+    from treelora_cli.data.examples import Turn
+    from treelora_cli.learning.evaluation import HeldOut
+    from treelora_cli.learning.export import ExportReport, ExportRequest
+    from treelora_cli.learning.task import TaskReport
+    from treelora_cli.score_matrix import ScoreMatrix, Standing
+
+BASE = "base"
+"""Names the model without any adapter, as a way to answer that only scoring offers."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of learned tasks.
+
+    Attributes:
+        inference: How was answered.
+        standing: Each task when it was learned and now; ``overall()`` and ``forgetting()`` are read off it.
+        scores: Score now of each task that could be scored, by name.
+        held_out: What each score is of, or why there is none.
+    """
+
+    inference: str
+    standing: Standing
+    scores: dict[str, Score]
+    held_out: tuple[HeldOut, ...]
+
+
+class Project:
+    """A project directory, with its model loaded when first needed.
+
+    Args:
+        stored: The directory, as ``treelora_cli.project`` reads it.
+        start: Starts device and processes; called once, when a call needs the model.
+    """
+
+    def __init__(self, stored: Stored, start: Callable[[], Runtime]) -> None:
+        self._stored = stored
+        self._start = start
+        self._runtime: Runtime | None = None
+        self._base: tuple[Config, Base] | None = None
+        self._predictors: dict[str, Predictor] = {}
+
+    # -- open -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | Path = ".",
+        *,
+        device: str | None = None,
+        offline: bool = False,
+        reporter: Reporter | None = None,
+    ) -> Project:
+        """Open the project at ``directory`` or the nearest above it.
+
+        Args:
+            directory: Where to look.
+            device: ``cpu``, ``cuda``, ``mps``; the best there is when ``None``.
+            offline: Never ask the network.
+            reporter: Shows notes and progress; nothing is shown when ``None``.
+
+        Raises:
+            ProjectError: There is no project, or it is damaged.
+        """
+        stored = Stored.open(Stored.locate(Path(directory).expanduser()))
+        return cls(stored, _starter(device, offline, reporter))
+
+    @classmethod
+    def create(
+        cls,
+        directory: str | Path,
+        *,
+        backend: str | None = None,
+        model: str | None = None,
+        weights: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+        device: str | None = None,
+        offline: bool = False,
+        reporter: Reporter | None = None,
+    ) -> Project:
+        """Make a project around a frozen base model, as ``treelora init`` does.
+
+        Args:
+            directory: Absent or empty.
+            backend: ``vit`` (the default) or ``causal-lm``.
+            model: timm name, hub id, local directory or GGUF file; the embedded ViT when ``None``.
+            weights: Local ``.safetensors`` for a model given by name.
+            settings: More settings by full name, such as ``{"adapter.rank": 4}``.
+            device: See ``open``.
+            offline: See ``open``.
+            reporter: See ``open``.
+
+        Raises:
+            TreeLoraError: Bad settings, a model that cannot be loaded, or a directory in use.
+        """
+        from treelora_cli.learning.opening import make_project
+
+        start = _starter(device, offline, reporter)
+        own = {"backend": backend, "base.model": model, "base.weights": None if weights is None else str(weights)}
+        flags = from_names({**(settings or {}), **{key: value for key, value in own.items() if value is not None}})
+        root = Path(directory).expanduser()
+        return cls(make_project(root, flags, None, "settings", start()), start)
+
+    # -- look -----------------------------------------------------------------------------------------
+
+    @property
+    def root(self) -> Path:
+        """The project's directory."""
+        return self._stored.root
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the learned tasks in order of arrival."""
+        return tuple(task.name for task in self._stored.state.tasks)
+
+    @property
+    def matrix(self) -> ScoreMatrix:
+        """Scores of every task after every task."""
+        return self._stored.matrix()
+
+    @property
+    def tree(self) -> Tree | None:
+        """The tree of tasks, task ``i`` being ``tasks[i]``; ``None`` before the first."""
+        return self._stored.tree()
+
+    def record(self, task: str) -> dict[str, Any]:
+        """Return what is known of a task: data, settings, versions, timings, nearest task.
+
+        Raises:
+            UsageError: No such task.
+        """
+        return self._stored.task_record(task)
+
+    def labels(self, task: str) -> tuple[str, ...]:
+        """Return a task's class or answer names; empty for free text.
+
+        Raises:
+            UsageError: No such task.
+        """
+        return self._stored.labels(task)
+
+    def reload(self) -> None:
+        """Take in what another process committed since."""
+        self._enter(Stored.open(self.root))
+
+    def _enter(self, stored: Stored) -> None:
+        self._stored = stored
+        self._predictors.clear()
+
+    # -- the model ------------------------------------------------------------------------------------
+
+    @property
+    def runtime(self) -> Runtime:
+        """Device and processes, started when first asked for."""
+        if self._runtime is None:
+            self._runtime = self._start()
+        return self._runtime
+
+    def _loaded(self, config: Config) -> Base:
+        """Return the base under these settings; it is loaded again only where they differ."""
+        from treelora_cli.learning.opening import open_base
+
+        if self._base is None or self._base[0] != config:
+            self._predictors.clear()
+            self._base = config, open_base(self._stored, config, self.runtime)
+        return self._base[1]
+
+    def _config(self, settings: Mapping[str, Any] | None = None) -> Config:
+        from treelora_cli.learning.opening import project_config
+
+        return project_config(self._stored, from_names(settings or {}))
+
+    def _check_learned(self) -> None:
+        if not self._stored.state.tasks:
+            raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
+
+    # -- learn ----------------------------------------------------------------------------------------
+
+    def train_task(
+        self,
+        data: str | Path,
+        *,
+        name: str | None = None,
+        val: str | Path | None = None,
+        classes: Sequence[str] | None = None,
+        metric: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        evaluate: bool = True,
+    ) -> TaskReport:
+        """Learn one more task and commit it; the earlier tasks' data is not needed.
+
+        Args:
+            data: Image folder, manifest or table.
+            name: Task name; made of the data's when ``None``.
+            val: Held-out data, when it lies elsewhere.
+            classes: Only these classes of an image folder.
+            metric: Score of the task; chosen from the data when ``None``.
+            columns: Source column by the name expected.
+            train_limit: Most training examples per class or task.
+            test_limit: Most held-out examples per class or task.
+            settings: Settings of this task by full name, such as ``{"train.epochs": 1}``.
+            evaluate: Score every task afterwards.
+
+        Raises:
+            TreeLoraError: Bad data, no memory, another writer, ...; the project is as before.
+        """
+        from treelora_cli.backend.contract import DataRequest
+        from treelora_cli.learning.naming import task_name
+        from treelora_cli.learning.task import learn_task
+
+        path = Path(data).expanduser().absolute()
+        request = DataRequest(
+            path=path,
+            val=None if val is None else Path(val).expanduser().absolute(),
+            classes=None if classes is None else tuple(classes),
+            columns=dict(columns or {}),
+            metric=metric,
+            train_limit=train_limit,
+            test_limit=test_limit,
+            seed=self._stored.state.fixed["seed"],
+        )
+        chosen = task_name(name, path)
+        self._stored.check_free(chosen)
+        config = self._config(settings)
+        with self._writing(f"train-task {chosen}") as stored:
+            base = self._loaded(config)
+            report = learn_task(stored, base, request, chosen, config, self.runtime, evaluate=evaluate, resume=False)
+        self.reload()
+        return report
+
+    @contextmanager
+    def _writing(self, purpose: str) -> Iterator[Stored]:
+        """Hold the writer's lock; of several processes the main one does."""
+        if not self.runtime.is_main:
+            yield self._stored
+            return
+        with self._stored.lock(purpose) as stored:
+            yield stored
+
+    def rollback(self, task: str) -> tuple[str, ...]:
+        """Return to the exact state before ``task`` was learned.
+
+        Returns:
+            The tasks undone: ``task`` and every later one. ``treelora rollback --undo`` brings them back.
+
+        Raises:
+            TreeLoraError: No such task, or that state is not kept any more.
+        """
+        before = self.tasks
+        with self._stored.lock(f"rollback {task}") as stored:
+            self._enter(stored.rollback(task))
+        return before[len(self.tasks) :]
+
+    # -- answer ---------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        *,
+        tasks: Sequence[str] | None = None,
+        inference: str | None = None,
+        limit: int | None = None,
+        changed_data: bool = False,
+        places: Mapping[str, Path] | None = None,
+    ) -> Evaluation:
+        """Score the held-out data of learned tasks over everything learned, no task identity given.
+
+        Args:
+            tasks: Only these; all when ``None``.
+            inference: ``routed``, ``latest`` or ``merged``; ``base``: the untouched language model.
+            limit: Most held-out examples per class or task.
+            changed_data: Also score tasks whose held-out data changed, on what is there.
+            places: Where some tasks' data lies now, by task.
+
+        Raises:
+            UsageError: Nothing is learned, or no such task.
+            DataError: No task's held-out data is there.
+        """
+        from treelora_cli.learning.evaluation import read_held_out, score_tasks
+
+        self._check_learned()
+        wanted = [self._stored.entry(name).name for name in (self.tasks if tasks is None else tasks)]
+        for name in places or {}:
+            self._stored.entry(name)
+        config = self._config({} if inference in (None, BASE) else {"inference": inference})
+        base = self._loaded(config)
+        self.runtime.compute_as(self._stored.task_record(self.tasks[-1]))
+        records = {name: self._stored.task_record(name) for name in wanted}
+        held_out = tuple(read_held_out(base, records, limit, changed_data=changed_data, places=places))
+        self._say(held_out)
+        if not any(one.data for one in held_out):
+            raise DataError(f"No task can be scored. {held_out[0].name}: {held_out[0].problem}")
+        chosen = BASE if inference == BASE else str(config.inference)
+        scores = score_tasks(base, self._stored.memory(), chosen, held_out)
+        now = {name: score.value for name, score in scores.items()}
+        compared = {one.name for one in held_out if not one.changed or not changed_data}
+        return Evaluation(chosen, self._stored.matrix().standing(now, wanted, compared), scores, held_out)
+
+    def _say(self, held_out: Iterable[HeldOut]) -> None:
+        for one in held_out:
+            if one.data is None:
+                self.runtime.reporter.note(f"Task '{one.name}' is not scored: {one.problem}")
+            elif one.changed:
+                self.runtime.reporter.note(f"Task '{one.name}': {one.changed}.")
+
+    def predict(
+        self, inputs: Sequence[str | Path | Sequence[Turn]], *, inference: str | None = None
+    ) -> list[Prediction]:
+        """Answer image files or prompts, without being told the task.
+
+        Args:
+            inputs: Paths of images, prompts, or chats as sequences of turns.
+            inference: ``routed``, ``latest`` or ``merged``; the project's own when ``None``.
+
+        Raises:
+            UsageError: Nothing is learned.
+            DataError: An input cannot be read or is too long.
+        """
+        return [answer for _, answer in self.answers(inputs, inference=inference)]
+
+    def answers(
+        self, inputs: Iterable[str | Path | Sequence[Turn]], *, inference: str | None = None
+    ) -> Iterator[tuple[str, Prediction]]:
+        """As ``predict``, but hand out each input with its answer as they come.
+
+        The model is loaded at once, inputs are taken and answered some at a time.
+        """
+        from treelora_cli.learning.answering import answer_each
+        from treelora_cli.learning.evaluation import blamed
+
+        self._check_learned()
+        config = self._config({} if inference is None else {"inference": inference})
+        base, chosen = self._loaded(config), str(config.inference)
+        self.runtime.precision = self.runtime.forward_precision = "fp32"  # evaluation may have left another
+        memory = self._stored.memory()
+        if chosen not in self._predictors:
+            with blamed(memory):
+                self._predictors[chosen] = base.predictor(memory, chosen)
+        given: Iterable[str | Sequence[Turn]] = (str(one) if isinstance(one, Path) else one for one in inputs)
+        given = list(given) if isinstance(inputs, Sequence) else given
+        return answer_each(self._predictors[chosen], memory, given, self.runtime.reporter)
+
+    def inference(self, given: str | None = None) -> str:
+        """Return how answers are made: as ``given``, else as the project's settings say."""
+        return str(self._config({} if given is None else {"inference": given}).inference)
+
+    # -- ship -----------------------------------------------------------------------------------------
+
+    def export(
+        self,
+        out: str | Path,
+        *,
+        kind: str = "merged",
+        task: str | None = None,
+        dtype: str = "float32",
+        verify: bool = True,
+        force: bool = False,
+        limit: int | None = None,
+    ) -> ExportReport:
+        """Write a model or an adapter that timm, transformers or peft loads without treelora.
+
+        Args:
+            out: Directory to write, absent or empty.
+            kind: ``merged`` or ``adapter``.
+            task: Task of an adapter; the latest when ``None``.
+            dtype: Type of the saved weights.
+            verify: Reload with stock code and compare.
+            force: Replace an earlier export.
+            limit: Most held-out examples per class or task in the comparison.
+
+        Raises:
+            UsageError: Unknown kind or task, or ``out`` is in use.
+            ResourceError: The disk is full.
+        """
+        from treelora_cli.backend.contract import ExportOptions
+        from treelora_cli.learning.export import ExportRequest
+
+        options = ExportOptions(dtype=dtype)
+        return self.write_export(ExportRequest(Path(out).expanduser(), kind, task, options, verify, force, limit))
+
+    def write_export(self, request: ExportRequest) -> ExportReport:
+        """As ``export``, of a complete request."""
+        from treelora_cli.learning.export import write_export
+
+        request.check(self._stored)
+        return write_export(self._stored, self._loaded(self._config()), request)
+
+
+def _starter(device: str | None, offline: bool, reporter: Reporter | None) -> Callable[[], Runtime]:
+    def start() -> Runtime:
+        import os
+
+        from treelora_cli.backend.runtime import Silent, open_runtime, quiet_libraries
+
+        quiet_libraries()
+        if offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        return open_runtime(device, offline=offline, reporter=reporter or Silent())
+
+    return start
