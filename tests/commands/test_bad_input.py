@@ -34,13 +34,24 @@ def _missing(root: Path) -> list[object]:
     return [root / "brids"]
 
 
-def _empty_class(root: Path) -> list[object]:
-    (make_images(root / "d", ["red", "blue"]) / "train" / "green").mkdir()
+def _unlabelled(root: Path) -> list[object]:
+    make_images(root / "made", ["red", "blue"], test=0)
+    for name, part in (("red", "train"), ("blue", "test")):
+        (root / "d").mkdir(exist_ok=True)
+        (root / "made" / "train" / name).rename(root / "d" / part)
     return [root / "d"]
 
 
-def _one_class(root: Path) -> list[object]:
-    return [make_images(root / "d", ["red"])]
+def _two_levels(root: Path) -> list[object]:
+    make_images(root / "d" / "warm", ["red", "yellow"])
+    make_images(root / "d" / "cold", ["blue", "green"])
+    return [root / "d"]
+
+
+def _dark(root: Path) -> list[object]:
+    folder = make_images(root / "d", ["red", "blue"])
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(folder / "train" / "red" / "deep.tif")
+    return [folder]
 
 
 def _truncated(root: Path) -> list[object]:
@@ -121,8 +132,9 @@ def _all_bad(root: Path) -> list[object]:
 
 CASES = {
     "missing folder": Case(_missing, r"brids not found\. Did you mean .*birds\?"),
-    "empty class folder": Case(_empty_class, r"Class folder .*train/green holds no images\. Remove it or add images\."),
-    "one class only": Case(_one_class, r"has one class only \('red'\); a task needs two or more classes\."),
+    "parts without classes": Case(_unlabelled, r"images in test/ \(8\), train/ \(8\) but no class folders in them"),
+    "classes on two levels": Case(_two_levels, r"holds cold/ .*, warm/ .*: two levels of folders could be classes\."),
+    "12 bits in 16": Case(_dark, r"deep\.tif: values from 0 to 4095, which leaves open how many bits are used"),
     "truncated image": Case(_truncated, r"train/blue/03\.png: unreadable or truncated image \(.*--skip-bad"),
     "not an image": Case(_not_an_image, r"test/red/01\.png: unreadable or truncated image \(no known format\)\."),
     "text file": Case(_text, rf"words\.txt: {WRONG_KIND}"),
@@ -135,7 +147,7 @@ CASES = {
     "class not there": Case(_absent_class, r"no class 'violet' there\."),
     "no held-out data there": Case(_absent_val, r"none not found\."),
     "metric of another family": Case(_metric, r"Metric 'rouge' does not fit images"),
-    "unknown format": Case(_bad_format, r"unknown format 'xml'\. Use csv, json, jsonl, parquet\."),
+    "unknown format": Case(_bad_format, r"unknown format 'xml'\. Use csv, json, jsonl, parquet, text, tsv\."),
     "not parquet": Case(_not_parquet, r"m\.parquet: invalid parquet \("),
     "every image of a class bad": Case(_all_bad, r"a class has no readable training image left\."),
 }

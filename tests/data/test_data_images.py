@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from treelora_cli.backend.contract import DataRequest
-from treelora_cli.data.images import ImageListing, list_images, open_image
+from treelora_cli.data.images import ImageListing, list_images
 from treelora_cli.data.paths import existing
+from treelora_cli.data.pixels import open_image
 from treelora_cli.data.tables import read_table
 from treelora_cli.errors import DataError
 
@@ -148,7 +149,7 @@ def test_parquet_with_image_bytes(tmp_path: Path) -> None:
         ("m.csv", b"path,label\n", r"m\.csv holds no examples\."),
         ("m.csv", b'path,label\n"a,b\n', r"m\.csv:\d+: (invalid CSV|the number of fields)"),
         ("m.csv", b"path,label\nx.png,\n", r"m\.csv:2: empty label\."),
-        ("m.csv", b"path,label\n\xff\xfe,x\n", r"m\.csv: not UTF-8 text \(byte \d+\)\."),
+        ("m.csv", b"path,label\n\xff\x81,x\n", r"m\.csv: not UTF-8 text \(byte \d+\)\."),
         ("m.jsonl", b"[1]\n", r"m\.jsonl:1: expected a record with named fields, got list\."),
         ("m.jsonl", b'{"path": 3, "label": "x"}\n', r"m\.jsonl:1: 'path' is neither a path nor image bytes\."),
         ("m.json", b'{"a": [], "b": []}', r"m\.json: expected a list of records\."),

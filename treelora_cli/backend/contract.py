@@ -94,6 +94,9 @@ class DataRequest:
         known_as: Where the data lay when the task was learned, if it has moved since.
         recorded: Take the held-out examples that a task was learned with, and say what changed; ``None`` takes what is
             there now. Not part of ``to_json``.
+        more: Further files or directories of the same task; ``path`` and these may be patterns (``part-*.jsonl``).
+        label_prefix: Put before every class name; empty says that numbers mean what they meant in earlier tasks.
+        label_names: File of class names, for labels that are numbers.
     """
 
     path: Path
@@ -111,6 +114,9 @@ class DataRequest:
     test_only: bool = False
     known_as: Path | None = None
     recorded: Recorded | None = None
+    more: tuple[Path, ...] = ()
+    label_prefix: str | None = None
+    label_names: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``task.json`` keeps, so that ``eval`` finds the same held-out examples again."""
@@ -128,6 +134,9 @@ class DataRequest:
             "seed": self.seed,
             "split": self.split,
             **({} if self.known_as is None else {"known_as": str(self.known_as)}),
+            "more": [str(path) for path in self.more],
+            "label_prefix": self.label_prefix,
+            "label_names": None if self.label_names is None else str(self.label_names),
         }
 
     @classmethod
@@ -140,6 +149,9 @@ class DataRequest:
         values["val"] = None if values["val"] is None else Path(values["val"])
         if values.get("known_as") is not None:
             values["known_as"] = Path(values["known_as"])
+        values["more"] = tuple(Path(path) for path in values.get("more", ()))
+        names = values.get("label_names")
+        values["label_names"] = None if names is None else Path(names)
         classes = values["classes"]
         values["classes"] = None if classes is None else tuple(classes)
         return cls(**values, test_only=True)
@@ -151,6 +163,10 @@ class TaskData(Protocol):
     @property
     def labels(self) -> tuple[str, ...]:
         """Class or answer names in a fixed order; empty for free text."""
+
+    @property
+    def numbered(self) -> bool:
+        """True when the labels are numbers without names, which mean something in their own file only."""
 
     @property
     def metric(self) -> str:

@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 
 def train_task(
     context: typer.Context,
-    data: Annotated[Path | None, typer.Argument(metavar="DATA", help="Image folder, manifest or table.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="DATA...", help="Image folder, manifest or table; several files or a pattern."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Task name; by default the data's name.")] = None,
     val: options.Val = None,
-    data_format: Annotated[str | None, typer.Option("--format", help="csv, jsonl, json or parquet.")] = None,
+    data_format: Annotated[str | None, typer.Option("--format", help="csv, tsv, jsonl, json, parquet or text.")] = None,
     columns: options.Mapping = None,
     classes: Annotated[str | None, typer.Option(help="Only these classes, comma-separated.")] = None,
+    label_names: Annotated[
+        Path | None, typer.Option(help="Class names of labels that are numbers: a JSON list, or one a line.")
+    ] = None,
+    label_prefix: Annotated[
+        str | None, typer.Option(help="Put before each class name; '' where bare numbers mean what they meant before.")
+    ] = None,
     metric: Annotated[str | None, typer.Option(help="Score of the task; chosen from the data by default.")] = None,
     train_limit: Annotated[int | None, typer.Option(min=1, help="Most training examples per class or task.")] = None,
     test_limit: Annotated[int | None, typer.Option(min=1, help="Most held-out examples per class or task.")] = None,
@@ -57,6 +66,7 @@ def train_task(
     """Learn one more task from DATA and commit it. The earlier tasks' data is not needed."""
     from treelora_cli.backend.contract import DataRequest
     from treelora_cli.config import BaseConfig, from_flags
+    from treelora_cli.data.paths import existing, paths_of
     from treelora_cli.learning.naming import task_name
     from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.learning.task import learn_task
@@ -83,13 +93,16 @@ def train_task(
         raise UsageError("The base model is chosen when a project is made. Make another: treelora init DIR --model ...")
     project = session.project()
     if resume:
-        chosen, request = _interrupted(project, data, name)
+        chosen, request = _interrupted(project, data[0] if data else None, name)
     else:
-        if data is None:
+        if not data:
             raise UsageError("train-task needs DATA: an image folder, a manifest or a table.")
-        chosen = task_name(name, data)
+        chosen = task_name(name, data[0])
         request = DataRequest(
-            path=lasting(data),
+            path=lasting(data[0]),
+            more=tuple(lasting(path) for path in data[1:]),
+            label_names=None if label_names is None else lasting(label_names),
+            label_prefix=label_prefix,
             val=None if val is None else lasting(val),
             classes=None if classes is None else tuple(part.strip() for part in classes.split(",")),
             data_format=data_format,
@@ -100,6 +113,8 @@ def train_task(
             skip_bad=skip_bad,
             seed=project.state.fixed["seed"],
         )
+        for path in (*paths_of(request), *(one for one in (request.val, request.label_names) if one is not None)):
+            existing(path)  # before anything is loaded
     project.check_free(chosen)
     config = project_config(project, flags)
     runtime = session.runtime(device)
@@ -132,7 +147,10 @@ def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple
 
 
 def _show_plan(session: Session, base: Base, request: DataRequest, name: str, config: Config) -> None:
+    from treelora_cli.learning.task import check_numbers
+
     task = base.read_task(request)
+    check_numbers(task, session.project().labels_by_task())
     train = config.train
     assert train.batch_size is not None and train.epochs is not None
     trained = sum(parameter.numel() for parameter in base.network.parameters() if parameter.requires_grad)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from treelora_cli.backend.contract import Change, DataRequest
 from treelora_cli.data.held_out import (
@@ -18,12 +17,16 @@ from treelora_cli.data.held_out import (
     set_aside,
     set_aside_by_position,
 )
-from treelora_cli.data.paths import existing
-from treelora_cli.data.tables import TABLE_SUFFIXES, Row, read_table
+from treelora_cli.data.labels import are_numbers, label_texts, named, read_label_names
+from treelora_cli.data.layout import Passed, read_layout, scan
+from treelora_cli.data.names import label_key, one_spelling
+from treelora_cli.data.paths import existing, named_file, paths_of
+from treelora_cli.data.pixels import is_image
+from treelora_cli.data.tables import Row, divide_rows, is_table, read_table, table_suffix
 from treelora_cli.errors import DataError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-_TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation", "eval")
+_PICTURES = ("path", "image", "file", "file_name", "filename", "img", "filepath", "file_path", "image_path")
+_LABELS = ("label", "class", "category", "target", "labels", "class_name")
 _TEXT_SUFFIXES = {".txt", ".md"}
 _WRONG_KIND = "This project's backend is vit: give an image folder CLASS/*.png or a CSV with path,label."
 
@@ -36,11 +39,17 @@ class ImageItem:
         name: For messages.
         label: Class name.
         read: Returns the encoded bytes.
+        numbered: The label is a number in a table, without a name.
     """
 
     name: str
     label: str
     read: Callable[[], bytes]
+    numbered: bool = False
+
+
+Parts = tuple[list[ImageItem], list[ImageItem]]
+"""Training and held-out images."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class ImageListing:
         test: Held-out images.
         notes: Lines for the user.
         change: What differs from the recorded held-out images, if anything.
+        numbered: The labels are numbers in a table's own order.
     """
 
     labels: tuple[str, ...]
@@ -60,23 +70,24 @@ class ImageListing:
     test: list[ImageItem]
     notes: tuple[str, ...]
     change: Change | None = None
+    numbered: bool = False
 
 
 def list_images(request: DataRequest) -> ImageListing:
     """Find a task's images and classes.
 
     Raises:
-        DataError: Missing data, an empty class folder, fewer than two classes, or data of another kind.
+        DataError: Missing data, no class, a layout or a label that cannot be told, or data of another kind.
     """
-    path = existing(request.path)
     notes: list[str] = []
-    train, test = _read(path, request, notes)
+    train, test = _read_all(paths_of(request), request, notes)
     if request.val is not None:
-        outer, inner = _read(existing(request.val), request, notes)
+        outer, inner = _read_all([existing(request.val)], request, notes)
         test = inner or outer
+    train, test = _in_one_spelling(train, test)
     train, test = _choose_classes(train, request), _choose_classes(test, request)
     labels = tuple(sorted({item.label for item in train}))
-    _check_classes(path, labels, test, request)
+    _check_classes(request.path, labels, test, request)
     if request.recorded is not None and request.recorded.held_out is not None:
         test, change = find_recorded(test, train, request.recorded.held_out, hash_of_image)
         test = _limit(test, request.recorded.limit, request.seed)
@@ -84,10 +95,11 @@ def list_images(request: DataRequest) -> ImageListing:
     if not test and request.held_out > 0:
         train, test = _split(train, request)
         notes.append(f"No held-out data given: {len(test)} of {len(train) + len(test)} images kept for scoring.")
+    numbered = request.label_prefix is None and any(item.numbered for item in train) and are_numbers(labels)
     train = _limit(train, request.train_limit, request.seed)
     test = _limit(test, request.test_limit, request.seed)
     if request.recorded is None:
-        return ImageListing(labels, train, test, tuple(notes))
+        return ImageListing(labels, train, test, tuple(notes), numbered=numbered)
     same = request.skip_bad or digest_of([*train, *test]) == request.recorded.digest
     test = _limit(test, request.recorded.limit, request.seed)
     return ImageListing(labels, train, test, tuple(notes), None if same else OTHER_DATA)
@@ -112,107 +124,134 @@ def digest_of(items: Sequence[ImageItem]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, request: DataRequest, notes: list[str]) -> tuple[list[ImageItem], list[ImageItem]]:
+def _read_all(paths: Sequence[Path], request: DataRequest, notes: list[str]) -> Parts:
+    train: list[ImageItem] = []
+    test: list[ImageItem] = []
+    for path in paths:
+        more = _read(path, request, notes)
+        train += more[0]
+        test += more[1]
+    return train, test
+
+
+def _read(path: Path, request: DataRequest, notes: list[str]) -> Parts:
     if path.is_dir():
         return _read_folder(path, request, notes)
-    if path.suffix.lower() in _TEXT_SUFFIXES or path.suffix.lower() in IMAGE_SUFFIXES:
+    if table_suffix(path) in _TEXT_SUFFIXES or is_image(path):
         raise DataError(f"{path.name}: {_WRONG_KIND}")
-    if request.data_format is None and path.suffix.lower() not in TABLE_SUFFIXES:
+    if request.data_format is None and not is_table(path):
         raise DataError(f"{path.name}: {_WRONG_KIND}")
-    return _read_manifest(path, request)
+    return _read_manifest(path, request, notes)
 
 
-def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> tuple[list[ImageItem], list[ImageItem]]:
-    inner = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
-    train = next((inner[name] for name in _TRAIN if name in inner), None)
-    test = next((inner[name] for name in _TEST if name in inner), None)
-    if train is not None and all(_is_class_parent(folder) for folder in (train, test) if folder):
-        return (
-            _read_classes(train, request, notes),
-            [] if test is None else _read_classes(test, request, notes),
-        )
-    return _read_classes(path, request, notes), []
+def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
+    passed = Passed()
+    folder = scan(path, is_image, passed)
+    if not folder.inner:
+        tables = sorted(entry.name for entry in path.iterdir() if entry.is_file() and is_table(entry))
+        table = f" Is {path / tables[0]} the list of them?" if tables else ""
+        raise DataError(f"{path} holds no class folders. {_WRONG_KIND}{table}")
+    layout = read_layout(folder, request.classes, passed, "images")
+    notes += passed.lines(path, "images")
+    prefix = request.label_prefix or ""
+    train, test = (
+        [ImageItem(str(file), prefix + label, file.read_bytes) for label, file in part]
+        for part in (layout.train, layout.test)
+    )
+    return train, test
 
 
-def _is_class_parent(folder: Path) -> bool:
-    return any(entry.is_dir() for entry in folder.iterdir())
-
-
-def _read_classes(folder: Path, request: DataRequest, notes: list[str]) -> list[ImageItem]:
-    directories = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if request.classes is not None:
-        wanted = set(request.classes)
-        directories = [directory for directory in directories if directory.name in wanted]
-    if not directories:
-        raise DataError(f"{folder} holds no class folders. {_WRONG_KIND}")
-    items: list[ImageItem] = []
-    ignored = 0
-    for directory in directories:
-        files = sorted(entry for entry in directory.rglob("*") if entry.is_file() and not entry.name.startswith("."))
-        images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-        ignored += len(files) - len(images)
-        if not images:
-            raise DataError(f"Class folder {directory} holds no images. Remove it or add images.")
-        items += [ImageItem(str(file), directory.name, file.read_bytes) for file in images]
-    if ignored:
-        notes.append(f"{ignored} files in {folder} are not images and were left out.")
-    return items
-
-
-def _read_manifest(path: Path, request: DataRequest) -> tuple[list[ImageItem], list[ImageItem]]:
-    rows = read_table(path, request.data_format, request.columns)
+def _read_manifest(path: Path, request: DataRequest, notes: list[str]) -> Parts:
+    rows = read_table(path, request.data_format, request.columns, notes)
     found = list(rows[0].values)
-    picture = next((name for name in ("path", "image", "file", "file_name", "filename") if name in found), None)
-    label = next((name for name in ("label", "class", "category", "target") if name in found), None)
+    picture = next((name for name in _PICTURES if name in found), None)
+    label = next((name for name in _LABELS if name in found), None)
     if picture is None or label is None:
         raise DataError(
             f"Found {', '.join(map(str, found))}. {_WRONG_KIND} "
             "Or name the columns: --map SOURCE=path --map SOURCE=label"
         )
-    train: list[ImageItem] = []
-    test: list[ImageItem] = []
-    for row in rows:
-        part = test if str(row.values.get("split") or "train").lower() in _TEST else train
-        part.append(_manifest_item(row, picture, label, path.parent))
+    train_rows, test_rows = divide_rows(rows, notes, "images")
+    names = _label_names(path, request)
+    train, test = (
+        list(_manifest_items(part, picture, label, path.parent, names, request, notes))
+        for part in (train_rows, test_rows)
+    )
     return train, test
 
 
-def _manifest_item(row: Row, picture: str, label: str, folder: Path) -> ImageItem:
-    value, name = row.values.get(picture), row.values.get(label)
-    if name is None or str(name).strip() == "":
-        raise DataError(f"{row.where}: empty label.")
+def _label_names(path: Path, request: DataRequest) -> tuple[Path, tuple[str, ...]] | None:
+    source = path.parent / "labels.json" if request.label_names is None else existing(request.label_names)
+    if request.label_names is None and not source.is_file():
+        return None
+    return source, read_label_names(source)
+
+
+def _manifest_items(
+    rows: Sequence[Row],
+    picture: str,
+    column: str,
+    folder: Path,
+    names: tuple[Path, tuple[str, ...]] | None,
+    request: DataRequest,
+    notes: list[str],
+) -> Iterator[ImageItem]:
+    labels = label_texts(rows, column)
+    if names is not None:
+        labels = named(labels, rows, names[1], names[0])
+    bad: list[str] = []
+    for row, label in zip(rows, labels, strict=True):
+        try:
+            if label is None:
+                raise DataError(f"{row.where}: empty label. Mend it, or pass --skip-bad.")
+            yield _manifest_item(row, picture, (request.label_prefix or "") + label, folder, names is None)
+        except DataError as error:
+            if not request.skip_bad:
+                raise
+            bad.append(str(error))
+    if bad:
+        notes.append(f"{len(bad)} bad rows were skipped, such as {bad[0]}")
+
+
+def _manifest_item(row: Row, picture: str, label: str, folder: Path, numbered: bool) -> ImageItem:
+    value = row.values.get(picture)
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         value = value["bytes"]
     if isinstance(value, bytes):
         content = value
-        return ImageItem(row.where, str(name), lambda: content)
+        return ImageItem(row.where, label, lambda: content, numbered)
     if isinstance(value, dict):
         value = value.get("path")
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise DataError(f"{row.where}: '{picture}' is neither a path nor image bytes.")
-    file = folder / value
-    if not file.is_file():
-        raise DataError(f"{row.where}: {value} not found.")
-    return ImageItem(str(file), str(name), file.read_bytes)
+    file = named_file(folder, value, row.where)
+    return ImageItem(str(file), label, file.read_bytes, numbered)
+
+
+def _in_one_spelling(train: list[ImageItem], test: list[ImageItem]) -> Parts:
+    """Give class names that are the same, see ``label_key``, one spelling."""
+    spelling = one_spelling(item.label for item in [*train, *test])
+    changed, kept = (
+        [item if spelling[item.label] == item.label else replace(item, label=spelling[item.label]) for item in part]
+        for part in (train, test)
+    )
+    return changed, kept
 
 
 def _choose_classes(items: list[ImageItem], request: DataRequest) -> list[ImageItem]:
     if request.classes is None:
         return items
-    wanted = set(request.classes)
-    chosen = [item for item in items if item.label in wanted]
-    missing = sorted(wanted - {item.label for item in chosen})
+    wanted = {label_key((request.label_prefix or "") + name): name for name in request.classes}
+    chosen = [item for item in items if label_key(item.label) in wanted]
+    missing = sorted(set(wanted) - {label_key(item.label) for item in chosen})
     if items and missing:
-        raise DataError(f"{request.path}: no class '{missing[0]}' there.")
+        raise DataError(f"{request.path}: no class '{wanted[missing[0]]}' there.")
     return chosen
 
 
 def _check_classes(path: Path, labels: Sequence[str], test: Sequence[ImageItem], request: DataRequest) -> None:
-    if len(labels) < 2:
-        only = f" ('{labels[0]}')" if labels else ""
-        raise DataError(
-            f"{path} has {'one class only' if labels else 'no images'}{only}; a task needs two or more classes."
-        )
+    if not labels:
+        raise DataError(f"{path} has no images for training.")
     strange = sorted({item.label for item in test} - set(labels))
     if strange:
         raise DataError(f"{request.val or path}: held-out class '{strange[0]}' has no training images.")
@@ -248,37 +287,3 @@ def _by_label(items: Sequence[ImageItem]) -> Mapping[str, list[ImageItem]]:
     for item in items:
         groups[item.label].append(item)
     return dict(sorted(groups.items()))
-
-
-def open_image(data: bytes, name: str) -> Any:
-    """Decode an image to 8-bit RGB, upright; grey, palette, RGBA and 16-bit images are converted.
-
-    Raises:
-        DataError: The bytes are not a whole image; the message names it.
-    """
-    import io
-
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):
-                image = _to_eight_bits(image)
-            return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError) as error:
-        # Pillow's own words for an unknown format name an object in memory, not the file
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"{name}: unreadable or truncated image ({reason}). Mend it, or pass --skip-bad.") from error
-
-
-def _to_eight_bits(image: Any) -> Any:
-    """Scale a deep grey image (16 or 32 bits, or float) to 8 bits."""
-    import numpy as np
-    from PIL import Image
-
-    values = np.asarray(image, dtype=np.float64)
-    top = 65535.0 if image.mode.startswith("I") and values.max(initial=0) <= 65535 else max(values.max(initial=0), 1.0)
-    top = 255.0 if values.max(initial=0) <= 255 else top
-    return Image.fromarray((values.clip(min=0) / top * 255).astype(np.uint8), mode="L")

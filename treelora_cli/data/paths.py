@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from pathlib import Path
 
+from treelora_cli.backend.contract import DataRequest
 from treelora_cli.errors import DataError, suggest
+
+_ADDRESS = re.compile(r"(?:^|/)(https?|s3|gs|hf|ftp):/{1,2}(.*)")
+"""An address, also after it was taken for a path, which leaves one of its slashes."""
 
 
 def existing(path: Path) -> Path:
@@ -15,9 +21,51 @@ def existing(path: Path) -> Path:
     """
     if path.exists():
         return path.absolute()
+    address = _ADDRESS.search(str(path))
+    if address is not None:
+        raise DataError(f"{address[1]}://{address[2]} is not a local file; download it first.")
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = suggest(path.name, siblings)
     if near:
         name = near.split("'")[1]
         raise DataError(f"{path} not found. Did you mean {path.parent / name}?")
     raise DataError(f"{path} not found.")
+
+
+def paths_of(request: DataRequest) -> list[Path]:
+    """Return the files and folders a request names, patterns such as ``part-*.jsonl`` written out in order.
+
+    Raises:
+        DataError: One of them does not exist, or a pattern fits nothing.
+    """
+    return [path for named in (request.path, *request.more) for path in expanded(named)]
+
+
+def expanded(path: Path) -> list[Path]:
+    """Return the path itself, made absolute, or the paths that fit it when it is a pattern.
+
+    Raises:
+        DataError: There is none.
+    """
+    if path.exists() or not glob.has_magic(str(path)):
+        return [existing(path)]
+    found = sorted(glob.glob(str(path), recursive=True))
+    if not found:
+        raise DataError(f"{path}: nothing fits this pattern.")
+    return [Path(name).absolute() for name in found]
+
+
+def named_file(folder: Path, name: str, where: str) -> Path:
+    """Return the file a row of a table names, relative to the table's folder.
+
+    Raises:
+        DataError: There is none, or the name cannot be one.
+    """
+    spellings = (name, name.strip(), name.strip().replace("\\", "/"))
+    try:
+        found = next((folder / one for one in spellings if (folder / one).is_file()), None)
+    except (OSError, ValueError) as error:  # too long, or with a NUL
+        raise DataError(f"{where}: {name[:80]!r} is no path ({error}).") from error
+    if found is None:
+        raise DataError(f"{where}: {name} not found.")
+    return found

@@ -1,17 +1,35 @@
-"""Tables of examples: CSV, JSONL, JSON and parquet, read into rows that know their line."""
+"""Tables of examples: CSV, JSON, JSONL, parquet and plain text, packed or not, read into rows that know their line."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from treelora_cli.data.delimited import read_delimited
+from treelora_cli.data.files import decode, read_bytes, unpacked_name
+from treelora_cli.data.layout import val_unused
+from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, says_unlabelled
 from treelora_cli.errors import DataError
 
-TABLE_SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+TABLE_SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+FORMATS = ("csv", "json", "jsonl", "parquet", "text", "tsv")
+TEXT_SUFFIXES = {".txt": "text", ".md": "text"}
+_SPLIT_COLUMNS = ("split", "partition", "subset", "part")
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -27,36 +45,51 @@ class Row:
     where: str
 
 
+def table_suffix(path: Path) -> str:
+    """Return the ending that tells a file's format, that of its packing left out."""
+    return unpacked_name(path).suffix.lower()
+
+
+def table_stem(path: Path) -> str:
+    """Return a file's name without its endings."""
+    return unpacked_name(path).stem
+
+
+def is_table(path: Path) -> bool:
+    """Return whether a file's name is that of a table."""
+    return table_suffix(path) in TABLE_SUFFIXES
+
+
 def table_format(path: Path, named: str | None) -> str:
     """Return the format of a table: as named, or by the file's ending.
 
     Raises:
         DataError: Neither says.
     """
-    if named in set(TABLE_SUFFIXES.values()):
-        return str(named)
-    found = TABLE_SUFFIXES.get(path.suffix.lower()) if named is None else None
+    if named in FORMATS:
+        return named
+    found = {**TABLE_SUFFIXES, **TEXT_SUFFIXES}.get(table_suffix(path)) if named is None else None
     if found is None:
-        raise DataError(
-            f"{path}: unknown format '{named or path.suffix}'. Use {', '.join(sorted(set(TABLE_SUFFIXES.values())))}."
-        )
+        raise DataError(f"{path}: unknown format '{named or path.suffix}'. Use {', '.join(FORMATS)}.")
     return found
 
 
-def read_table(path: Path, data_format: str | None, columns: Mapping[str, str]) -> list[Row]:
+def read_table(
+    path: Path, data_format: str | None, columns: Mapping[str, str], notes: list[str] | None = None
+) -> list[Row]:
     """Read all rows of a table, renaming the column ``source`` of ``--map source=name`` to ``name``.
+
+    Args:
+        path: The file.
+        data_format: One of ``FORMATS``; by the file's ending when ``None``.
+        columns: Source column by the name expected.
+        notes: Takes what to tell the user, as of an encoding.
 
     Raises:
         DataError: Malformed content (file and line named), no rows, or a mapped column that is not there.
     """
     kind = table_format(path, data_format)
-    readers = {"csv": _read_csv, "jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet}
-    try:
-        rows = readers[kind](path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}).") from error
+    rows = list(_READERS[kind](read_bytes(path), path, [] if notes is None else notes))
     if not rows:
         raise DataError(f"{path} holds no examples.")
     return [_rename(row, columns) for row in rows]
@@ -69,52 +102,141 @@ def _rename(row: Row, columns: Mapping[str, str]) -> Row:
     return Row({columns.get(name, name): value for name, value in row.values.items()}, row.where)
 
 
-def _read_csv(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
-        rows = []
-        try:
-            for record in reader:
-                where = f"{path.name}:{reader.line_num}"
-                if None in record or None in record.values():
-                    raise DataError(f"{where}: the number of fields differs from the header's.")
-                rows.append(Row(dict(record), where))
-        except csv.Error as error:
-            raise DataError(f"{path.name}:{reader.line_num}: invalid CSV ({error}).") from error
-    return rows
+def check_text(row: Row) -> None:
+    """Raise ``DataError`` when a row holds text that no encoding can write, such as half a surrogate pair."""
+    for name, value in row.values.items():
+        if not _writable(name) or not _writable(value):
+            raise DataError(f"{row.where}: '{name!a}' holds half a surrogate pair, which is no text. Mend it.")
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path.name}:{number}"
-                rows.append(_record(_parse_json(line, where), where))
-    return rows
+def _writable(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in value)
+    if isinstance(value, dict):
+        return all(_writable(part) for pair in value.items() for part in pair)
+    return not isinstance(value, list) or all(_writable(part) for part in value)
 
 
-def _read_json(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig")
-    content = _parse_json(text, path.name)
+def divide_rows(rows: list[Row], notes: list[str], kind: str) -> tuple[list[Row], list[Row]]:
+    """Divide rows by a column of parts, ``split`` or the like, into training and held-out ones.
+
+    The validation part is held out where there is no test part; where there is one, it is left out, and said.
+
+    Raises:
+        DataError: A value of ``split`` that names no part.
+    """
+    column = _split_column(rows)
+    if column is None:
+        return rows, []
+    found: dict[str, list[Row]] = {TRAIN: [], TEST: [], VAL: []}
+    for row in rows:
+        value = row.values.get(column)
+        part = TRAIN if value is None or value == "" else part_of(str(value))
+        if part is not None:
+            found[part].append(row)
+        elif not says_unlabelled(str(value)):
+            raise DataError(f"{row.where}: {column} '{value}' is none of train, test, validation.")
+    if found[TEST] and found[VAL]:
+        notes.append(val_unused(len(found[VAL]), kind))
+    return found[TRAIN], found[TEST] or found[VAL]
+
+
+def _split_column(rows: Sequence[Row]) -> str | None:
+    """Return the column of parts; of another name than ``split`` only where all its values are parts."""
+    for column in _SPLIT_COLUMNS:
+        values = {str(row.values[column]) for row in rows if row.values.get(column) not in (None, "")}
+        if values and (column == "split" or all(part_of(value) for value in values)):
+            return column
+    return None
+
+
+# -- formats --------------------------------------------------------------------------------------
+
+
+def _read_csv(data: bytes, path: Path, notes: list[str], *, tabs: bool = False) -> Iterator[Row]:
+    text = decode(data, path, notes, western=True)
+    for values, line in read_delimited(text, path.name, tabs):
+        yield Row(dict(values), f"{path.name}:{line}")
+
+
+def _read_text(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
+    for number, line in enumerate(decode(data, path, notes, western=True).splitlines(), start=1):
+        if line.strip():
+            yield Row({"text": line}, f"{path.name}:{number}")
+
+
+def _read_jsonl(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
+    text = decode(data, path, notes, western=False)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if lines and not _is_json(lines[0][1]):
+        return _read_json(data, path, [])  # a record or a list over several lines
+    if len(lines) == 1 and lines[0][1].lstrip().startswith("[{"):
+        return _read_json(data, path, [])
+    places = ((line, f"{path.name}:{number}") for number, line in lines)
+    return (_record(_parse_json(line, where), where) for line, where in places)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read_json(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
+    text = decode(data, path, notes, western=False)
+    values = _json_values(text, path.name)
+    if len(values) > 1:  # records one after the other
+        return (_record(value, f"{path.name}:{line}") for value, line in values)
+    content = values[0][0] if values else None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
-        if len(lists) != 1:
-            raise DataError(f"{path.name}: expected a list of records.")
-        content = lists[0]
+        if len(lists) != 1 and table_suffix(path) != ".json":
+            content = [content]
+        elif len(lists) == 1:
+            content = lists[0]
     if not isinstance(content, list):
         raise DataError(f"{path.name}: expected a list of records.")
-    return [_record(value, f"{path.name} record {index + 1}") for index, value in enumerate(content)]
+    return (_record(value, f"{path.name} record {index + 1}") for index, value in enumerate(content))
+
+
+def _json_values(text: str, name: str) -> list[tuple[Any, int]]:
+    """Return the JSON values that stand one after the other in a text, each with its line."""
+    decoder = json.JSONDecoder()
+    values = []
+    place, line = _end_of_space(text, 0), 1
+    seen = 0
+    while place < len(text):
+        line += text.count("\n", seen, place)
+        seen = place
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{name}:{error.lineno}: invalid JSON ({error.msg}, column {error.colno}).") from error
+        except RecursionError as error:
+            raise DataError(f"{name}: JSON nested too deeply.") from error
+        except ValueError as error:  # a number of thousands of digits
+            raise DataError(f"{name}:{line}: invalid JSON ({error}).") from error
+        values.append((value, line))
+        place = _end_of_space(text, place)
+    return values
+
+
+def _end_of_space(text: str, place: int) -> int:
+    found = _SPACE.match(text, place)
+    return place if found is None else found.end()
 
 
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        place = where if ":" in where else f"{where}:{error.lineno}"
-        raise DataError(f"{place}: invalid JSON ({error.msg}, column {error.colno}).") from error
+        raise DataError(f"{where}: invalid JSON ({error.msg}, column {error.colno}).") from error
     except RecursionError as error:
         raise DataError(f"{where}: JSON nested too deeply.") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{where}: invalid JSON ({error}).") from error
 
 
 def _record(value: Any, where: str) -> Row:
@@ -123,12 +245,54 @@ def _record(value: Any, where: str) -> Row:
     return Row(value, where)
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        records: Iterable[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path.name}: invalid parquet ({str(error).splitlines()[0]}).") from error
-    return [Row(dict(record), f"{path.name} row {index + 1}") for index, record in enumerate(records)]
+        table = parquet.read_table(pyarrow.BufferReader(data))
+        names = class_names(table.schema.metadata or {})
+        records = [dict(record) for record in table.to_pylist()]
+    except MemoryError:
+        raise
+    except Exception as error:  # arrow's own errors, and Python's for values it cannot hold, such as year 20000
+        raise DataError(f"{path.name}: invalid parquet ({(str(error).splitlines() or ['damaged'])[0]}).") from error
+    for index, record in enumerate(records):
+        row = Row(record, f"{path.name} row {index + 1}")
+        yield replace(row, values={**record, **{key: _name_of(row, key, names[key]) for key in names if key in record}})
+
+
+def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Return the class names by column that ``datasets`` writes beside a table's schema."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        named = {column: feature["names"] for column, feature in features.items() if "names" in feature}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {
+        column: names
+        for column, names in named.items()
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    }
+
+
+def _name_of(row: Row, column: str, names: Sequence[str]) -> Any:
+    """Return the name of a number; -1 is how ``datasets`` writes a missing label."""
+    value = row.values[column]
+    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+        return value
+    if value == -1:
+        return None
+    if value != int(value) or not 0 <= value < len(names):
+        raise DataError(f"{row.where}: {column} {value} is not among the file's {len(names)} class names.")
+    return names[int(value)]
+
+
+_READERS: dict[str, Callable[[bytes, Path, list[str]], Iterator[Row]]] = {
+    "csv": _read_csv,
+    "tsv": partial(_read_csv, tabs=True),
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "parquet": _read_parquet,
+    "text": _read_text,
+}

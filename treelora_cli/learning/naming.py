@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from treelora_cli.data.tables import table_stem
 from treelora_cli.project import check_task_name
 
 
@@ -16,6 +17,6 @@ def task_name(given: str | None, data: Path) -> str:
     """
     if given is not None:
         return check_task_name(given)
-    stem = data.absolute().stem if data.suffix else data.absolute().name
+    stem = table_stem(data.absolute()) if data.suffix else data.absolute().name
     derived = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")[:64]
     return check_task_name(derived or "task")

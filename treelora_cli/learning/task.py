@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,7 @@ from treelora_cli.backend.arithmetic import choose_arithmetic
 from treelora_cli.backend.contract import Base, DataRequest, Learned, Memory, Score, Session, TaskData, TaskMemory
 from treelora_cli.backend.runtime import Runtime, return_free_memory
 from treelora_cli.config import Config, to_dict
+from treelora_cli.errors import DataError
 from treelora_cli.learning.evaluation import HeldOut, blamed, read_held_out, score_tasks
 from treelora_cli.learning.opening import check_base
 from treelora_cli.learning.provenance import adapter_files, peak_bytes, versions
@@ -71,6 +72,28 @@ class TaskReport:
     steps: int
     peak_bytes: int
     notes: tuple[str, ...]
+
+
+def check_numbers(task: TaskData, known: Mapping[str, Sequence[str]]) -> None:
+    """Refuse labels that are bare numbers and the same as an earlier task's: they may mean other classes.
+
+    Args:
+        task: The new task.
+        known: Labels of the earlier tasks, by task.
+
+    Raises:
+        DataError: They are; the message says how to name them, or how to say that they mean the same.
+    """
+    if not task.numbered:
+        return
+    for name, labels in known.items():
+        shared = sorted(set(labels) & set(task.labels), key=int)
+        if shared:
+            raise DataError(
+                f"Labels {', '.join(shared[:5])} are bare numbers, and task '{name}' has the same ones: do they mean"
+                " the same classes? Pass --label-names FILE, --label-prefix NAME, or --map SOURCE=label for a column of"
+                " names; --label-prefix '' if they do mean the same."
+            )
 
 
 class _Clock:
@@ -175,6 +198,7 @@ def learn_task(
     check_base(project, base)
     clock = _Clock()
     data = _read(base, request, runtime)
+    check_numbers(data, project.labels_by_task())
     new = NewTask(name, request, data, project, base, config, runtime, project.memory(), project.tree())
     clock.lap("read")
     trained = train_task(new, clock, resume=resume)

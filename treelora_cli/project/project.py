@@ -241,6 +241,10 @@ class Project:
             raise DamagedError(f"{where} is not a list of names. Run treelora doctor.")
         return tuple(found)
 
+    def labels_by_task(self) -> dict[str, tuple[str, ...]]:
+        """Return every task's class or answer names."""
+        return {task.name: self.labels(task.name) for task in self.state.tasks}
+
     def entry(self, name: str) -> TaskEntry:
         """Return the state's entry of a task.
 

@@ -48,6 +48,11 @@ class LmTask:
         return self.listing.labels
 
     @property
+    def numbered(self) -> bool:
+        """False: each task keeps its own set of answers, so numbers of two tasks never mix."""
+        return False
+
+    @property
     def metric(self) -> str:
         """Name of the score."""
         return self.listing.metric

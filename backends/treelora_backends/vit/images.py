@@ -17,7 +17,8 @@ from torch import Tensor
 from treelora_cli.backend.contract import Change, DataRequest
 from treelora_cli.backend.runtime import Reporter
 from treelora_cli.data.held_out import content_hash
-from treelora_cli.data.images import ImageItem, list_images, open_image
+from treelora_cli.data.images import ImageItem, list_images
+from treelora_cli.data.pixels import open_image
 from treelora_cli.errors import DataError, UsageError
 
 _IN_MEMORY_BYTES = 2 * 1024**3
@@ -33,6 +34,7 @@ class Preprocessing:
         size: Height and width in pixels.
         mean, std: Per channel, of values in [0, 1].
         data_config: timm's names for all of it.
+        largest: Value of white in images of more than 8 bits; by each file when ``None``.
     """
 
     geometry: Callable[[Any], Any]
@@ -40,9 +42,21 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     data_config: dict[str, Any]
+    largest: float | None = None
 
-    def to_pixels(self, image: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Return the resized image as (3, H, W), 0 to 255."""
+    def to_pixels(self, data: bytes, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Decode a file and return the resized image as (3, H, W), 0 to 255.
+
+        Raises:
+            DataError: It is no whole image, or cannot be resized; the message names it.
+        """
+        image = open_image(data, name, self.largest)
+        try:
+            return self._resized(image)
+        except (ValueError, OverflowError) as error:  # one pixel wide and thousands high
+            raise DataError(f"{name}: {image.width} x {image.height} pixels cannot be resized ({error}).") from error
+
+    def _resized(self, image: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return np.ascontiguousarray(np.asarray(self.geometry(image), dtype=np.uint8).transpose(2, 0, 1))
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -61,14 +75,18 @@ def make_preprocessing(vit: Any, overrides: dict[str, Any]) -> Preprocessing:
     from timm.data import create_transform, resolve_data_config
 
     size = vit.patch_embed.img_size
-    known = {"mean", "std", "interpolation", "crop_pct", "crop_mode"}
+    known = {"mean", "std", "interpolation", "crop_pct", "crop_mode", "range"}
     for key in overrides:
         if key not in known:
             raise UsageError(f"--preprocess {key}: known are {', '.join(sorted(known))}.")
     chosen = {
         key: (float(value),) * 3 if key in ("mean", "std") and not isinstance(value, list | tuple) else value
         for key, value in overrides.items()
+        if key != "range"
     }
+    largest = overrides.get("range")
+    if largest is not None and (isinstance(largest, bool) or not isinstance(largest, int | float) or largest <= 0):
+        raise UsageError(f"--preprocess range={largest}: expected the value of white, such as 4095.")
     try:
         config = resolve_data_config({**chosen, "input_size": (3, *size)}, pretrained_cfg=vit.pretrained_cfg, model=vit)
         steps = create_transform(**config, is_training=False).transforms
@@ -81,7 +99,7 @@ def make_preprocessing(vit: Any, overrides: dict[str, Any]) -> Preprocessing:
             image = step(image)
         return image
 
-    return Preprocessing(geometry, tuple(size), tuple(config["mean"]), tuple(config["std"]), config)
+    return Preprocessing(geometry, tuple(size), tuple(config["mean"]), tuple(config["std"]), config, largest)
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,7 @@ class ImageTask:
     change: Change | None = None
     metric: str = "accuracy"
     tokens: tuple[tuple[str, bool], ...] = ()
+    numbered: bool = False
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -166,7 +185,8 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
         raise DataError(f"{request.path}: a class has no readable training image left.")
     height, width = preprocessing.size
     sample = f"{listing.train[0].name} -> 3x{height}x{width}, label '{listing.train[0].label}'" if listing.train else ""
-    return ImageTask(listing.labels, train, test, digest.hexdigest(), notes, sample, listing.change)
+    digits = digest.hexdigest()
+    return ImageTask(listing.labels, train, test, digits, notes, sample, listing.change, numbered=listing.numbered)
 
 
 def _decode(
@@ -190,7 +210,7 @@ def _decode(
             raise DataError(f"{item.name} cannot be read: {error.strerror}.") from error
         try:
             own = content_hash(item.label, data)
-            return hashlib.sha256(data).digest(), own, preprocessing.to_pixels(open_image(data, item.name))
+            return hashlib.sha256(data).digest(), own, preprocessing.to_pixels(data, item.name)
         except DataError:
             if not skip_bad:
                 raise

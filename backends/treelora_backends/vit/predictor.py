@@ -26,7 +26,7 @@ from treelora_backends.vit.trunk import Cut
 from treelora_cli.backend import adapters
 from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score
 from treelora_cli.data.examples import Turn
-from treelora_cli.data.images import open_image
+from treelora_cli.data.names import label_key
 from treelora_cli.data.paths import existing
 from treelora_cli.errors import DataError
 from treelora_cli.heads.ridge import LinearHead
@@ -59,8 +59,8 @@ class VitPredictor:
 
     def evaluate(self, task: ImageTask) -> Score:
         """Score the held-out images of a task over all classes."""
-        position = {name: index for index, name in enumerate(self.names)}
-        truth = torch.tensor([position.get(label, -1) for label in task.labels], device=self.device)
+        position = {label_key(name): index for index, name in enumerate(self.names)}
+        truth = torch.tensor([position.get(label_key(label), -1) for label in task.labels], device=self.device)
         rows = [torch.zeros(0, 5, device=self.device)]
         for pixels, labels in self._shares(task.test):
             scores, asked = self.class_scores(self.base.preprocessing.normalise(pixels))
@@ -76,7 +76,9 @@ class VitPredictor:
         """Count rows of (label in the task, class answered, task asked, place of the right class, confidence)."""
         labels, best, asked, place = rows[:, :4].long().T.tolist() if len(rows) else ([], [], [], [])
         given = [self.names[one] for one in best]
-        right = [task.labels[label] == answer for label, answer in zip(labels, given, strict=True)]
+        right = [
+            label_key(task.labels[label]) == label_key(answer) for label, answer in zip(labels, given, strict=True)
+        ]
         routed = None
         if self.inference == "routed":
             holders = set(self._tasks_with(task.labels).tolist())
@@ -91,10 +93,13 @@ class VitPredictor:
 
     def _tasks_with(self, labels: Sequence[str]) -> Tensor:
         """Indices of the tasks that hold one of these classes: any of them is a right route."""
-        wanted = set(labels)
-        return torch.tensor(
-            [index for index, task in enumerate(self.memory.tasks) if wanted & set(task.labels)], device=self.device
-        )
+        wanted = {label_key(label) for label in labels}
+        holders = [
+            index
+            for index, task in enumerate(self.memory.tasks)
+            if wanted & {label_key(label) for label in task.labels}
+        ]
+        return torch.tensor(holders, device=self.device)
 
     def _shares(self, pictures: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
         own = torch.tensor(self.base.runtime.share(list(range(len(pictures)))), dtype=torch.int64)
@@ -114,7 +119,7 @@ class VitPredictor:
         count = images_at_once(self.device)
         for start in range(0, len(names), count):
             chunk = [existing(Path(name)) for name in names[start : start + count]]
-            pixels = [self.base.preprocessing.to_pixels(open_image(path.read_bytes(), str(path))) for path in chunk]
+            pixels = [self.base.preprocessing.to_pixels(path.read_bytes(), str(path)) for path in chunk]
             images = torch.stack([torch.from_numpy(picture) for picture in pixels]).to(self.device)
             scores, asked = self.class_scores(self.base.preprocessing.normalise(images))
             likely = scores.softmax(dim=1).topk(min(OTHERS + 1, len(self.names)), dim=1)

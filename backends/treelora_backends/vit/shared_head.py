@@ -18,6 +18,7 @@ from treelora_backends.vit.trunk import Features, Trunk
 from treelora_cli.backend.contract import Memory
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import Config
+from treelora_cli.data.names import label_key
 from treelora_cli.heads.gram import Gram
 from treelora_cli.heads.ridge import FeatureMap, LinearHead, RidgeStatistics, Tensors, ridge_share
 
@@ -44,14 +45,17 @@ def columns_of(memory: Memory) -> list[Column]:
 
 
 def class_names(columns: Sequence[Column]) -> list[str]:
-    """Return the distinct class names in order of first arrival."""
-    return list(dict.fromkeys(column.label for column in columns))
+    """Return the distinct class names in order of first arrival, each as it was first spelt (``label_key``)."""
+    first: dict[str, str] = {}
+    for column in columns:
+        first.setdefault(label_key(column.label), column.label)
+    return list(first.values())
 
 
 def class_of_column(columns: Sequence[Column]) -> Tensor:
     """Return the index into ``class_names`` of each column, (K,)."""
-    index = {name: position for position, name in enumerate(class_names(columns))}
-    return torch.tensor([index[column.label] for column in columns])
+    index = {label_key(name): position for position, name in enumerate(class_names(columns))}
+    return torch.tensor([index[label_key(column.label)] for column in columns])
 
 
 class HeadFeatures:

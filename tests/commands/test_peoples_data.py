@@ -1,0 +1,89 @@
+"""Data as people have it, on the command line: the right thing is learned, or nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Cli, check_error, make_images, picture, tree_hash
+
+
+def manifest(folder: Path, classes: dict[str, str]) -> Path:
+    """Write a CSV of four images of each colour under the label given."""
+    folder.mkdir()
+    lines = ["path,label"]
+    for colour, label in classes.items():
+        for index in range(4):
+            picture(colour, index).save(folder / f"{colour}{index}.png")
+            lines.append(f"{colour}{index}.png,{label}")
+    (folder / "m.csv").write_text("\n".join(lines))
+    return folder / "m.csv"
+
+
+def test_numbers_of_two_files_are_not_taken_for_the_same_classes(cli: Cli, empty_project: Path, tmp_path: Path) -> None:
+    first = manifest(tmp_path / "a", {"red": "0", "blue": "1"})
+    second = manifest(tmp_path / "b", {"green": "0", "black": "1"})
+    assert cli("-C", empty_project, "train-task", first, "--name", "a", "--device", "cpu").code == 0
+    before = tree_hash(empty_project)
+    train_second = ("-C", empty_project, "train-task", second, "--name", "b", "--device", "cpu")
+    line = (
+        r"Labels 0, 1 are bare numbers, and task 'a' has the same ones: do they mean the same classes\?"
+        r" Pass --label-names FILE, --label-prefix NAME, or --map SOURCE=label"
+    )
+    check_error(cli(*train_second), 4, line)
+    check_error(cli(*train_second, "--dry-run"), 4, line)
+    assert tree_hash(empty_project) == before
+    (tmp_path / "names.txt").write_text("green\nblack\n")
+    assert cli(*train_second, "--label-names", tmp_path / "names.txt").code == 0
+    labels = json.loads((empty_project / "tasks/002-b/labels.json").read_text())
+    assert labels == ["black", "green"]
+    same = cli("-C", empty_project, "train-task", first, "--name", "c", "--label-prefix", "", "--device", "cpu")
+    assert same.code == 0
+    assert json.loads((empty_project / "tasks/003-c/labels.json").read_text()) == ["0", "1"]
+
+
+def test_a_task_of_one_class_is_a_task(cli: Cli, empty_project: Path, tmp_path: Path) -> None:
+    make_images(tmp_path / "one", ["red"])
+    make_images(tmp_path / "two", ["blue"])
+    for name in ("one", "two"):
+        assert cli("-C", empty_project, "train-task", tmp_path / name, "--device", "cpu").code == 0
+    scores = cli("-C", empty_project, "eval", "--json", "--device", "cpu").json["tasks"]
+    assert [scores[name]["score"] for name in ("one", "two")] == [1.0, 1.0]
+    image = tmp_path / "two" / "test" / "blue" / "00.png"
+    answers = cli("-C", empty_project, "predict", image, "--json", "--device", "cpu").json["predictions"]
+    assert answers[0]["output"] == "blue"
+
+
+def test_a_class_comes_back_in_another_spelling(cli: Cli, empty_project: Path, tmp_path: Path) -> None:
+    make_images(tmp_path / "a", ["red", "blue"])
+    folder = make_images(tmp_path / "b", ["red", "black"], seed=5)
+    for part in ("train", "test"):
+        (folder / part / "red").rename(folder / part / "RED ")
+    for name in ("a", "b"):
+        assert cli("-C", empty_project, "train-task", tmp_path / name, "--device", "cpu").code == 0
+    image = tmp_path / "b" / "test" / "RED " / "00.png"
+    for inference in ("routed", "latest", "merged"):
+        done = cli("-C", empty_project, "predict", image, "--json", "--inference", inference, "--device", "cpu")
+        assert done.json["predictions"][0]["output"] in {"red", "blue", "black"}
+
+
+def test_missing_data_is_reported_before_the_model_is_loaded(
+    cli: Cli, empty_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_arguments: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("treelora_cli.learning.opening.load_base", load)
+    make_images(tmp_path / "birds", ["red", "blue"])
+    for arguments, line in (
+        ([tmp_path / "brids"], r"brids not found\. Did you mean .*birds\?"),
+        ([tmp_path / "birds", tmp_path / "zz"], r"zz not found\."),
+        ([tmp_path / "*.csv"], r"\*\.csv: nothing fits this pattern\."),
+        ([tmp_path / "birds", "--val", tmp_path / "zz"], r"zz not found\."),
+        (
+            ["https://example.org/birds.zip"],
+            r"https://example\.org/birds\.zip is not a local file; download it first\.",
+        ),
+    ):
+        check_error(cli("-C", empty_project, "train-task", *arguments, "--device", "cpu"), 4, line)

@@ -1,0 +1,231 @@
+"""What a folder's layout means: parts, classes, wrappers; what cannot be told is refused with what was seen."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import picture
+
+from treelora_cli.backend.contract import DataRequest
+from treelora_cli.data.images import ImageListing, list_images
+from treelora_cli.data.names import label_key, part_of, says_no_class
+from treelora_cli.errors import DataError
+
+
+def build(root: Path, *files: str) -> Path:
+    """Write a small image at every path; a path that ends in ``/`` is an empty folder."""
+    for index, name in enumerate(files):
+        path = root / name
+        if name.endswith("/"):
+            path.mkdir(parents=True)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture("red", index, size=4).save(path, format="PNG")
+    return root
+
+
+def listed(root: Path, **options: Any) -> ImageListing:
+    return list_images(DataRequest(path=root, held_out=0, **options))
+
+
+def seen(items: list[Any], root: Path) -> list[tuple[str, str]]:
+    return sorted((item.label, str(Path(item.name).relative_to(root))) for item in items)
+
+
+PARTS = {
+    **dict.fromkeys(["train", "Train", "TRAINING", "training_set", "train2017", "trainset", "images_train"], "train"),
+    **dict.fromkeys(["train-images", "trainSet", "train-00000-of-00002", "trn"], "train"),
+    **dict.fromkeys(["test", "Testing", "test_data", "test-set", "imgs.test", "testset", "test1", "tst"], "test"),
+    **dict.fromkeys(["val", "valid", "VALIDATION", "val2017", "valset", "dev", "holdout", "held-out", "eval"], "val"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_names_of_parts_in_any_dress(name: str) -> None:
+    assert part_of(name) == PARTS[name]
+
+
+@pytest.mark.parametrize("name", ["train_masks", "test tube", "steam train", "trainer", "devil", "0", "cat", "latest"])
+def test_other_names_are_no_parts(name: str) -> None:
+    assert part_of(name) is None
+
+
+def test_names_that_tell_no_class() -> None:
+    assert all(says_no_class(name) for name in ("images", "data2", "unlabeled", "test1", "JPEGImages"))
+    assert not any(says_no_class(name) for name in ("0", "lamp", "image of a cat"))
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train", "test"), ("training", "validation"), ("Train_Set", "dev"), ("train2017", "val2017"), ("trn", "holdout")],
+)
+def test_parts_of_classes(tmp_path: Path, train: str, test: str) -> None:
+    root = build(tmp_path / "d", f"{train}/cat/1.png", f"{train}/dog/1.png", f"{test}/cat/2.png", f"{test}/dog/2.png")
+    found = listed(root)
+    assert found.labels == ("cat", "dog")
+    assert seen(found.train, root) == [("cat", f"{train}/cat/1.png"), ("dog", f"{train}/dog/1.png")]
+    assert seen(found.test, root) == [("cat", f"{test}/cat/2.png"), ("dog", f"{test}/dog/2.png")]
+
+
+@pytest.mark.parametrize("unlabelled", ["test/1.png", "test/images/1.png", "test/test1/1.png", "test/unknown/1.png"])
+def test_an_unlabelled_part_is_left_out_and_said(tmp_path: Path, unlabelled: str) -> None:
+    root = build(tmp_path / "kaggle", "train/cat/1.png", "train/dog/1.png", unlabelled)
+    found = listed(root)
+    assert found.labels == ("cat", "dog")
+    assert found.test == []
+    assert found.notes == (f"{root / 'test'} has no class folders: its 1 images were left out.",)
+
+
+@pytest.mark.parametrize("wrapper", ["", "dataset/", "dataset/images/", "archive/kaggle v2/"])
+def test_the_dataset_may_lie_deeper(tmp_path: Path, wrapper: str) -> None:
+    root = build(tmp_path / "d", f"{wrapper}train/cat/1.png", f"{wrapper}train/dog/1.png", f"{wrapper}test/cat/2.png")
+    found = listed(root)
+    assert seen(found.train, root) == [("cat", f"{wrapper}train/cat/1.png"), ("dog", f"{wrapper}train/dog/1.png")]
+    assert seen(found.test, root) == [("cat", f"{wrapper}test/cat/2.png")]
+    assert len(found.notes) == wrapper.count("/")
+
+
+def test_classes_may_lie_one_deeper_in_a_part(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "train/images/cat/1.png", "train/images/dog/1.png", "test/images/cat/2.png")
+    found = listed(root)
+    assert found.labels == ("cat", "dog")
+    assert seen(found.test, root) == [("cat", "test/images/cat/2.png")]
+
+
+def test_parts_inside_classes(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "cat/train/1.png", "cat/test/2.png", "dog/train/1.png", "dog/val/3.png")
+    root = build(root, "dog/test/4.png")
+    found = listed(root)
+    assert seen(found.train, root) == [("cat", "cat/train/1.png"), ("dog", "dog/train/1.png")]
+    assert seen(found.test, root) == [("cat", "cat/test/2.png"), ("dog", "dog/test/4.png")]
+    assert found.notes == ("Scored on the test part; the validation part (1 images) is unused.",)
+
+
+def test_a_validation_part_beside_a_test_part_is_said_to_be_unused(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", *(f"{part}/{name}/1.png" for part in ("train", "val", "test") for name in ("a", "b")))
+    found = listed(root)
+    assert [Path(item.name).parts[-3] for item in found.test] == ["test", "test"]
+    assert found.notes == ("Scored on the test part; the validation part (2 images) is unused.",)
+
+
+def test_a_held_out_part_alone_is_learned(tmp_path: Path) -> None:
+    found = listed(build(tmp_path / "d", "val/a/1.png", "val/b/1.png"))
+    assert found.labels == ("a", "b")
+    assert len(found.train) == 2
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    found = listed(build(tmp_path / "d", "bicycle/1.png", "bus/1.png", "train/1.png"))
+    assert found.labels == ("bicycle", "bus", "train")
+
+
+def test_a_class_called_train_with_folders_inside_is_not_taken_for_a_part(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "bicycle/1.png", "bus/1.png", "train/steam/1.png", "train/diesel/1.png")
+    line = (
+        r"d holds bicycle/ \(1\), bus/ \(1\), train/ \(diesel/, steam/\): is 'train' a part or a class\? Give .*train"
+    )
+    with pytest.raises(DataError, match=line):
+        listed(root)
+    found = listed(root, classes=("bicycle", "bus", "train"))
+    assert found.labels == ("bicycle", "bus", "train")
+    assert len(found.train) == 4
+
+
+def test_unlabelled_folders_beside_parts_are_left_out(tmp_path: Path) -> None:
+    root = build(tmp_path / "stl", "train/cat/1.png", "train/dog/1.png", "unlabeled/1.png", "unlabeled/2.png")
+    found = listed(root)
+    assert found.labels == ("cat", "dog")
+    assert found.notes == (f"{root / 'unlabeled'} says that it has no labels: its 2 images were left out.",)
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        (
+            ["train/1.png", "test/1.png"],
+            r"images in test/ \(1\), train/ \(1\) but no class folders in them; there is no",
+        ),
+        (["images/1.png"], r"images in images/ only, which names no class; there is no label\."),
+        (["train/images/1.png", "val/images/1.png"], r"no class folders in them; there is no label\."),
+        (["1.png", "2.png"], r"holds no class folders\."),
+        (["animals/cat/1.png", "animals/dog/1.png", "cars/vw/1.png"], r"two levels of folders could be classes\. Give"),
+        (["bottle/train/good/1.png", "bottle/test/bad/1.png", "nut/train/good/1.png"], r"two levels of folders could"),
+        (["train/cat/1.png", "train_masks/cat/1.png"], r"is 'train' a part or a class\?"),
+        (["test/cat/1.png", "val/cat/1.png", "train/1.png"], r"held-out parts and no labelled training part\."),
+        (["train/cat/1.png", "test/cow/1.png", "test/cat/1.png"], r"held-out class 'cow' has no training images\."),
+    ],
+)
+def test_what_cannot_be_told_is_refused(tmp_path: Path, files: list[str], line: str) -> None:
+    with pytest.raises(DataError, match=line):
+        listed(build(tmp_path / "d", *files))
+
+
+def test_a_list_beside_loose_images_is_pointed_out(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "1.png")
+    (root / "labels.csv").write_text("path,label\n1.png,cat\n")
+    with pytest.raises(DataError, match=r"Is .*labels\.csv the list of them\?"):
+        listed(root)
+
+
+def test_leftovers_of_tools_are_passed_over_and_counted(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "cat/1.png", "dog/1.png", "__MACOSX/cat/._1.png", "cat/.ipynb_checkpoints/1.png")
+    build(root, "@eaDir/1.png", "cat/._1.png", "fox/", "dog/deep/er/")
+    for name in ("cat/Thumbs.db", "dog/.DS_Store", "desktop.ini"):
+        (root / name).write_bytes(b"x")
+    found = listed(root)
+    assert seen(found.train, root) == [("cat", "cat/1.png"), ("dog", "dog/1.png")]
+    assert found.notes == (
+        "3 folders without images were passed over: dog/deep/er, dog/deep, fox.",
+        "7 files and folders that tools left behind were passed over.",
+    )
+
+
+def test_images_are_told_by_content(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "a/1.PNG", "a/2", "a/3.dat", "b/4.jfif", "b/5.jpe", "b/6.JPEG")
+    (root / "a" / "notes.txt").write_text("BMX is a sport")
+    (root / "a" / "clip.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
+    found = listed(root)
+    assert [name for _, name in seen(found.train, root)] == [
+        "a/1.PNG",
+        "a/2",
+        "a/3.dat",
+        "b/4.jfif",
+        "b/5.jpe",
+        "b/6.JPEG",
+    ]
+    assert found.notes == (f"2 files in {root} are not images and were left out (1 .mp4, 1 .txt).",)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    build(tmp_path / "far", "1.png")
+    root = build(tmp_path / "d", "dog/1.png")
+    (root / "cat").symlink_to(tmp_path / "far", target_is_directory=True)
+    (root / "dog" / "again").symlink_to(root, target_is_directory=True)
+    found = listed(root)
+    assert found.labels == ("cat", "dog")
+    assert len(found.train) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (["Cat", "cat"], "Cat"),
+        ([unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")], "café"),
+        (["cat", " cat "], "cat"),
+        (["Straße", "STRASSE"], "STRASSE"),
+    ],
+)
+def test_one_class_in_two_spellings_is_one(tmp_path: Path, names: list[str], label: str) -> None:
+    root = build(tmp_path / "d", *(f"{name}/{index}.png" for index, name in enumerate(names)), "dog/9.png")
+    found = listed(root)
+    assert found.labels == tuple(sorted([label, "dog"]))
+    assert sum(item.label == label for item in found.train) == 2
+
+
+def test_the_case_of_letters_tells_handwriting_apart(tmp_path: Path) -> None:
+    assert listed(build(tmp_path / "d", "a/1.png", "A/1.png")).labels == ("A", "a")
+    assert label_key("A") != label_key("a")
+    assert label_key("Ab") == label_key("aB")

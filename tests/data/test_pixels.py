@@ -1,0 +1,132 @@
+"""From files to 8-bit RGB: deep images are scaled by what is declared, or refused."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, TiffImagePlugin
+
+from treelora_cli.data.pixels import looks_like_image, open_image
+from treelora_cli.errors import DataError
+
+
+def encoded(values: Any, kind: str = "TIFF", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(values)).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def grey(data: bytes, **options: Any) -> list[int]:
+    image = open_image(data, "x", **options)
+    assert image.mode == "RGB"
+    channels = np.asarray(image)
+    assert (channels == channels[..., :1]).all()
+    found: list[int] = channels[0, :, 0].tolist()
+    return found
+
+
+TWELVE_BITS = np.array([[0, 1024, 2048, 4095]], np.uint16)
+
+
+def tags(**values: Any) -> TiffImagePlugin.ImageFileDirectory_v2:
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for name, value in values.items():
+        directory[int(name.removeprefix("t"))] = value
+    return directory
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"t281": 4095},
+        {"t341": 4095},
+        {"t270": "ImageJ=1.53t\nunit=um\nmin=0.0\nmax=4095.0\n"},
+        {"t270": '<OME><Pixels BigEndian="false" SignificantBits="12" Type="uint16"/></OME>'},
+    ],
+)
+def test_twelve_bits_in_sixteen_are_scaled_by_the_declared_range(declared: dict[str, Any]) -> None:
+    assert grey(encoded(TWELVE_BITS, tiffinfo=tags(**declared))) == [0, 63, 127, 255]
+
+
+def test_a_declared_lower_end_is_black() -> None:
+    assert grey(encoded(TWELVE_BITS, tiffinfo=tags(t280=1024, t281=4095))) == [0, 0, 85, 255]
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+def test_twelve_bits_in_sixteen_without_a_declared_range_are_refused(kind: str) -> None:
+    with pytest.raises(DataError, match=r"^x: values from 0 to 4095, which leaves open how many bits are used, and"):
+        open_image(encoded(TWELVE_BITS, kind), "x")
+    assert grey(encoded(TWELVE_BITS, kind), largest=4095) == [0, 63, 127, 255]
+    assert grey(encoded(TWELVE_BITS, kind), largest=65535) == [0, 3, 7, 15]
+
+
+def test_sixteen_bits_that_are_used_are_scaled_by_their_type() -> None:
+    assert grey(encoded(np.array([[0, 32768, 65535]], np.uint16))) == [0, 127, 255]
+    assert grey(encoded(np.array([[0, 20000]], np.uint16), "PNG")) == [0, 77]
+
+
+def test_floats_from_0_to_1_and_from_0_to_255() -> None:
+    assert grey(encoded(np.array([[0.0, 0.5, 1.0]], np.float32))) == [0, 127, 255]
+    assert grey(encoded(np.array([[0.0, 50.0, 200.0]], np.float32))) == [0, 50, 200]
+    assert grey(encoded(np.array([[0.0, 5.0]], np.float32), tiffinfo=tags(t341=10.0))) == [0, 127]
+
+
+@pytest.mark.parametrize(
+    "values", [np.array([[-0.5, 0.5]]), np.array([[0.0, 3.0]]), np.array([[0.0, 3000.0]]), np.array([[-1000.0, 200.0]])]
+)
+def test_floats_of_another_range_are_refused(values: Any) -> None:
+    with pytest.raises(DataError, match=r"neither from 0 to 1 nor from 0 to 255, and the file declares no range\."):
+        open_image(encoded(values.astype(np.float32)), "x")
+
+
+def test_floats_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(DataError, match=r"^x: pixel values that are not finite\."):
+        open_image(encoded(np.array([[0.0, np.nan]], np.float32)), "x")
+
+
+def test_integers_of_32_bits_need_a_range() -> None:
+    data = encoded(np.array([[0, 70000]], np.int32))
+    with pytest.raises(DataError, match=r"values from 0 to 70000, of a type without a usual range"):
+        open_image(data, "x")
+    assert grey(data, largest=140000) == [0, 127]
+
+
+def test_a_pgm_declares_its_range() -> None:
+    body = np.array([0, 2048, 4095], ">u2").tobytes()
+    assert grey(b"P5 3 1 4095\n" + body) == [0, 127, 255]
+
+
+def test_white_may_be_zero() -> None:
+    data = encoded(np.array([[0, 65535]], np.uint16), tiffinfo=tags(t262=0))
+    assert grey(data) == [255, 0]
+
+
+def png_of_16_bit_colour(values: Any) -> bytes:
+    """Write a PNG of one row of 16-bit RGB; Pillow cannot."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = np.asarray(values, ">u2")
+    head = struct.pack(">IIBBBBB", len(rows), 1, 16, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" + rows.tobytes())
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def test_colour_of_16_bits_is_scaled_where_it_uses_them() -> None:
+    image = open_image(png_of_16_bit_colour([[0, 32768, 65535]]), "x")
+    assert image.getpixel((0, 0)) == (0, 128, 255)
+    with pytest.raises(DataError, match=r"a colour image of 16 bits that uses a part of its range \(up to 4095\)\."):
+        open_image(png_of_16_bit_colour([[0, 2048, 4095]]), "x")
+    assert open_image(png_of_16_bit_colour([[0, 2048, 4095]]), "x", largest=65535).getpixel((0, 0)) == (0, 8, 15)
+
+
+def test_first_bytes_of_images() -> None:
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"):
+        assert looks_like_image(encoded(np.zeros((2, 2), np.uint8), kind)[:32]), kind
+    assert not any(looks_like_image(text) for text in (b"BMW is a car", b"Plain", b"%PDF-1.7", b"RIFF....WAVE", b""))

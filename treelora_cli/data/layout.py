@@ -1,0 +1,275 @@
+"""What a folder of labelled files means: parts, classes, wrappers; what cannot be told is refused.
+
+===============================  ==================================================
+laid out as                      read as
+===============================  ==================================================
+``CLASS/*``                      classes; files in folders below belong to the class
+``train/CLASS``, ``test/CLASS``  parts of classes, by any name in ``data.names``
+``CLASS/train``, ``CLASS/test``  the same, turned inside out
+``ANY/`` around one of these     the one inside
+``train/CLASS``, ``test/*``      the part without class folders is left out and said
+===============================  ==================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from treelora_cli.data.names import TEST, TRAIN, VAL, one_spelling, part_of, says_no_class, says_unlabelled, tidy_label
+from treelora_cli.errors import DataError
+
+_TOOLS_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "system volume information"}
+_TOOLS_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"}
+_SHOWN = 6
+_DEEPEST = 40
+
+Labelled = tuple[str, Path]
+"""Class name and file."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder and what it holds of the wanted kind.
+
+    Attributes:
+        path: The folder.
+        files: Wanted files directly in it, sorted.
+        inner: Folders in it that hold any, sorted.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    inner: tuple[Folder, ...]
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.name
+
+    def all_files(self) -> list[Path]:
+        """Return all wanted files in it and below."""
+        return [*self.files, *(file for folder in self.inner for file in folder.all_files())]
+
+
+@dataclass
+class Passed:
+    """What was passed over, for the user.
+
+    Attributes:
+        others: Files of another kind, counted by ending.
+        tools: Files and folders that tools leave behind.
+        empty: Folders that hold nothing wanted.
+        notes: Further lines.
+    """
+
+    others: Counter[str] = field(default_factory=Counter)
+    tools: int = 0
+    empty: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self, root: Path, kind: str) -> list[str]:
+        """Return what to tell; ``kind`` names the wanted files."""
+        lines = list(self.notes)
+        if self.others:
+            named = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in self.others.most_common(5))
+            lines.append(f"{self.others.total()} files in {root} are not {kind} and were left out ({named}).")
+        if self.empty:
+            named = ", ".join(str(path.relative_to(root)) for path in self.empty[:_SHOWN])
+            lines.append(f"{len(self.empty)} folders without {kind} were passed over: {named}.")
+        if self.tools:
+            lines.append(f"{self.tools} files and folders that tools left behind were passed over.")
+        return lines
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Labelled files by part."""
+
+    train: list[Labelled]
+    test: list[Labelled]
+
+
+def scan(root: Path, wanted: Callable[[Path], bool], passed: Passed) -> Folder:
+    """Look through a folder once; links are followed, but not in circles."""
+    return _scan(root, wanted, passed, frozenset())
+
+
+def _scan(path: Path, wanted: Callable[[Path], bool], passed: Passed, above: frozenset[str]) -> Folder:
+    files: list[Path] = []
+    inner: list[Folder] = []
+    real = os.path.realpath(path)
+    try:
+        entries = sorted(path.iterdir())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    for entry in entries:
+        if _of_tools(entry):
+            passed.tools += 1
+        elif entry.is_dir():
+            if os.path.realpath(entry) in above | {real} or len(above) >= _DEEPEST:
+                continue
+            folder = _scan(entry, wanted, passed, above | {real})
+            if folder.files or folder.inner:
+                inner.append(folder)
+            else:
+                passed.empty.append(entry)
+        elif entry.is_file():
+            if wanted(entry):
+                files.append(entry)
+            else:
+                passed.others[entry.suffix.lower()] += 1
+    return Folder(path, tuple(files), tuple(inner))
+
+
+def _of_tools(entry: Path) -> bool:
+    name = entry.name.lower()
+    return name.startswith(".") or name in _TOOLS_FOLDERS or name in _TOOLS_FILES
+
+
+def read_layout(folder: Folder, classes: Sequence[str] | None, passed: Passed, kind: str) -> Layout:
+    """Tell classes and parts.
+
+    Args:
+        folder: What ``scan`` found.
+        classes: The classes asked for by name, which settle what would be ambiguous.
+        passed: Takes notes.
+        kind: Names the files, as in "images".
+
+    Raises:
+        DataError: No classes, or more than one way to read it; the message says what was seen.
+    """
+    reader = _Reader(None if classes is None else {tidy_label(name) for name in classes}, passed, kind, folder.path)
+    layout = reader.read(folder)
+    spelling = one_spelling(label for label, _ in [*layout.train, *layout.test])
+    changed = sorted({name for name, kept in spelling.items() if tidy_label(name) != kept})
+    if changed:
+        shown = ", ".join(f"'{name}' as '{spelling[name]}'" for name in changed[:_SHOWN])
+        passed.notes.append(f"Class names that differ only in case or Unicode form are one class: {shown}.")
+    return Layout(
+        [(spelling[label], file) for label, file in layout.train],
+        [(spelling[label], file) for label, file in layout.test],
+    )
+
+
+def val_unused(count: int, kind: str) -> str:
+    """Return what to tell where a test part makes the validation part superfluous."""
+    return f"Scored on the test part; the validation part ({count} {kind}) is unused."
+
+
+class _Reader:
+    def __init__(self, classes: set[str] | None, passed: Passed, kind: str, root: Path) -> None:
+        self.classes = classes
+        self.passed = passed
+        self.kind = kind
+        self.root = root
+
+    def read(self, folder: Folder) -> Layout:
+        """Read a folder of parts, of classes, or around one of these."""
+        if self._asked_for(folder):
+            return Layout(self._classes(folder), [])
+        parts = [inner for inner in folder.inner if part_of(inner.name) is not None]
+        others = [inner for inner in folder.inner if part_of(inner.name) is None]
+        silent = [inner for inner in others if parts and says_unlabelled(inner.name)]
+        for inner in silent:
+            self._leave(inner, "says that it has no labels")
+        others = [inner for inner in others if inner not in silent]
+        if not parts:
+            return self._read_without_parts(folder)
+        if not others:
+            return self._read_parts(parts)
+        if len(parts) == 1 and all(not inner.inner for inner in folder.inner):
+            return Layout(self._classes(folder), [])  # a class that is called train, among others
+        raise self._ambiguous(folder, f"is '{parts[0].name}' a part or a class? Give {parts[0].path}, or name")
+
+    def _asked_for(self, folder: Folder) -> bool:
+        return self.classes is not None and self.classes <= {tidy_label(inner.name) for inner in folder.inner}
+
+    def _read_without_parts(self, folder: Folder) -> Layout:
+        inside = [inner for inner in folder.inner if inner.inner and not inner.files]
+        if len(folder.inner) == 1 and inside:
+            self.passed.notes.append(f"{folder.path} holds one folder; read was {inside[0].path}.")
+            return self.read(inside[0])
+        if inside and len(inside) == len(folder.inner) and all(self._holds_parts_only(inner) for inner in inside):
+            return self._turned(inside)
+        return Layout(self._classes(folder), [])
+
+    @staticmethod
+    def _holds_parts_only(folder: Folder) -> bool:
+        return all(part_of(inner.name) is not None and not inner.inner for inner in folder.inner)
+
+    def _turned(self, classes: Sequence[Folder]) -> Layout:
+        """Read ``CLASS/train`` and ``CLASS/test``."""
+        found: dict[str, list[Labelled]] = {TRAIN: [], TEST: [], VAL: []}
+        for folder in classes:
+            for inner in folder.inner:
+                part = part_of(inner.name)
+                assert part is not None
+                found[part] += [(folder.name, file) for file in inner.all_files()]
+        return self._with_held_out(found)
+
+    def _read_parts(self, parts: Sequence[Folder]) -> Layout:
+        found: dict[str, list[Labelled]] = {TRAIN: [], TEST: [], VAL: []}
+        for folder in parts:
+            part = part_of(folder.name)
+            assert part is not None
+            if self._is_unlabelled(folder):
+                self._leave(folder, "has no class folders")
+            else:
+                found[part] += self._classes(self._unwrapped(folder))
+        if not any(found.values()):
+            seen = ", ".join(f"{folder.name}/ ({len(folder.all_files())})" for folder in parts)
+            raise DataError(f"{self.root}: {self.kind} in {seen} but no class folders in them; there is no label.")
+        return self._with_held_out(found)
+
+    def _with_held_out(self, found: dict[str, list[Labelled]]) -> Layout:
+        train, test, val = found[TRAIN], found[TEST], found[VAL]
+        if not train:
+            if test and val:
+                raise DataError(f"{self.root}: there are held-out parts and no labelled training part.")
+            return Layout(test or val, [])
+        if test and val:
+            self.passed.notes.append(val_unused(len(val), self.kind))
+        return Layout(train, test or val)
+
+    def _unwrapped(self, folder: Folder) -> Folder:
+        """Return the folder whose folders are the classes of a part."""
+        while len(folder.inner) == 1 and not folder.files and folder.inner[0].inner and not folder.inner[0].files:
+            folder = folder.inner[0]
+        return folder
+
+    def _is_unlabelled(self, folder: Folder) -> bool:
+        inner = self._unwrapped(folder).inner
+        return not inner or (len(inner) == 1 and says_no_class(inner[0].name) and not inner[0].inner)
+
+    def _classes(self, folder: Folder) -> list[Labelled]:
+        """Take each folder in ``folder`` as a class."""
+        nested = [inner for inner in folder.inner if not inner.files]
+        if not self._asked_for(folder) and nested and len(nested) == len(folder.inner):
+            branching = [inner for inner in nested if len(inner.inner) > 1]
+            if branching:
+                raise self._ambiguous(folder, f"two levels of folders could be classes. Give {nested[0].path}, or name")
+        if len(folder.inner) == 1 and says_no_class(folder.inner[0].name) and not self._asked_for(folder):
+            raise DataError(
+                f"{folder.path}: {self.kind} in {folder.inner[0].name}/ only, which names no class; there is no label."
+            )
+        if folder.files and folder.inner:
+            self.passed.notes.append(f"{len(folder.files)} {self.kind} beside the class folders were left out.")
+        wanted = [inner for inner in folder.inner if self.classes is None or tidy_label(inner.name) in self.classes]
+        return [(inner.name, file) for inner in wanted for file in inner.all_files()]
+
+    def _leave(self, folder: Folder, reason: str) -> None:
+        count = len(folder.all_files())
+        self.passed.notes.append(f"{folder.path} {reason}: its {count} {self.kind} were left out.")
+
+    def _ambiguous(self, folder: Folder, question: str) -> DataError:
+        seen = []
+        for inner in folder.inner[:_SHOWN]:
+            below = ", ".join(f"{one.name}/" for one in inner.inner[:3])
+            seen.append(f"{inner.name}/ ({below or len(inner.files)})")
+        more = ", ..." if len(folder.inner) > _SHOWN else ""
+
+        return DataError(f"{folder.path} holds {', '.join(seen)}{more}: {question} --classes of this level.")

@@ -1,0 +1,79 @@
+"""Names that people give to parts of a dataset, to folders that mean nothing, and to classes."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+
+TRAIN, TEST, VAL = "train", "test", "val"
+"""Parts of a dataset: ``val`` is held out where there is no ``test``."""
+
+_PARTS = {
+    **dict.fromkeys(("train", "training", "trn"), TRAIN),
+    **dict.fromkeys(("test", "testing", "tst"), TEST),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "eval", "evaluation", "dev", "holdout", "heldout"), VAL),
+}
+_FILLERS = {
+    *("image", "images", "img", "imgs", "jpeg", "jpg", "png", "jpegimages", "picture", "pictures", "photo", "photos"),
+    *("frame", "frames", "file", "files", "data", "dataset", "set", "split", "part", "folder", "dir", "sample"),
+    *("samples", "all", "of", "v", "class", "classes", "text", "texts"),
+}
+_NO_CLASS = {"unlabeled", "unlabelled", "unlabel", "unsup", "unsupervised", "unknown", "none", "nolabel", "nolabels"}
+_GLUED = ("dataset", "images", "image", "imgs", "data", "set", "split")
+
+
+def _words(name: str) -> list[str]:
+    """Split a name at signs, digits and humps: ``trainSet2017`` is ``train``, ``set``."""
+    humps = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
+    words = re.findall(r"[^\W\d_]+", humps.lower())
+    return ["heldout"] if words == ["held", "out"] else words
+
+
+def part_of(name: str) -> str | None:
+    """Return the part a folder's, file's or split's name means, whatever it is dressed in; ``None`` for others.
+
+    ``train``, ``Training_Set``, ``val2017``, ``images-test``, ``train-00000-of-00002`` and ``testset`` are parts,
+    ``train_masks`` and ``test tube`` are not.
+    """
+    meant = [_PARTS.get(_unglued(word)) for word in _words(name) if word not in _FILLERS]
+    return meant[0] if len(meant) == 1 else None
+
+
+def _unglued(word: str) -> str:
+    for ending in _GLUED:
+        if word.endswith(ending) and word.removesuffix(ending) in _PARTS:
+            return word.removesuffix(ending)
+    return word
+
+
+def says_no_class(name: str) -> bool:
+    """Return whether a folder's name tells of no class: ``images``, ``data2``, ``unlabeled``, ``test1``."""
+    words = [word for word in _words(name) if word not in _FILLERS]
+    return (not words and bool(_words(name))) or says_unlabelled(name) or part_of(name) is not None
+
+
+def says_unlabelled(name: str) -> bool:
+    """Return whether a name says that there are no labels."""
+    words = [word for word in _words(name) if word not in _FILLERS]
+    return len(words) == 1 and words[0] in _NO_CLASS
+
+
+def label_key(name: str) -> str:
+    """Return that by which two class names are the same: Unicode form, case and outer spaces do not count.
+
+    The case of a single letter counts: ``A`` and ``a`` are classes of handwriting.
+    """
+    plain = " ".join(unicodedata.normalize("NFC", name).split())
+    return plain if len(plain) == 1 else unicodedata.normalize("NFC", plain.casefold())
+
+
+def one_spelling(names: Iterable[str]) -> Mapping[str, str]:
+    """Return the spelling to use for each name: the first in sorted order of those that are the same class."""
+    chosen: dict[str, str] = {}
+    return {name: chosen.setdefault(label_key(name), tidy_label(name)) for name in sorted(set(names))}
+
+
+def tidy_label(name: str) -> str:
+    """Return a class name in composed Unicode form without outer spaces."""
+    return unicodedata.normalize("NFC", name).strip()

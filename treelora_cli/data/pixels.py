@@ -1,0 +1,181 @@
+"""From the bytes of an image file to 8-bit RGB; a range that cannot be known is refused, not guessed.
+
+Deep images (more than 8 bits) are scaled by the first of: the range the user gave, the range the file declares (TIFF
+sample values, bits per sample, ImageJ, OME), the range of their type.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from treelora_cli.errors import DataError
+
+IMAGE_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+    *(".pnm", ".apng", ".jp2", ".avif"),
+}
+_MAGIC = re.compile(
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0\0\0\0|RIFF.{4}WEBP|II\*\0|MM\0\*|P[1-6][\s#]|\0\0\0\x0cjP  "
+    rb"|.{4}ftypavif",
+    re.DOTALL,
+)
+_MAX_SAMPLE, _S_MAX_SAMPLE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _MIN_SAMPLE, _S_MIN_SAMPLE = (
+    *(281, 341, 258, 262, 270, 280, 340),
+)
+_WHITE_IS_ZERO = 0
+_RANGE_HINT = "If it is right, set base.preprocess.range in treelora.yaml to the largest value (65535, 4095, ...)."
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file is an image by its ending or, failing that, its first bytes."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        with path.open("rb") as file:
+            return looks_like_image(file.read(32))
+    except OSError:
+        return False
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Return whether these first bytes open an image file."""
+    return _MAGIC.match(head) is not None
+
+
+def open_image(data: bytes, name: str, largest: float | None = None) -> Any:
+    """Decode an image to 8-bit RGB, upright; grey, palette, RGBA and deep images are converted.
+
+    Args:
+        data: The file.
+        name: For messages.
+        largest: Value of white in images of more than 8 bits; by the file or its type when ``None``.
+
+    Raises:
+        DataError: The bytes are not a whole image, or its range cannot be known; the message names it.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            deep_colour = _is_deep_colour(opened)
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):
+                image = _to_eight_bits(image, opened, name, largest)
+            image = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
+            if deep_colour:
+                _check_deep_colour(image, opened, name, largest)
+            return image
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        # Pillow's own words for an unknown format name an object in memory, not the file
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else _first_line(error)
+        raise DataError(f"{name}: unreadable or truncated image ({reason}). Mend it, or pass --skip-bad.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _to_eight_bits(image: Any, opened: Any, name: str, largest: float | None) -> Any:
+    """Scale a deep grey image (12, 16 or 32 bits, or float) to 8 bits."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise DataError(f"{name}: pixel values that are not finite. Mend it, or pass --skip-bad.")
+    low, high = _range(opened, values, name, largest)
+    scaled = ((values - low) / (high - low)).clip(0, 1)
+    if image.mode.startswith("I") and _tag(opened, _PHOTOMETRIC) == _WHITE_IS_ZERO:
+        scaled = 1 - scaled  # Pillow turns these over in 8 bits only
+    return Image.fromarray((scaled * 255).astype(np.uint8))
+
+
+def _range(opened: Any, values: Any, name: str, largest: float | None) -> tuple[float, float]:
+    """Return the values of black and white.
+
+    Raises:
+        DataError: Neither the file nor the type of its values tells them.
+    """
+    if largest is not None:
+        return 0.0, largest
+    declared = _declared(opened)
+    if declared is not None:
+        return declared
+    least, most = float(values.min(initial=0)), float(values.max(initial=0))
+    if opened.mode.startswith("F"):
+        if least >= 0 and (most <= 1 or 32 <= most <= 255):
+            return 0.0, 1.0 if most <= 1 else 255.0
+        kind = "neither from 0 to 1 nor from 0 to 255"
+    elif opened.format == "PPM" or (_is_16_bit(opened) and (most > 65535 / 4 or most == 0)):
+        return 0.0, 65535.0  # Pillow scales a PPM by the range in its head
+    else:
+        kind = "which leaves open how many bits are used" if _is_16_bit(opened) else "of a type without a usual range"
+    raise DataError(f"{name}: values from {least:g} to {most:g}, {kind}, and the file declares no range. {_RANGE_HINT}")
+
+
+def _is_16_bit(opened: Any) -> bool:
+    return bool(opened.mode.startswith("I;16")) or (opened.mode == "I" and opened.format == "PNG")
+
+
+def _declared(opened: Any) -> tuple[float, float] | None:
+    """Return the range a TIFF declares, if it does."""
+    for least, most in ((_S_MIN_SAMPLE, _S_MAX_SAMPLE), (_MIN_SAMPLE, _MAX_SAMPLE)):
+        low, high = _tag(opened, least) or 0.0, _tag(opened, most)
+        if high is not None and high > low:
+            return low, high
+    described = _description(opened)
+    if described.startswith("ImageJ="):
+        ends = [re.search(rf"^{end}=(-?[\d.]+)$", described, re.MULTILINE) for end in ("min", "max")]
+        if ends[1] is not None and float(ends[1][1]) > (low := float(ends[0][1]) if ends[0] else 0.0):
+            return low, float(ends[1][1])
+    bits = re.search(r'SignificantBits="(\d{1,2})"', described)
+    depth = int(bits[1]) if bits else _tag(opened, _BITS)
+    if depth is not None and opened.mode.startswith("I") and 8 < depth < (17 if bits else 16):
+        return 0.0, float(2 ** int(depth) - 1)
+    return None
+
+
+def _description(opened: Any) -> str:
+    found = getattr(opened, "tag_v2", {}).get(_DESCRIPTION, "")
+    return found if isinstance(found, str) else ""
+
+
+def _tag(opened: Any, number: int) -> float | None:
+    """Return the number in a TIFF's tag; of one per sample the largest."""
+    value: Any = getattr(opened, "tag_v2", {}).get(number)
+    if isinstance(value, Sequence) and value and not isinstance(value, str | bytes):
+        value = max(value)
+    try:
+        return None if value is None or isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _is_deep_colour(opened: Any) -> bool:
+    """Return whether Pillow will drop the lower 8 of 16 bits of each colour."""
+    if opened.mode.startswith("I"):
+        return False
+    for tile in getattr(opened, "tile", []):
+        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if any(isinstance(one, str) and ";16" in one for one in arguments):
+            return True
+    return False
+
+
+def _check_deep_colour(image: Any, opened: Any, name: str, largest: float | None) -> None:
+    """Refuse a colour image of 16 bits that does not use them all: its upper 8 bits are near-black."""
+    declared = (0.0, largest) if largest is not None else _declared(opened)
+    most = max(high for _, high in image.getextrema())
+    full = most >= 64 or most == 0 if declared is None else declared[1] >= 65535 * 0.99
+    if not full:
+        raise DataError(
+            f"{name}: a colour image of 16 bits that uses a part of its range (up to {256 * most + 255})."
+            f" Convert it to 8 bits, or, if it is right, set base.preprocess.range to 65535 in treelora.yaml."
+        )
