@@ -248,7 +248,7 @@ USAGE = {
     "threshold beyond 100": (["eval", "--fail-under", "101"], 2, r"Invalid value for '--fail-under': "),
     "negative layer": (["inspect-tree", "--layer", "-1"], 2, r"Invalid value for '--layer': "),
     "drawing into no directory": (["inspect-tree", "--svg", "no/x.svg"], 2, r"--svg no/x\.svg: No such file or dir"),
-    "predict without input": (["predict"], 2, r"Missing argument 'INPUT\.\.\.'"),
+    "predict without input": (["predict"], 2, r"predict needs INPUT, or --messages FILE\."),
     "predict of text": (["predict", __file__], 4, r"test_bad_input\.py"),
     "other task resumed": (["train-task", "--resume", "--name", "x"], 3, r"No interrupted task to resume"),
 }
