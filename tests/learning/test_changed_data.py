@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Cli, check_error, make_images
+from conftest import Cli, check_error, make_images, tree_hash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,6 +102,77 @@ def evaluated(cli: Cli, root: Path, *options: object, code: int = 0) -> dict[str
     return done.json
 
 
+def refill(folder: Path, classes: list[str], seed: int) -> None:
+    for name in classes:
+        shutil.rmtree(folder / name)
+    made = make_images(folder.parent / "made", classes, train=20, test=0, seed=seed)
+    for name in classes:
+        shutil.move(made / "train" / name, folder / name)
+
+
+def test_a_refilled_folder_is_said_and_not_scored(cli: Cli, stream: tuple[Path, Path]) -> None:
+    root, data = stream
+    before, files = evaluated(cli, root), tree_hash(root)
+    assert before["not_scored"] == {} and before["changed_data"] == {}
+    refill(data / "warm/train", ["red", "yellow"], seed=7000)
+    found = evaluated(cli, root)
+    total = len(Recorded.from_task(json.loads((root / "tasks/001-warm/task.json").read_text())).held_out or ())
+    said = f"{total} of {total} held-out examples are gone or different since it was learned"
+    assert found["changed_data"] == {"warm": said}
+    assert found["not_scored"] == {"warm": f"{said}. Score what is there now with: treelora eval --changed-data"}
+    assert found["tasks"] == {"cold": before["tasks"]["cold"]}  # type: ignore[index]
+    assert tree_hash(root) == files
+    asked = evaluated(cli, root, "--changed-data")
+    assert set(asked["tasks"]) == {"warm", "cold"}  # type: ignore[call-overload]
+    assert (asked["not_scored"], asked["changed_data"]) == ({}, {"warm": said})
+    shown = cli("-C", root, "eval", "--device", "cpu", "--changed-data")
+    row = next(line for line in shown.out.splitlines() if "warm" in line)
+    assert row.count("-") >= 2, "a score on other pictures is not compared with the recorded ones"
+
+
+def test_more_images_leave_the_scores_alone(cli: Cli, stream: tuple[Path, Path], tmp_path: Path) -> None:
+    root, data = stream
+    before = evaluated(cli, root)
+    more = make_images(tmp_path / "more", ["red", "yellow", "blue", "green"], train=5, test=5, seed=900)
+    for part, target in (("warm/train", "train"), ("cold/train", "train"), ("cold/test", "test")):
+        for path in sorted((more / target).rglob("*.png")):
+            if (data / part / path.parent.name).is_dir():
+                shutil.copy(path, data / part / path.parent.name / f"0-{path.name}")
+    after = evaluated(cli, root)
+    assert after["tasks"] == before["tasks"]
+    assert after["changed_data"] == {"cold": "10 held-out examples are new since it was learned and are not scored"}
+
+
+def test_one_weeks_task_is_not_scored_on_another_weeks_pictures(
+    cli: Cli, stream: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Folders that are emptied and filled again every week carry the same name and the same classes."""
+    root, data = stream
+    shutil.rmtree(data / "cold")
+    shutil.copytree(data / "warm/train", data / "cold")
+    assert set(evaluated(cli, root)["not_scored"]) == {"cold"}  # type: ignore[call-overload]
+    shutil.rmtree(data / "warm")
+    check_error(cli("-C", root, "eval", "--device", "cpu"), 4, r"No task can be scored\. warm: ")
+    assert cli("-C", root, "train-task", data / "cold", "--name", "week2", "--device", "cpu").code == 0
+    assert cli("-C", root, "status", "--json").code == 0
+
+
+def test_renamed_and_reordered_files_are_the_same_examples(cli: Cli, stream: tuple[Path, Path]) -> None:
+    root, data = stream
+    before = evaluated(cli, root)
+    for number, path in enumerate(sorted(data.rglob("*.png"), reverse=True)):
+        path.rename(path.with_name(f"x{number:04d}.png"))
+    after = evaluated(cli, root)
+    assert (after["tasks"], after["changed_data"]) == (before["tasks"], {})
+
+
+def test_a_changed_label_is_a_changed_example(cli: Cli, stream: tuple[Path, Path]) -> None:
+    root, data = stream
+    shutil.move(data / "cold/test/blue/00.png", data / "cold/test/green/99.png")
+    said = evaluated(cli, root)["changed_data"]
+    assert said == {"cold": "1 of 16 held-out examples are gone or different since it was learned, 1 are new"}
+
+
 def test_data_that_moved_is_found_where_the_user_says(cli: Cli, stream: tuple[Path, Path], tmp_path: Path) -> None:
     root, data = stream
     before = evaluated(cli, root)
@@ -109,8 +180,15 @@ def test_data_that_moved_is_found_where_the_user_says(cli: Cli, stream: tuple[Pa
     assert "not found" in evaluated(cli, root)["not_scored"]["cold"]  # type: ignore[index]
     assert evaluated(cli, root, "--data", f"cold={tmp_path / 'elsewhere'}") == before
     wrong = evaluated(cli, root, "--data", f"cold={data / 'warm/train'}")
-    assert "its data is not what it was learned from" in wrong["not_scored"]["cold"]  # type: ignore[index]
+    assert "held-out examples are gone or different" in wrong["not_scored"]["cold"]  # type: ignore[index]
     check_error(cli("-C", root, "eval", "--data", f"nothing={data}"), 2, "No task 'nothing' in this project")
+
+
+def test_a_limit_takes_some_of_the_recorded_examples(cli: Cli, stream: tuple[Path, Path]) -> None:
+    root, _ = stream
+    found = evaluated(cli, root, "--limit", "3")
+    assert found["tasks"]["cold"]["examples"] == 6  # type: ignore[index]
+    assert found["changed_data"] == {}
 
 
 def test_a_task_of_before_the_hashes_is_compared_as_a_whole(cli: Cli, stream: tuple[Path, Path]) -> None:
@@ -131,3 +209,29 @@ def test_a_task_of_before_the_hashes_is_compared_as_a_whole(cli: Cli, stream: tu
     said = "its data is not what it was learned from (the SHA-256 over all examples differs)"
     assert evaluated(cli, root)["changed_data"] == {"cold": said}
     assert evaluated(cli, root, "--changed-data")["tasks"] == before["tasks"]
+
+
+def test_texts_that_changed_are_told_example_by_example(cli: Cli, tmp_path: Path) -> None:
+    from tiny_lm import TEMPLATE, save_model
+
+    model, root, path = save_model(tmp_path / "llama", "llama", TEMPLATE), tmp_path / "p", tmp_path / "moods.jsonl"
+    rows = [{"sentence": f"Tom is {n}", "label": ("good", "bad")[n % 2]} for n in range(40)]
+
+    def write(chosen: list[dict[str, str]], where: Path) -> None:
+        where.write_text("\n".join(json.dumps(row) for row in chosen))
+
+    write(rows, path)
+    assert cli("init", root, "--backend", "causal-lm", "--model", model, "--epochs", "1", "--device", "cpu").code == 0
+    assert cli("-C", root, "train-task", path, "--device", "cpu").code == 0
+    before = evaluated(cli, root)
+    held_out = list_texts(DataRequest(path)).test
+    write([*rows[::-1], *({**row, "sentence": f"Ann is {n}"} for n, row in enumerate(rows))], path)
+    assert evaluated(cli, root)["tasks"] == before["tasks"], "more and reordered lines change nothing"
+    path.rename(tmp_path / "elsewhere.jsonl")
+    assert evaluated(cli, root, "--data", f"moods={tmp_path / 'elsewhere.jsonl'}")["tasks"] == before["tasks"]
+    flipped = {"good": "bad", "bad": "good"}
+    first = held_out[0].prompt
+    write([{**row, "label": flipped[row["label"]]} if row["sentence"] == first else row for row in rows], path)
+    done = cli("-C", root, "eval", "--device", "cpu")
+    assert done.code == 4
+    assert f"1 of {len(held_out)} held-out examples are gone or different since it was learned." in done.err

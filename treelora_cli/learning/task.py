@@ -393,6 +393,7 @@ def _record(new: NewTask, trained: Trained, clock: _Clock) -> dict[str, Any]:
         "metric": new.data.metric,
         "data": new.request.to_json(),
         "data_sha256": new.data.digest,
+        "held_out": "".join(new.data.held_out),
         "train_examples": new.data.train_size,
         "test_examples": new.data.test_size,
         "nearest": _name_of(new, trained.found.nearest),
