@@ -87,3 +87,14 @@ def test_missing_data_is_reported_before_the_model_is_loaded(
         ),
     ):
         check_error(cli("-C", empty_project, "train-task", *arguments, "--device", "cpu"), 4, line)
+
+
+def test_a_folder_and_a_list_are_answered_image_by_image(cli: Cli, project: Path, data: Path, tmp_path: Path) -> None:
+    folder = data / "warm" / "test" / "red"
+    done = cli("-C", project, "predict", folder, "--json", "--device", "cpu")
+    assert done.code == 0, done.err
+    names = [Path(answer["input"]).name for answer in done.json["predictions"]]
+    assert names == sorted(path.name for path in folder.iterdir())
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": str(folder / "03.png")}))
+    listed = cli("-C", project, "predict", tmp_path / "list.jsonl", "--json", "--device", "cpu")
+    assert listed.json["predictions"] == done.json["predictions"][3:4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +16,18 @@ from treelora_cli.errors import UsageError, suggest
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import Prediction
     from treelora_cli.data.examples import Turn
+    from treelora_cli.project import Project
     from treelora_cli.views.predictions import Shape
 
 
 def predict(
     context: typer.Context,
-    inputs: Annotated[list[str] | None, typer.Argument(metavar="INPUT...", help="Image files, or prompts.")] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT...", help="Images or prompts: files, folders, patterns, tables, texts; - is standard input."
+        ),
+    ] = None,
     messages: Annotated[
         Path | None, typer.Option(help="JSON of a chat's messages, or JSONL with a chat a line, to be answered.")
     ] = None,
@@ -44,7 +51,9 @@ def predict(
     if output_format not in FORMATS:
         hint = suggest(output_format, FORMATS)
         raise UsageError(f"--format is one of {', '.join(FORMATS)}; got '{output_format}'{hint}.")
-    asked = _asked(inputs or [], messages, system)
+    stored = session.project()
+    given = _written_out(stored, inputs or []) if stored.state.tasks else inputs or []
+    asked = _asked(given, messages, system)
     project = session.opened(device)
     tree = project.tree if explain else None
     beside = None if tree is None else leaves(tree, project.tasks)
@@ -68,6 +77,14 @@ def _show(
         session.output.line(csv_line(shape.columns))
     for pair in answered:
         session.output.line(csv_line(shape.cells(*pair)) if output_format == "csv" else json_line(shape.record(*pair)))
+
+
+def _written_out(stored: Project, inputs: Sequence[str]) -> list[str]:
+    """Return each image file or prompt that inputs mean, before any model is loaded."""
+    from treelora_cli.data.inputs import image_inputs, text_inputs
+
+    takes_images = "input_size" in stored.state.base["facts"]
+    return (image_inputs if takes_images else text_inputs)(inputs, sys.stdin.buffer.read)
 
 
 def _asked(inputs: Sequence[str], messages: Path | None, system: str | None) -> Sequence[str | Sequence[Turn]]:

@@ -17,6 +17,7 @@ from treelora_cli.data.held_out import (
     set_aside,
     set_aside_by_position,
 )
+from treelora_cli.data.inputs import PICTURES
 from treelora_cli.data.labels import are_numbers, label_texts, named, read_label_names
 from treelora_cli.data.layout import Passed, read_layout, scan
 from treelora_cli.data.names import label_key, one_spelling
@@ -25,7 +26,6 @@ from treelora_cli.data.pixels import is_image
 from treelora_cli.data.tables import Row, divide_rows, is_table, read_table, table_suffix
 from treelora_cli.errors import DataError
 
-_PICTURES = ("path", "image", "file", "file_name", "filename", "img", "filepath", "file_path", "image_path")
 _LABELS = ("label", "class", "category", "target", "labels", "class_name")
 _TEXT_SUFFIXES = {".txt", ".md"}
 _WRONG_KIND = "This project's backend is vit: give an image folder CLASS/*.png or a CSV with path,label."
@@ -164,7 +164,7 @@ def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
 def _read_manifest(path: Path, request: DataRequest, notes: list[str]) -> Parts:
     rows = read_table(path, request.data_format, request.columns, notes)
     found = list(rows[0].values)
-    picture = next((name for name in _PICTURES if name in found), None)
+    picture = next((name for name in PICTURES if name in found), None)
     label = next((name for name in _LABELS if name in found), None)
     if picture is None or label is None:
         raise DataError(

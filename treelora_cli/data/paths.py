@@ -32,6 +32,16 @@ def existing(path: Path) -> Path:
     raise DataError(f"{path} not found.")
 
 
+def is_address(name: str) -> bool:
+    """Return whether a name is that of something elsewhere, as ``https://...``."""
+    return _ADDRESS.match(name) is not None
+
+
+def is_pattern(name: str) -> bool:
+    """Return whether a name is a pattern such as ``*.png``, and no file is called so."""
+    return glob.has_magic(name) and not Path(name).exists()
+
+
 def paths_of(request: DataRequest) -> list[Path]:
     """Return the files and folders a request names, patterns such as ``part-*.jsonl`` written out in order.
 

@@ -1,0 +1,112 @@
+"""What ``predict`` may be given, for images and for texts."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from conftest import picture
+
+from treelora_cli.data.inputs import image_inputs, text_inputs
+from treelora_cli.errors import DataError
+
+
+def nothing() -> bytes:
+    raise AssertionError("standard input was read")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for name in ("b.png", "a.JPG", "deep/c"):
+        picture("red", 1, size=4).save(tmp_path / "in" / name, format="PNG")
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    (tmp_path / "in" / "._b.png").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+ALL = ["in/a.JPG", "in/b.png", "in/deep/c"]
+
+
+def test_a_folder_a_pattern_and_a_file_in_the_order_given(folder: Path) -> None:
+    assert image_inputs(["in"], nothing) == ALL
+    assert image_inputs(["in/b.png", "in/[ab].*"], nothing) == [
+        "in/b.png",
+        str(folder / "in/a.JPG"),
+        str(folder / "in/b.png"),
+    ]
+    assert image_inputs(["in/**/c"], nothing) == [str(folder / "in/deep/c")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.jsonl", '{"path": "in/b.png"}\n{"path": "in/deep/c", "label": 3}\n'),
+        ("list.csv", "id,file_name\n1,in/b.png\n2,in/deep/c\n"),
+        ("list.tsv", "image\nin/b.png\nin/deep/c\n"),
+    ],
+)
+def test_a_table_of_paths_relative_to_it(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    assert image_inputs([name], nothing) == ["in/b.png", "in/deep/c"]
+
+
+def test_standard_input_holds_an_image_or_paths_or_jsonl(folder: Path) -> None:
+    buffer = io.BytesIO()
+    picture("blue", 2, size=4).save(buffer, format="PNG")
+    (path,) = image_inputs(["-"], buffer.getvalue)
+    assert Path(path).read_bytes() == buffer.getvalue()
+    wanted = [str(folder / "in/b.png"), str(folder / "in/a.JPG")]
+    assert image_inputs(["-"], lambda: b"in/b.png\n\nin/a.JPG\n") == wanted
+    assert image_inputs(["-"], lambda: b'{"path": "in/b.png"}\n{"image": "in/a.JPG"}\n') == wanted
+    with pytest.raises(DataError, match=r"^standard input:2: x\.png not found\."):
+        image_inputs(["-"], lambda: b"in/b.png\nx.png\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("https://example.org/a.png", r"is an address; predict reads local files\. Download it first\."),
+        ("s3://bucket/a.png", r"is an address; predict reads local files\."),
+        ("in/c.png", r"c\.png not found\. Did you mean in/b\.png\?"),
+        ("in/*.webp", r"nothing fits this pattern\."),
+        ("empty", r"empty holds no images\."),
+        ("texts.jsonl", r"texts\.jsonl:1: Found prompt; need 'path'\."),
+    ],
+)
+def test_inputs_that_are_no_images(folder: Path, given: str, line: str) -> None:
+    (folder / "empty").mkdir()
+    (folder / "texts.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(DataError, match=line):
+        image_inputs([given], nothing)
+
+
+def test_prompts_as_typed_stay_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ["Why?", "what is *.jsonl for?", "http://example.org", "a/b", "see notes.txt", " two  spaces ", "x" * 5000]
+    assert text_inputs(typed, nothing) == typed
+
+
+def test_prompts_from_tables_text_files_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"prompt": "one", "answer": "x"}\n{"prompt": "two", "answer": "y"}\n')
+    Path("b.csv").write_text("sentence,label\nthree,x\n")
+    Path("c.txt").write_text("four\nfive\n")
+    Path("d").mkdir()
+    Path("d", "1.txt").write_text("six\nseven\n")
+    Path("d", "2.txt").write_text("eight")
+    assert text_inputs(["a.jsonl", "b.csv", "zero"], nothing) == ["one", "two", "three", "zero"]
+    assert text_inputs(["c.txt"], nothing) == ["four", "five"]
+    assert text_inputs(["d"], nothing) == ["six\nseven", "eight"]
+    assert text_inputs(["*.jsonl"], nothing) == ["one", "two"]
+    Path("e.jsonl").write_text(json.dumps({"messages": []}))
+    with pytest.raises(DataError, match=r"e\.jsonl:1: Found messages; need 'prompt'\. A file of chats is given as --m"):
+        text_inputs(["e.jsonl"], nothing)
+
+
+def test_standard_input_is_one_prompt_or_jsonl() -> None:
+    assert text_inputs(["-"], lambda: "Grüße,\nwie geht es?\n".encode()) == ["Grüße,\nwie geht es?"]
+    assert text_inputs(["-"], lambda: b'{"prompt": "a"}\n{"question": "b"}\n') == ["a", "b"]

@@ -1,0 +1,146 @@
+"""What ``predict`` is given: files, folders, patterns, tables and standard input, written out one by one."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from treelora_cli.data.files import decode
+from treelora_cli.data.layout import Passed, scan
+from treelora_cli.data.paths import existing, expanded, is_address, is_pattern, named_file
+from treelora_cli.data.pixels import is_image, looks_like_image
+from treelora_cli.data.tables import TEXT_SUFFIXES, Row, check_text, is_table, read_table, table_suffix
+from treelora_cli.errors import DataError
+
+PICTURES = ("path", "image", "file", "file_name", "filename", "img", "filepath", "file_path", "image_path")
+"""Columns that name an image file, the likeliest first."""
+PROMPTS = ("prompt", "sentence", "question", "text", "input", "instruction")
+"""Columns that hold a prompt, the likeliest first."""
+STANDARD_INPUT = "-"
+
+
+def image_inputs(inputs: Sequence[str], standard_input: Callable[[], bytes]) -> list[str]:
+    """Return the image files that inputs mean: files, folders (with all below), patterns, tables of paths, ``-``.
+
+    ``-`` reads one image, or paths or JSONL, one a line.
+
+    Raises:
+        DataError: One does not exist, holds no image, or is an address.
+    """
+    return [path for one in inputs for path in _images(one, standard_input)]
+
+
+def _images(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
+    if one == STANDARD_INPUT:
+        data = standard_input()
+        if looks_like_image(data[:32]):
+            yield _kept_until_exit(data)
+            return
+        for name, where in _rows_or_lines(data, PICTURES):
+            yield str(named_file(Path.cwd(), name, where))
+        return
+    if is_address(one):
+        raise DataError(f"{one} is an address; predict reads local files. Download it first.")
+    for path in expanded(Path(one)) if is_pattern(one) else [Path(one)]:
+        existing(path)
+        if path.is_dir():
+            files = scan(path, is_image, Passed()).all_files()
+            if not files:
+                raise DataError(f"{path} holds no images.")
+            yield from map(str, files)
+        elif is_table(path):
+            for row in read_table(path, None, {}):
+                yield str(named_file(path.parent, _text_of(row, PICTURES, "path"), row.where))
+        else:
+            yield str(path)
+
+
+def text_inputs(inputs: Sequence[str], standard_input: Callable[[], bytes]) -> list[str]:
+    """Return the prompts that inputs mean: texts as typed, tables and text files that exist, folders of texts, ``-``.
+
+    A text file holds a prompt a line, a file in a folder is one prompt. ``-`` reads one prompt, or JSONL.
+
+    Raises:
+        DataError: A table without prompts, an empty folder, or text that cannot be read.
+    """
+    return [text for one in inputs for text in _texts(one, standard_input)]
+
+
+def _texts(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
+    if one == STANDARD_INPUT:
+        data = standard_input()
+        text = decode(data, Path("standard input"), [], western=True)
+        yield from (found for found, _ in _rows_or_lines(data, PROMPTS)) if _is_jsonl(text) else [text.strip()]
+        return
+    named = _named_texts(one)
+    if not named:
+        yield one
+    for path in named:
+        if path.is_dir():
+            files = [file for file in sorted(path.iterdir()) if file.is_file() and table_suffix(file) in TEXT_SUFFIXES]
+            if not files:
+                raise DataError(f"{path} holds no prompts: give a folder of .txt files, a table, or a text.")
+            yield from (decode(file.read_bytes(), file, [], western=True).strip() for file in files)
+            continue
+        for row in read_table(path, None, {}):
+            yield _text_of(row, PROMPTS, "prompt")
+
+
+def _named_texts(one: str) -> list[Path]:
+    """Return the files or folders a text names, if it is no prompt: it must look like a path and exist."""
+    if len(one) > 1024 or "\n" in one or "\0" in one:
+        return []
+    path = Path(one)
+    looks = is_table(path) or table_suffix(path) in TEXT_SUFFIXES
+    if is_pattern(one):
+        return expanded(path) if looks and " " not in one else []
+    return [path] if path.is_dir() or (looks and path.is_file()) else []
+
+
+def _text_of(row: Row, columns: Sequence[str], wanted: str) -> str:
+    column = next((name for name in columns if name in row.values), None)
+    if column is None:
+        found = ", ".join(map(str, row.values))
+        chat = " A file of chats is given as --messages." if "messages" in row.values else ""
+        raise DataError(f"{row.where}: Found {found}; need '{wanted}'.{chat}")
+    value = row.values[column]
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{row.where}: '{column}' is no text.")
+    check_text(row)
+    return value
+
+
+def _is_jsonl(text: str) -> bool:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return bool(lines) and all(isinstance(_parsed(line), dict) for line in lines)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _rows_or_lines(data: bytes, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield each line of standard input, or the text in a record on it, and where it stands."""
+    text = decode(data, Path("standard input"), [], western=True)
+    for number, line in enumerate(text.splitlines(), start=1):
+        record, where = _parsed(line), f"standard input:{number}"
+        if isinstance(record, dict):
+            yield _text_of(Row(record, where), columns, columns[0]), where
+        elif line.strip():
+            yield line.strip(), where
+
+
+def _kept_until_exit(data: bytes) -> str:
+    """Write an image from standard input to a file that goes when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="treelora-")
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "standard-input"
+    path.write_bytes(data)
+    return str(path)
