@@ -121,6 +121,17 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
+class GateConfig:
+    """What a learned task must hold to be committed; with none of it every task is."""
+
+    max_forgetting: float | None = _setting(
+        None, "most forgetting, in points; also most that a watch set may lose", low=0, high=100
+    )
+    fail_under: float | None = _setting(None, "least OP, in percent", low=0, high=100)
+    task_under: float | None = _setting(None, "least score of any task and watch set, in percent", low=0, high=100)
+
+
+@dataclass(frozen=True)
 class StreamTask:
     """One task of a recipe: a folder or file, or some classes of the stream's image folder."""
 
@@ -159,6 +170,7 @@ class Config:
     tree: TreeConfig = field(default_factory=TreeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     backend_settings: dict[str, Any] = _setting({}, "settings that the backend declares")
     method_settings: dict[str, Any] = _setting({}, "settings that the method declares")
     stream: StreamConfig = field(default_factory=StreamConfig)

@@ -108,6 +108,9 @@ def targets(root: Path) -> tuple[dict[str, Target], dict[str, list[bytes]]]:
     found["trash"] = _Folder("trash/0001-x.json").trash
     entry = {"tasks": ["x"], "since": 1, "back_to": "0", "states": [(root / "state.json").read_text()]}
     seeds["trash"] = [seal(entry)]
+    found["pending.json"] = _Folder("pending/pending.json").pending
+    waiting = {"task": last.partition("-")[2], "reason": "r", "grown_from": "0", "state": entry["states"][0]}
+    seeds["pending.json"] = [seal(waiting)]
     found["lock.json"] = _Folder("lock.json").lock
     seeds["lock.json"] = [b'{"pid": 1, "host": "h", "command": "c", "since": 1}']
     return found, seeds
@@ -173,6 +176,17 @@ class _Folder:
             history.kept_states(b"")
         except TreeLoraError:
             pass
+
+    def pending(self, data: bytes) -> None:
+        from treelora_cli.project.pending import Pending
+
+        self.path.write_bytes(_sealed(data))
+        try:
+            found = Pending(self.path.parent).read()
+        except TreeLoraError:
+            return
+        assert found is not None
+        assert parse_state(found.state).tasks[-1].name == found.task
 
     def lock(self, data: bytes) -> None:
         from treelora_cli.project.lock import _describe

@@ -34,6 +34,7 @@ NAMES = [
     "treelora.yaml",
     "checkpoint.json",
     "trash",
+    "pending.json",
     "lock.json",
 ]
 _ODD = [None, True, -1, 0, 2**70, 1e308, float("nan"), "", "../x", "x" * 99, [], {}, [[]], {"": None}, "\ud800"]

@@ -27,3 +27,8 @@ Set = Annotated[
 Val = Annotated[Path | None, typer.Option(help="Held-out data, when it lies elsewhere.")]
 Mapping = Annotated[list[str] | None, typer.Option("--map", metavar="SRC=DST", help="Read column SRC as DST.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Most held-out examples per class or task.")]
+MaxForgetting = Annotated[
+    float | None, typer.Option(help="Commit only if forgetting, in points, is not above this; else exit with 7.")
+]
+FailUnder = Annotated[float | None, typer.Option(help="Commit only if OP, in percent, is not below this.")]
+TaskUnder = Annotated[float | None, typer.Option(help="Commit only if no task's score, in percent, is below this.")]

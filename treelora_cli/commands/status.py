@@ -24,6 +24,7 @@ def status(context: typer.Context) -> None:
     standing = matrix.standing()
     interrupted, resumable = _interrupted(project)
     reach = project.history.reach(state)
+    waiting = project.pending.of(state)
     undone = [entry for entry, _ in trash(project)]
     sizes = project.task_bytes()
     records = [project.task_record(task.name) for task in state.tasks]
@@ -52,6 +53,7 @@ def status(context: typer.Context) -> None:
         "history_bytes": history_bytes(project),
         "rollback": reach,
         "trash": [list(entry.tasks) for entry in undone],
+        "waiting": None if waiting is None else {"task": waiting.task, "reason": waiting.reason},
         "interrupted": None if interrupted is None else {**interrupted, "resumable": resumable},
     }
     table = Table(title=f"{project.root}: {state.backend} on {state.base['resolved']['model']}")
@@ -72,9 +74,13 @@ def status(context: typer.Context) -> None:
     step = "treelora train-task DATA"
     if interrupted is not None and resumable:
         step = f"treelora train-task --resume   ('{interrupted['task']}' stopped after step {interrupted['step']})"
+    if waiting is not None:
+        step = "treelora train-task --accept, or --drop"
     size = f"{project.total_bytes() / 2**20:.1f} MiB, adapters {project.adapter_bytes() / 2**20:.2f} MiB"
     kept = f"{history_bytes(project) / 2**20:.1f} MiB"
     lines = [f"Can be rolled back: {', '.join(reach)} (earlier states: {kept})."] if reach else []
+    if waiting is not None:
+        lines.append(f"Learned but not committed: '{waiting.task}', for {waiting.reason}.")
     if undone:
         lines.append(f"Rolled back: {'; '.join(', '.join(entry.tasks) for entry in undone)}. See treelora doctor.")
     if interrupted is not None and not resumable:

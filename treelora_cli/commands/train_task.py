@@ -57,13 +57,21 @@ def train_task(
     keep_mib: Annotated[
         int | None, typer.Option(min=0, help="Most memory for activations kept over epochs; beyond, a file.")
     ] = None,
+    max_forgetting: options.MaxForgetting = None,
+    fail_under: options.FailUnder = None,
+    task_under: options.TaskUnder = None,
     device: options.Device = None,
     settings: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted task.")] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="Commit the task that its gate refused.")] = False,
+    drop: Annotated[bool, typer.Option("--drop", help="Delete the task that its gate refused.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, sample and memory; learn nothing.")] = False,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Score every task afterwards.")] = True,
 ) -> None:
-    """Learn one more task from DATA and commit it. The earlier tasks' data is not needed."""
+    """Learn one more task from DATA and commit it. The earlier tasks' data is not needed.
+
+    Example: treelora train-task ~/data/gulls --max-forgetting 2 --fail-under 80
+    """
     from treelora_cli.backend.contract import DataRequest
     from treelora_cli.config import BaseConfig, from_flags
     from treelora_cli.data.paths import existing, paths_of
@@ -73,6 +81,11 @@ def train_task(
     from treelora_cli.settings import add_set
 
     session = session_of(context)
+    if accept or drop:
+        if data is not None or resume or accept == drop:
+            raise UsageError("--accept or --drop stands alone: it decides on the task that waits.")
+        _decide(session, accept=accept)
+        return
     flags = from_flags(
         budget=budget,
         train__epochs=epochs,
@@ -87,6 +100,9 @@ def train_task(
         train__grad_checkpointing=grad_checkpointing,
         train__keep_mib=keep_mib,
         tree__search=search,
+        gate__max_forgetting=max_forgetting,
+        gate__fail_under=fail_under,
+        gate__task_under=task_under,
     )
     flags = add_set(flags, settings)
     if flags.base != BaseConfig():
@@ -116,6 +132,8 @@ def train_task(
         for path in (*paths_of(request), *(one for one in (request.val, request.label_names) if one is not None)):
             existing(path)  # before anything is loaded
     project.check_free(chosen)
+    if not dry_run:
+        project.check_decided()
     config = project_config(project, flags)
     runtime = session.runtime(device)
     if dry_run:
@@ -125,6 +143,23 @@ def train_task(
         base = open_base(project, config, runtime)
         report = learn_task(project, base, request, chosen, config, runtime, evaluate=evaluate, resume=resume)
     show_report(session, report)
+
+
+def _decide(session: Session, *, accept: bool) -> None:
+    """Accept or drop the task that waits."""
+    from treelora_cli.views.scores import standing_table
+
+    project = session.project()
+    if not accept:
+        with project.lock("train-task --drop") as project:
+            gone = project.drop()
+        session.output.result({"dropped": gone}, f"Dropped: {gone or 'a task that could not be read'}.")
+        return
+    with project.lock("train-task --accept") as project:
+        project = project.accept()
+    name, matrix = project.state.tasks[-1].name, project.matrix()
+    document = {"task": name, "accepted": True, "op": matrix.overall(), "forgetting": matrix.forgetting()}
+    session.output.result(document, f"Task '{name}' is committed.", standing_table(matrix.standing(), {}))
 
 
 def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple[str, DataRequest]:

@@ -24,8 +24,9 @@ from treelora_cli.backend.arithmetic import choose_arithmetic
 from treelora_cli.backend.contract import Base, DataRequest, Learned, Memory, Score, Session, TaskData, TaskMemory
 from treelora_cli.backend.runtime import Runtime, return_free_memory
 from treelora_cli.config import Config, to_dict
-from treelora_cli.errors import DataError
+from treelora_cli.errors import CheckError, DataError
 from treelora_cli.learning.evaluation import HeldOut, blamed, read_held_out, score_tasks
+from treelora_cli.learning.gate import check_gate, refusal
 from treelora_cli.learning.opening import check_base
 from treelora_cli.learning.provenance import adapter_files, peak_bytes, versions
 from treelora_cli.learning.resuming import restore, save_step
@@ -192,9 +193,12 @@ def learn_task(
     """Learn a task and commit it; the caller holds the lock.
 
     Raises:
+        CheckError: The gate refused it: nothing is committed, and the learned task waits in ``.treelora``.
         TreeLoraError: Bad data, no memory, an interruption, ...; the project is as before.
     """
     project.check_free(name)
+    project.check_decided()
+    check_gate(config.gate, evaluate=evaluate)
     check_base(project, base)
     clock = _Clock()
     data = _read(base, request, runtime)
@@ -210,8 +214,18 @@ def learn_task(
         name, [scores[one.name].value if one.name in scores else None for one in memory.tasks]
     )
     clock.lap("evaluate")
+    reason = refusal(config.gate, matrix, {}) if evaluate else None
     if runtime.is_main:
-        project.commit(commit_of(new, trained, clock, tree, matrix, merged))
+        change = commit_of(new, trained, clock, tree, matrix, merged)
+        if reason is None:
+            project.commit(change)
+        else:
+            project.propose(change, reason)
+    if reason is not None:
+        raise CheckError(
+            f"Task '{name}' is learned but not committed: {reason}."
+            " Accept it with treelora train-task --accept, or drop it with --drop."
+        )
     clock.lap("commit")
     return TaskReport(
         name=name,

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from treelora_cli.errors import DamagedError
 from treelora_cli.project.history import Undone
+from treelora_cli.project.pending import PENDING
 from treelora_cli.project.project import STATE, Project
 from treelora_cli.project.state import State, parse_state
 
@@ -49,7 +51,23 @@ def damage_of_the_past(project: Project) -> dict[str, str]:
         other = {name: record for name, record in state.files.items() if project.state.files.get(name) != record}
         for name, problem in Project(project.root, dataclasses.replace(state, files=other)).damage().items():
             found[f".treelora/objects/{other[name].sha256}"] = f"{problem} ({name} of an earlier state)"
-    return {**found, **project.checkpoint.damage()}
+    return {**found, **project.checkpoint.damage(), **_damage_of_pending(project)}
+
+
+def _damage_of_pending(project: Project) -> dict[str, str]:
+    """Return what is wrong with the task that waits for a decision."""
+    try:
+        waiting = project.pending.read()
+    except DamagedError:
+        return {PENDING: "damaged"}
+    if waiting is None or waiting.grown_from != project.state.digest():
+        return {}
+    state = parse_state(waiting.state)
+    new = {name: record for name, record in state.files.items() if project.state.files.get(name) != record}
+    damaged = Project(project.root, dataclasses.replace(state, files=new)).damage()
+    return {
+        f".treelora/objects/{new[name].sha256}": f"{why} ({name} of a task that waits)" for name, why in damaged.items()
+    }
 
 
 def trash(project: Project) -> list[tuple[Undone, int]]:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from treelora_cli import __version__
 from treelora_cli.config import DEFAULTS, Config, load_config
-from treelora_cli.errors import ConfigError, DamagedError, ProjectError, ResourceError, UsageError
+from treelora_cli.errors import CheckError, ConfigError, DamagedError, ProjectError, ResourceError, UsageError
 from treelora_cli.project.checkpoint import Checkpoint
 from treelora_cli.project.commit import Commit, all_finite, check_finite, contents_of, place_merged, stored_layout
 from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock, lock_holder
+from treelora_cli.project.pending import Pending, Waiting
 from treelora_cli.project.signals import signals_held
 from treelora_cli.project.state import State, TaskEntry, parse_state
 from treelora_cli.project.store import Content, FileRecord, Store, as_user_error, refuse_links, write_file
@@ -38,7 +39,8 @@ _DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt")
 _CONFIG = "treelora.yaml"
 STATE = "state.json"
 """The file that says what a project is made of."""
-_OWN = (STATE, *(f".treelora/{name}" for name in ("objects", "history", "trash", "run")))
+_WRITTEN = ("history", "trash", "run", "pending")
+_OWN = (STATE, *(f".treelora/{name}" for name in ("objects", *_WRITTEN)))
 _FIXED_LATER = {"method": "treelora"}
 """What a project is made with that says nothing of it: one from before the setting existed."""
 _ADAPTERS_AT_HAND = 32
@@ -67,6 +69,7 @@ class Project:
         self.store = Store(root)
         self.checkpoint = Checkpoint(root / ".treelora" / "run")
         self.history = History(root)
+        self.pending = Pending(root / ".treelora" / "pending")
 
     # -- open and create ------------------------------------------------------------------------------
 
@@ -265,6 +268,15 @@ class Project:
                     f"Task '{name}' exists ({number:03d}). Choose another --name, or treelora rollback {name}."
                 )
 
+    def check_decided(self) -> None:
+        """Raise ``CheckError`` while a task that failed its gate waits: another commit would void it."""
+        waiting = self.pending.of(self.state)
+        if waiting is not None:
+            raise CheckError(
+                f"Task '{waiting.task}' is learned and waits, for {waiting.reason}."
+                " First accept it with treelora train-task --accept, or drop it with --drop."
+            )
+
     def memory(self) -> Memory:
         """Return what later predictions need; tensors are read and verified when first asked for."""
         from treelora_cli.backend.contract import Memory
@@ -368,15 +380,83 @@ class Project:
             TreeLoraError: A value is not finite; stored, it would make the project unreadable.
             Interrupted: A signal came meanwhile; the task is committed.
         """
-        check_finite(change)
-        directory = f"tasks/{len(self.state.tasks) + 1:03d}-{change.name}"
-        tasks = (*self.state.tasks, TaskEntry(change.name, directory, directory))
-        parts = place_merged(tasks, self.state.files, contents_of(change, directory), change.merged)
+        parts = self._parts(change)
         with signals_held(f"task '{change.name}' is committed"):
             project = self.advance(*parts)
             with suppress(OSError):  # it does not fit the new state
                 self.checkpoint.clear()
         return project
+
+    def _parts(self, change: Commit) -> tuple[tuple[TaskEntry, ...], dict[str, FileRecord], dict[str, Content]]:
+        """Return tasks, kept files and new contents of the state after ``change``."""
+        check_finite(change)
+        directory = f"tasks/{len(self.state.tasks) + 1:03d}-{change.name}"
+        tasks = (*self.state.tasks, TaskEntry(change.name, directory, directory))
+        return place_merged(tasks, self.state.files, contents_of(change, directory), change.merged)
+
+    def propose(self, change: Commit, reason: str) -> None:
+        """Keep a task that failed its gate, to be accepted or dropped; the caller holds the lock.
+
+        The project is as before; the checkpoint goes, for the task is learned.
+
+        Raises:
+            TreeLoraError: A value is not finite, or the disk is full; nothing waits then.
+        """
+        tasks, kept, contents = self._parts(change)
+        self._prepare()
+        try:
+            state = self._next(tasks, kept, contents)
+            self.pending.save(Waiting(change.name, reason, self.state.digest(), state.to_json()))
+        except ResourceError:
+            with suppress(OSError, ProjectError):
+                self._drop_unneeded(self.state)
+            raise
+        with suppress(OSError):
+            self.checkpoint.clear()
+
+    def accept(self) -> Project:
+        """Commit the task that waits; the caller holds the lock.
+
+        Raises:
+            UsageError: None does.
+            ProjectError: The project has changed since.
+            DamagedError: What was kept of it is damaged; the project is as before.
+        """
+        current = self._prepare()
+        waiting = self.pending.read()
+        if waiting is None:
+            raise UsageError("No task waits to be accepted.")
+        if waiting.grown_from != self.state.digest():
+            raise ProjectError(
+                f"Task '{waiting.task}' was learned on another state of this project."
+                " Drop it with: treelora train-task --drop"
+            )
+        self._check_whole(waiting.state)
+        self.history.keep(current)
+        project = self._enter(waiting.state)
+        with suppress(OSError):
+            self.pending.clear()
+        return project
+
+    def drop(self) -> str | None:
+        """Delete the task that waits, also a damaged or void one; the caller holds the lock.
+
+        Returns:
+            Its name; ``None`` when that cannot be read.
+
+        Raises:
+            UsageError: None waits.
+        """
+        if not self.pending.exists():
+            raise UsageError("No task waits to be dropped.")
+        try:
+            waiting = self.pending.read()
+        except DamagedError:
+            waiting = None
+        self.pending.clear()
+        with suppress(DamagedError):  # of an earlier state: what it needs is not known, so nothing else goes
+            self._drop_unneeded(self.state)
+        return None if waiting is None else waiting.task
 
     def rollback(self, task: str) -> Project:
         """Return to the exact state before ``task`` was learned; the caller holds the lock.
@@ -436,20 +516,26 @@ class Project:
         """
         current = self._prepare()
         try:
-            records = {name: self.store.put(data) for name, data in contents.items()}
-            state = dataclasses.replace(
-                self.state,
-                tasks=tasks,
-                files={**kept, **records},
-                generation=self.state.generation + 1,
-                written_by=__version__,
-            )
+            state = self._next(tasks, kept, contents)
             self.history.keep(current)
             return self._enter(state.to_json())
         except ResourceError:
             with suppress(OSError, ProjectError):  # nothing was committed: what was written takes room that is wanted
                 self._drop_unneeded(self.state)
             raise
+
+    def _next(
+        self, tasks: tuple[TaskEntry, ...], kept: Mapping[str, FileRecord], contents: Mapping[str, Content]
+    ) -> State:
+        """Write new contents aside and return the state that names them."""
+        records = {name: self.store.put(data) for name, data in contents.items()}
+        return dataclasses.replace(
+            self.state,
+            tasks=tasks,
+            files={**kept, **records},
+            generation=self.state.generation + 1,
+            written_by=__version__,
+        )
 
     def _prepare(self) -> bytes:
         """Finish what a killed process left undone; returns ``state.json``, verbatim.
@@ -495,11 +581,18 @@ class Project:
     def _clean_up(self, state: State) -> None:
         self.history.prune(state, self._tasks_kept())
         self._drop_unneeded(state)
-        self.store.sweep([*state.files, STATE, *(f".treelora/{name}/x" for name in ("history", "trash", "run"))])
+        self.store.sweep(
+            [*state.files, STATE, *(f".treelora/{name}/x" for name in ("history", "trash", "run", "pending"))]
+        )
 
     def _drop_unneeded(self, state: State) -> None:
-        """Delete the objects of no state that is kept."""
+        """Delete the objects of no state that is kept, and a task that waited on an earlier state."""
         kept = self.history.kept_states(_read_state(self.root))
+        waiting = self.pending.of(state)
+        if waiting is not None:
+            kept.append(parse_state(waiting.state))
+        elif self.pending.exists():
+            self.pending.clear()
         self.store.keep_only(self.store.needed(state.files, (one.files for one in kept)))
 
     def _tasks_kept(self) -> int:

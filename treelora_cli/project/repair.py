@@ -11,6 +11,7 @@ from treelora_cli.errors import DamagedError, ProjectError
 from treelora_cli.project.commit import to_json, tree_files
 from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock
+from treelora_cli.project.pending import PENDING
 from treelora_cli.project.project import STATE, Project
 from treelora_cli.project.state import State, parse_state
 from treelora_cli.project.store import record_of, write_file
@@ -92,12 +93,23 @@ def repair(project: Project) -> tuple[Project, Repair]:
         contents[_MATRIX] = to_json(_known_matrix(project).to_json())
         report.rebuilt.append(_MATRIX)
         report.notes.append("Scores that are not known any more are shown as '-'. 'treelora eval' measures today's.")
-    if contents or report.dropped:
+    _drop_damaged_pending(project, report)
+    if contents or set(report.dropped) - {PENDING}:
         kept = {name: record for name, record in project.state.files.items() if name not in report.dropped}
         project = project.advance(project.state.tasks, kept, contents)
     else:
         project.store.publish(project.state.files, {})
     return project, report
+
+
+def _drop_damaged_pending(project: Project, report: Repair) -> None:
+    """Give up a task that waits for a decision but cannot be read: it was never part of the project."""
+    try:
+        project.pending.read()
+    except DamagedError:
+        project.pending.clear()
+        report.dropped.append(PENDING)
+        report.notes.append("A task that waited to be accepted is gone; learn it again.")
 
 
 def _restore_from_twins(project: Project, damaged: set[str], report: Repair) -> None:
