@@ -37,7 +37,7 @@ REFUSED = {
         r"^f\.yaml:3: unknown key 'rnak' \(did you mean 'rank'\?\)\.$",
     ),
     "unknown key of another section": ("lr: 1\n", r"^f\.yaml:1: unknown key 'lr' here; it belongs under 'train'\.$"),
-    "unknown key near nothing": ("zzzzzz: 1\n", r"^f\.yaml:1: unknown key 'zzzzzz'\. Known here: backend, seed, "),
+    "unknown key near nothing": ("zzzzzz: 1\n", r"^f\.yaml:1: unknown key 'zzzzzz'\. Known here: backend, method, "),
     "a prefix before a misspelt key": (
         "adapter: {lora_rnak: 8}",
         r"unknown key 'lora_rnak' \(did you mean 'rank'\?\)\.$",
