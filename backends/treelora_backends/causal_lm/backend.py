@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from treelora_backends.causal_lm.answers import Known
 from treelora_backends.causal_lm.contenders import make_contender
 from treelora_backends.causal_lm.export import check_export, load_line, write_adapter, write_merged
-from treelora_backends.causal_lm.loading import choose_layers, files_of, load_model, load_tokenizer, resolve, source_of
+from treelora_backends.causal_lm.loaded import LoadedLm
+from treelora_backends.causal_lm.loading import choose_layers, files_of, load_model, load_tokenizer, resolve
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.render import Encoder
@@ -23,7 +24,6 @@ from treelora_backends.causal_lm.task import LmTask, read_lm_task
 from treelora_cli.backend import adapters
 from treelora_cli.backend.fingerprint import hash_parameters, identity
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig
-from treelora_cli.data.examples import TextExample
 from treelora_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -72,57 +72,26 @@ class CausalLmBackend:
             network = network.to(runtime.device)
         network.eval()
         _check_adapters_act(network, model, layers)
-        return CausalLmBase(network, model, layers, fingerprint, tokenizer, config, runtime)
+        lm = LmNetwork(model, layers, runtime.autocast)
+        encoder = _encoder(model, lm, tokenizer, config)
+        return CausalLmBase(
+            network=network,
+            layers=layers,
+            fingerprint=fingerprint,
+            tokenizer=tokenizer,
+            config=config,
+            runtime=runtime,
+            lm=lm,
+            context=_context_of(model),
+            encoder=encoder,
+            known_answers={},
+            features=FeatureReader(network, lm, encoder, runtime),
+        )
 
 
-class CausalLmBase:
-    """A loaded causal language model with one LoRA slot; meets ``Base``."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        model: nn.Module,
-        layers: tuple[str, ...],
-        fingerprint: str,
-        tokenizer: Any,
-        config: Config,
-        runtime: Runtime,
-    ) -> None:
-        self.network = network
-        self.layers = layers
-        self.fingerprint = fingerprint
-        self.tokenizer = tokenizer
-        self.config = config
-        self.runtime = runtime
-        assert config.adapter.alpha is not None and config.adapter.rank is not None
-        self.scale: float = config.adapter.alpha / config.adapter.rank
-        self.lm = LmNetwork(model, layers, runtime.autocast)
-        self.context = _context_of(model)
-        assert config.train.max_length is not None
-        longest = min(config.train.max_length, self.context)
-        ends, embedded = _end_ids(model, tokenizer), int(self.lm.model.get_input_embeddings().weight.shape[0])
-        self.encoder = Encoder(tokenizer, longest, ends, self.context, embedded, str(config.train.learn))
-        self.known_answers: Known = {}
-        self._features = FeatureReader(network, self.lm, self.encoder, runtime)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Architecture, size, context and where the weights came from."""
-        model = self.lm.model
-        return {
-            "architecture": type(model).__name__,
-            "blocks": len(self.lm.blocks),
-            "width": int(model.config.get_text_config().hidden_size),
-            "parameters": sum(p.numel() for n, p in self.network.named_parameters() if "lora_" not in n),
-            "context": self.context,
-            "dtype": self.config.base.dtype or "float32",
-            "chat_template": self.encoder.has_template,
-            "dequantized_from_gguf": source_of(str(self.config.base.model)).gguf is not None,
-        }
-
-    def read_features(self, examples: Sequence[TextExample], description: str) -> Tensor:
-        """Return frozen features of inputs, (n, F)."""
-        return self._features(examples, description)
+@dataclass(frozen=True, eq=False)
+class CausalLmBase(LoadedLm):
+    """A loaded language model, and what can be done with it; meets ``Base``."""
 
     def read_task(self, request: DataRequest) -> LmTask:
         """Read, validate and tokenise a task's data."""
@@ -163,6 +132,14 @@ def _loaded_as(base: BaseConfig) -> dict[str, object]:
     """Return all that decides what a model's files are loaded as."""
     libraries = {name: metadata.version(name) for name in ("torch", "transformers")}
     return {"backend": "causal-lm", "dtype": base.dtype or "float32", "model_args": base.model_args, **libraries}
+
+
+def _encoder(model: Any, lm: LmNetwork, tokenizer: Any, config: Config) -> Encoder:
+    assert config.train.max_length is not None
+    context = _context_of(model)
+    longest = min(config.train.max_length, context)
+    ends, embedded = _end_ids(model, tokenizer), int(lm.model.get_input_embeddings().weight.shape[0])
+    return Encoder(tokenizer, longest, ends, context, embedded, str(config.train.learn))
 
 
 def _context_of(model: Any) -> int:

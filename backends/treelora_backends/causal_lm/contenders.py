@@ -27,7 +27,7 @@ from treelora_cli.heads.gaussians import AlignSettings, Gaussian, align, covaria
 from treelora_cli.heads.ridge import LinearHead
 
 if TYPE_CHECKING:
-    from treelora_backends.causal_lm.backend import CausalLmBase
+    from treelora_backends.causal_lm.loaded import LoadedLm
     from treelora_cli.backend.contract import ContenderModel
 
 _FLOAT = 4
@@ -46,7 +46,7 @@ class PlainLmSession(LmSteps):
         index: Of the task, from 0; the order of its data depends on it.
     """
 
-    def __init__(self, base: CausalLmBase, tasks: Sequence[LmTask], config: Config, index: int) -> None:
+    def __init__(self, base: LoadedLm, tasks: Sequence[LmTask], config: Config, index: int) -> None:
         assert config.train.batch_size is not None and config.seed is not None
         self.tasks = tasks
         self.examples = [one for task in tasks for one in task.train]
@@ -99,7 +99,7 @@ class AnswerContender:
     Source: the evaluation of sequential LoRA and O-LoRA (Wang et al., Findings of EMNLP 2023).
     """
 
-    def __init__(self, base: CausalLmBase) -> None:
+    def __init__(self, base: LoadedLm) -> None:
         self.base = base
         self.memory = _nothing()
         self.index = 0
@@ -137,7 +137,7 @@ class RoutedLmContender:
     Source: HiDe-Prompt (Wang et al., NeurIPS 2023), with LoRA for prompts as in HiDe-PET.
     """
 
-    def __init__(self, base: CausalLmBase) -> None:
+    def __init__(self, base: LoadedLm) -> None:
         self.base = base
         self.memory = _nothing()
         self.means: list[Tensor] = []
@@ -208,7 +208,7 @@ def _nothing() -> Memory:
     return Memory((), dict)
 
 
-def _with_tasks(base: CausalLmBase, memory: Memory, tasks: Sequence[LmTask]) -> Memory:
+def _with_tasks(base: LoadedLm, memory: Memory, tasks: Sequence[LmTask]) -> Memory:
     """Return the memory after tasks whose trained adapter is in the slot."""
     trained = adapters.read_slot(base.network, base.layers, base.scale)
     for task in tasks:
@@ -222,6 +222,6 @@ def _with_tasks(base: CausalLmBase, memory: Memory, tasks: Sequence[LmTask]) -> 
 _HEADS: dict[str, Any] = {"answer": AnswerContender, "routed": RoutedLmContender}
 
 
-def make_contender(base: CausalLmBase, head: str, _config: Config) -> ContenderModel:
+def make_contender(base: LoadedLm, head: str, _config: Config) -> ContenderModel:
     """Return the model under a kind of head."""
     return cast("ContenderModel", _HEADS[head](base))

@@ -22,7 +22,7 @@ from treelora_cli.backend.contract import ExportCheck, TaskMemory, rounded_score
 from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from treelora_backends.causal_lm.backend import CausalLmBase
+    from treelora_backends.causal_lm.loaded import LoadedLm
     from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.backend.contract import ExportOptions, Memory
 
@@ -34,7 +34,7 @@ _CHECKED_PROMPTS, _CHECKED_EXAMPLES = 8, 64
 _TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the answer?"
 
 
-def write_merged(base: CausalLmBase, memory: Memory, out: Path, options: ExportOptions) -> None:
+def write_merged(base: LoadedLm, memory: Memory, out: Path, options: ExportOptions) -> None:
     """Add the tasks' mean update to the unquantised base in float32, cast and save, tokenizer included.
 
     Raises:
@@ -67,7 +67,7 @@ def _add_update(model: nn.Module, weights: AdapterWeights) -> None:
             cast("Tensor", module.weight).add_(update.T if turned else update)
 
 
-def write_adapter(base: CausalLmBase, memory: Memory, task: str, out: Path) -> None:
+def write_adapter(base: LoadedLm, memory: Memory, task: str, out: Path) -> None:
     """Write one task's adapter: lora_A and lora_B only."""
     from safetensors.torch import save_file
 
@@ -83,7 +83,7 @@ def _task(memory: Memory, name: str) -> TaskMemory:
     return next(task for task in memory.tasks if task.name == name)
 
 
-def _short_targets(base: CausalLmBase) -> list[str]:
+def _short_targets(base: LoadedLm) -> list[str]:
     """Return module names as people write them when they select exactly the adapted layers, else full ones."""
     short = {layer.rsplit(".", 1)[-1] for layer in base.layers}
     prefix = "base_model.model."
@@ -92,7 +92,7 @@ def _short_targets(base: CausalLmBase) -> list[str]:
     return sorted(short) if selected == set(base.layers) else sorted(base.layers)
 
 
-def _card(base: CausalLmBase, content: str) -> str:
+def _card(base: LoadedLm, content: str) -> str:
     source = source_of(str(base.config.base.model))
     origin = source.gguf or source.name
     lines = ["---", "library_name: transformers", "tags: [treelora, lora]", "---", "", f"Base: `{Path(origin).name}`."]
@@ -101,7 +101,7 @@ def _card(base: CausalLmBase, content: str) -> str:
     return "\n".join([*lines, f"This directory holds {content}, made with treelora.", ""])
 
 
-def load_line(base: CausalLmBase, out: Path, task: str | None) -> str:
+def load_line(base: LoadedLm, out: Path, task: str | None) -> str:
     """Return the line of Python that loads an export."""
     if task is None:
         return f'AutoModelForCausalLM.from_pretrained("{out}")'
@@ -114,7 +114,7 @@ def load_line(base: CausalLmBase, out: Path, task: str | None) -> str:
 
 
 def check_export(
-    base: CausalLmBase, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, LmTask]]
+    base: LoadedLm, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, LmTask]]
 ) -> ExportCheck:
     """Reload an export with stock code and compare logits and scores with the model in memory."""
     base.network.eval()
@@ -138,14 +138,14 @@ def check_export(
     return ExportCheck(difference, max(_EXACT, _OF_ROUNDING * rounding), scores, rounded_scores(counts))
 
 
-def _written_type(base: CausalLmBase, out: Path, task: str | None) -> str:
+def _written_type(base: LoadedLm, out: Path, task: str | None) -> str:
     """Return the type that the export's network is held in."""
     if task is not None:
         return base.config.base.dtype or "float32"
     return str(json.loads((out / "config.json").read_text(encoding="utf-8")).get("dtype", "float32"))
 
 
-def _rounding(base: CausalLmBase, batch: Batch, written: str) -> float | None:
+def _rounding(base: LoadedLm, batch: Batch, written: str) -> float | None:
     """Return how far the base's own logits move in the types at hand, without any adapter; ``None``: all is float32."""
     own = base.config.base.dtype or "float32"
     if own == written == "float32":
@@ -172,7 +172,7 @@ def _difference(ones: Tensor, others: Tensor) -> float:
     return float((ones - others).abs().max())
 
 
-def _reloaded(base: CausalLmBase, out: Path, task: str | None) -> nn.Module:
+def _reloaded(base: LoadedLm, out: Path, task: str | None) -> nn.Module:
     if task is None:
         from transformers import AutoModelForCausalLM
 
@@ -187,7 +187,7 @@ def _reloaded(base: CausalLmBase, out: Path, task: str | None) -> nn.Module:
     return PeftModel.from_pretrained(cast("Any", stock), str(out)).eval().get_base_model()
 
 
-def _prompts(base: CausalLmBase, memory: Memory, held_out: Sequence[tuple[str, LmTask]]) -> Batch:
+def _prompts(base: LoadedLm, memory: Memory, held_out: Sequence[tuple[str, LmTask]]) -> Batch:
     rows = []
     for name, data in held_out:
         manner = manner_of(_task(memory, name))

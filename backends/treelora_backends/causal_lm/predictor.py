@@ -25,13 +25,13 @@ from treelora_backends.causal_lm.router import TaskRouter
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
-from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score
-from treelora_cli.data.examples import TextExample, Turn, chat_example
+from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score, Turn
+from treelora_cli.data.examples import TextExample, chat_example
 from treelora_cli.data.text_scores import exact_match
 from treelora_cli.errors import DataError
 
 if TYPE_CHECKING:
-    from treelora_backends.causal_lm.backend import CausalLmBase
+    from treelora_backends.causal_lm.loaded import LoadedLm
 
 _ANY_LENGTH = 2**31
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
@@ -49,7 +49,7 @@ class LmPredictor:
 
     def __init__(
         self,
-        base: CausalLmBase,
+        base: LoadedLm,
         memory: Memory,
         inference: str,
         choose: Callable[[Sequence[TextExample]], list[int]] | None = None,

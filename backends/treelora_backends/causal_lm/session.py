@@ -42,7 +42,7 @@ from treelora_cli.config import Config
 from treelora_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from treelora_backends.causal_lm.backend import CausalLmBase
+    from treelora_backends.causal_lm.loaded import LoadedLm
 
 _TAILS = {"cpu": 8}
 """Last tokens of a prompt through which gradients pass where nothing is said: reading a text in two parts saves a CPU
@@ -55,7 +55,7 @@ _TOKENS_KEPT_ELSEWHERE = 16_384
 class LmSession(LmSteps):
     """Meets ``Session``."""
 
-    def __init__(self, base: CausalLmBase, task: LmTask, memory: Memory, config: Config) -> None:
+    def __init__(self, base: LoadedLm, task: LmTask, memory: Memory, config: Config) -> None:
         if not task.train:
             raise DataError("No training examples.")
         assert config.train.batch_size is not None and config.seed is not None

@@ -12,7 +12,7 @@ from treelora_backends.causal_lm.batches import shuffled_batches
 from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from treelora_backends.causal_lm.backend import CausalLmBase
+    from treelora_backends.causal_lm.loaded import LoadedLm
 
 _TRIAL_EXAMPLES = 4
 
@@ -28,7 +28,7 @@ class LmSteps(ABC):
         seed: Of the order of examples.
     """
 
-    def __init__(self, base: CausalLmBase, lengths: Sequence[int], total: int, batch_size: int, seed: int) -> None:
+    def __init__(self, base: LoadedLm, lengths: Sequence[int], total: int, batch_size: int, seed: int) -> None:
         self.base = base
         self.lengths = lengths
         self.seed = seed

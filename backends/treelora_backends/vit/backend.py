@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from treelora_backends.vit.contenders.heads import make_contender
 from treelora_backends.vit.export import check_export, write_adapter, write_merged
 from treelora_backends.vit.images import ImageTask, Preprocessing, make_preprocessing, read_image_task
+from treelora_backends.vit.loaded import LoadedVit
 from treelora_backends.vit.loading import check_model_name, choose_layers, create_vit, existing_weights, files_of
 from treelora_backends.vit.predictor import VitPredictor
 from treelora_backends.vit.session import VitSession
@@ -82,48 +83,9 @@ def _loaded_as(base: BaseConfig) -> dict[str, object]:
     return {"backend": "vit", "model": base.model, "model_args": base.model_args, **libraries}
 
 
-class VitBase:
-    """A loaded timm transformer with one LoRA slot; meets ``Base``."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        layers: tuple[str, ...],
-        fingerprint: str,
-        trunk: Trunk,
-        preprocessing: Preprocessing,
-        config: Config,
-        runtime: Runtime,
-    ) -> None:
-        self.network = network
-        self.layers = layers
-        self.fingerprint = fingerprint
-        self.trunk = trunk
-        self.preprocessing = preprocessing
-        self.config = config
-        self.runtime = runtime
-        assert config.adapter.alpha is not None and config.adapter.rank is not None
-        self.scale: float = config.adapter.alpha / config.adapter.rank
-
-    def fresh_vit(self, classes: int) -> nn.Module:
-        """Return the frozen model anew, without adapters, with a linear classifier for ``classes``."""
-        vit = create_vit(self.config.base, offline=self.runtime.offline)
-        cast("Any", vit).reset_classifier(classes)
-        return vit.to(self.runtime.device)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Architecture, size and preprocessing."""
-        vit = cast("Any", self.trunk.vit)
-        return {
-            "architecture": vit.pretrained_cfg.get("architecture") or type(vit).__name__,
-            "blocks": len(self.trunk.blocks),
-            "width": self.trunk.width,
-            "parameters": sum(p.numel() for n, p in self.network.named_parameters() if "lora_" not in n),
-            "input_size": list(self.preprocessing.size),
-            "mean": list(self.preprocessing.mean),
-            "std": list(self.preprocessing.std),
-        }
+@dataclasses.dataclass(frozen=True, eq=False)
+class VitBase(LoadedVit):
+    """A loaded transformer, and what can be done with it; meets ``Base``."""
 
     def read_task(self, request: DataRequest) -> ImageTask:
         """Find and decode a task's images."""

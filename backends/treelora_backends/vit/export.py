@@ -19,7 +19,7 @@ from treelora_cli.errors import UsageError
 from treelora_cli.heads.ridge import LinearHead
 
 if TYPE_CHECKING:
-    from treelora_backends.vit.backend import VitBase
+    from treelora_backends.vit.loaded import LoadedVit
 
 _CHUNK = 256
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -38,7 +38,7 @@ classes in order, `timm.data.resolve_model_data_config(model)` gives the preproc
 """
 
 
-def write_merged(base: VitBase, memory: Memory, out: Path, options: ExportOptions) -> None:
+def write_merged(base: LoadedVit, memory: Memory, out: Path, options: ExportOptions) -> None:
     """Write the ``merged`` network so that stock timm loads it with its preprocessing and label names."""
     from timm.models import save_for_hf
 
@@ -61,7 +61,7 @@ def write_merged(base: VitBase, memory: Memory, out: Path, options: ExportOption
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
-def _model_args(base: VitBase, depth: int) -> dict[str, Any]:
+def _model_args(base: LoadedVit, depth: int) -> dict[str, Any]:
     """Arguments that rebuild the architecture, the base directory's own included."""
     from treelora_backends.vit.loading import recorded_model_args
 
@@ -69,7 +69,7 @@ def _model_args(base: VitBase, depth: int) -> dict[str, Any]:
     return {**recorded_model_args(base.config.base), **base.config.base.model_args, **grown}
 
 
-def write_adapter(base: VitBase, memory: Memory, task: str, out: Path) -> None:
+def write_adapter(base: LoadedVit, memory: Memory, task: str, out: Path) -> None:
     """Write one task's adapter as a PEFT directory that carries its linear head.
 
     The newest task's head covers all classes, as ``latest`` predicts; an earlier task's covers its own.
@@ -89,7 +89,7 @@ def _index_of(memory: Memory, task: str) -> int:
     return next(index for index, one in enumerate(memory.tasks) if one.name == task)
 
 
-def _classifier(base: VitBase, memory: Memory, index: int) -> tuple[nn.Module, list[str]]:
+def _classifier(base: LoadedVit, memory: Memory, index: int) -> tuple[nn.Module, list[str]]:
     """Return the base with the linear head that goes with a task's adapter, and the head's labels."""
     if index == len(memory.tasks) - 1:
         names, head = latest_head(base, memory)
@@ -101,7 +101,7 @@ def _classifier(base: VitBase, memory: Memory, index: int) -> tuple[nn.Module, l
     return vit, names
 
 
-def _peft_model(vit: nn.Module, base: VitBase, weights: adapters.AdapterWeights) -> Any:
+def _peft_model(vit: nn.Module, base: LoadedVit, weights: adapters.AdapterWeights) -> Any:
     from peft import LoraConfig, get_peft_model
 
     adapter, heads = base.config.adapter, cast("Any", vit).pretrained_cfg["classifier"]
@@ -119,7 +119,7 @@ def _peft_model(vit: nn.Module, base: VitBase, weights: adapters.AdapterWeights)
 
 @torch.no_grad()
 def check_export(
-    base: VitBase, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, ImageTask]]
+    base: LoadedVit, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, ImageTask]]
 ) -> ExportCheck:
     """Reload with stock timm or PEFT; compare logits and accuracy with the model in memory."""
     if task is None:
@@ -148,7 +148,7 @@ def check_export(
 
 
 def _compare(
-    base: VitBase, here: nn.Module, there: nn.Module, pixels: Tensor, dtype: torch.dtype
+    base: LoadedVit, here: nn.Module, there: nn.Module, pixels: Tensor, dtype: torch.dtype
 ) -> tuple[float, float, Tensor, Tensor]:
     """Return the largest logit difference, the largest logit and both networks' answers, on the CPU."""
     largest, scale, ours, theirs = 0.0, 0.0, [], []
@@ -172,7 +172,7 @@ def _reload_merged(out: Path) -> nn.Module:
     return model.to(dtype).eval()
 
 
-def _reload_adapter(base: VitBase, out: Path, classes: int) -> nn.Module:
+def _reload_adapter(base: LoadedVit, out: Path, classes: int) -> nn.Module:
     from peft import PeftModel
 
     if not (out / "adapter_model.safetensors").is_file():

@@ -24,15 +24,14 @@ from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_na
 from treelora_backends.vit.single import SingleNetwork
 from treelora_backends.vit.trunk import Cut
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score
-from treelora_cli.data.examples import Turn
+from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score, Turn
 from treelora_cli.data.names import label_key
 from treelora_cli.data.paths import existing
 from treelora_cli.errors import DataError
 from treelora_cli.heads.ridge import LinearHead
 
 if TYPE_CHECKING:
-    from treelora_backends.vit.backend import VitBase
+    from treelora_backends.vit.loaded import LoadedVit
 
 _LEAF_ROWS = 16
 """Adapters see multiples of this: kernels are compiled, and kept, for each number of rows that occurs."""
@@ -47,7 +46,7 @@ TASKS_ASKED = 2
 class VitPredictor:
     """Meets ``Predictor``; see the module docstring."""
 
-    def __init__(self, base: VitBase, memory: Memory, inference: str) -> None:
+    def __init__(self, base: LoadedVit, memory: Memory, inference: str) -> None:
         self.base = base
         self.memory = memory
         self.inference = inference

@@ -20,14 +20,14 @@ from treelora_backends.transfer import sent
 from treelora_backends.vit.chunks import images_at_once
 from treelora_backends.vit.images import ImageTask, shuffled_views
 from treelora_backends.vit.shared_head import SharedHead, columns_of
-from treelora_backends.vit.single import extended_statistics, single_network_part
+from treelora_backends.vit.single import KINDS, NewImages, extended_statistics, single_network_part
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
 from treelora_cli.backend.contract import Learned, Memory
 from treelora_cli.config import Config
 
 if TYPE_CHECKING:
-    from treelora_backends.vit.backend import VitBase
+    from treelora_backends.vit.loaded import LoadedVit
 
 _TEMPERATURE = 0.1
 _SMALLEST_PROBE = 8
@@ -37,7 +37,7 @@ _SMALLEST_PROBE = 8
 class VitSession:
     """Meets ``Session``; see the module docstring."""
 
-    def __init__(self, base: VitBase, task: ImageTask, memory: Memory, config: Config) -> None:
+    def __init__(self, base: LoadedVit, task: ImageTask, memory: Memory, config: Config) -> None:
         self.base = base
         self.task = task
         self.memory = memory
@@ -171,7 +171,9 @@ class VitSession:
             "head.bias": self.head.bias.detach().cpu().clone(),
         }
         trained = adapters.read_slot(self.base.network, self.base.layers, self.base.scale)
-        own = extended_statistics(self, trained)
+        new = NewImages(self.pooled, self.labels, len(self.task.labels), self.seed)
+        kinds = KINDS[:1] if self.shared_head.carries_blocks else KINDS
+        own = extended_statistics(self.base, self.memory, new, trained, self.carried, kinds)
         facts: dict[str, Any] = {
             "classes": len(self.task.labels),
             "columns": len(columns_of(self.memory)) + len(self.task.labels),

@@ -11,7 +11,8 @@ Symbols: ``C`` width, ``K`` columns, ``n`` images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -26,8 +27,7 @@ from treelora_cli.heads.gaussians import ClassStatistics, fit_drift
 from treelora_cli.heads.ridge import LinearHead
 
 if TYPE_CHECKING:
-    from treelora_backends.vit.backend import VitBase
-    from treelora_backends.vit.session import VitSession
+    from treelora_backends.vit.loaded import LoadedVit
 
 KINDS = ("latest", "merged")
 _COVARIANCE_RIDGE = 0.01
@@ -48,37 +48,69 @@ def single_network_part(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in shared.items() if key.partition(".")[0] in KINDS}
 
 
-def extended_statistics(session: VitSession, trained: AdapterWeights) -> dict[str, Tensor]:
-    """Measure the new task on both networks and carry older classes over; returns the shared tensors."""
-    memory = session.memory
-    everything = torch.arange(len(session.own))
-    generator = torch.Generator().manual_seed(session.seed)
-    share = _DRIFT_IMAGES // session.runtime.accelerator.num_processes
-    some = torch.randperm(len(everything), generator=generator)[: session.runtime.smallest(min(share, len(everything)))]
+@dataclass(frozen=True)
+class NewImages:
+    """The new task's images, as the statistics need them.
+
+    Attributes:
+        pooled: Returns pooled features of some of this process's images by the network as it is, (n, C).
+        labels: Their classes, (n,).
+        classes: The task's number of classes.
+        seed: The task's.
+    """
+
+    pooled: Callable[[Tensor], Tensor]
+    labels: Tensor
+    classes: int
+    seed: int
+
+
+def extended_statistics(
+    base: LoadedVit,
+    memory: Memory,
+    new: NewImages,
+    trained: AdapterWeights,
+    carried: Mapping[str, Tensor],
+    kinds: Sequence[str],
+) -> dict[str, Tensor]:
+    """Measure the new task on the networks of some kinds and carry older classes over; returns the shared tensors.
+
+    Args:
+        base: The loaded base.
+        memory: The tasks before.
+        new: The new task's images.
+        trained: Its adapter.
+        carried: What was returned for the tasks before.
+        kinds: Which of ``KINDS`` are kept.
+    """
+    runtime = base.runtime
+    everything = torch.arange(len(new.labels))
+    generator = torch.Generator().manual_seed(new.seed)
+    share = _DRIFT_IMAGES // runtime.accelerator.num_processes
+    some = torch.randperm(len(everything), generator=generator)[: runtime.smallest(min(share, len(everything)))]
     tensors: dict[str, Tensor] = {}
-    kinds = KINDS[:1] if session.shared_head.carries_blocks else KINDS
     for kind in kinds:
         now = trained
         if kind == "merged":
             now = mean_update([*(task.adapter() for task in memory.tasks), trained])
-        features = _pooled_with(session, now, everything)
-        fresh = ClassStatistics.measure(features, session.labels, len(session.task.labels), session.runtime)
+        features = _pooled_with(base, new, now, everything)
+        fresh = ClassStatistics.measure(features, new.labels, new.classes, runtime)
         if memory.tasks:
-            old = _pooled_with(session, updates_of(memory, kind), some)
-            drift = fit_drift(session.runtime.concatenate(old), session.runtime.concatenate(features[some]))
-            known = ClassStatistics.from_tensors(session.carried, kind, session.device)
+            old = _pooled_with(base, new, updates_of(memory, kind), some)
+            drift = fit_drift(runtime.concatenate(old), runtime.concatenate(features[some]))
+            known = ClassStatistics.from_tensors(carried, kind, runtime.device)
             fresh = known.moved(drift).joined(fresh)
         tensors |= fresh.to_tensors(kind)
     return tensors
 
 
-def _pooled_with(session: VitSession, weights: AdapterWeights, rows: Tensor) -> Tensor:
-    """Pooled features of some of the session's images with ``weights`` added to the base, (n, C)."""
-    with adapters.added(session.base.network, weights):
-        return session.pooled(rows)
+def _pooled_with(base: LoadedVit, new: NewImages, weights: AdapterWeights, rows: Tensor) -> Tensor:
+    """Pooled features of some of the new images with ``weights`` added to the base, (n, C)."""
+    with adapters.added(base.network, weights):
+        return new.pooled(rows)
 
 
-def latest_head(base: VitBase, memory: Memory) -> tuple[list[str], LinearHead]:
+def latest_head(base: LoadedVit, memory: Memory) -> tuple[list[str], LinearHead]:
     """Return the class names and the linear head that go with the newest adapter."""
     columns = columns_of(memory)
     names = class_names(columns)
@@ -86,7 +118,7 @@ def latest_head(base: VitBase, memory: Memory) -> tuple[list[str], LinearHead]:
     return names, _carried_head(base, memory, "latest", members, len(names))
 
 
-def _carried_head(base: VitBase, memory: Memory, kind: str, members: Tensor, classes: int) -> LinearHead:
+def _carried_head(base: LoadedVit, memory: Memory, kind: str, members: Tensor, classes: int) -> LinearHead:
     """Solve the head from statistics carried over to the present network; ``members`` is each column's class."""
     statistics = ClassStatistics.from_tensors(memory.shared(), kind, base.runtime.device)
     return statistics.by_class(members, classes).discriminant(_COVARIANCE_RIDGE)
@@ -95,7 +127,7 @@ def _carried_head(base: VitBase, memory: Memory, kind: str, members: Tensor, cla
 class SingleNetwork(nn.Module):
     """A stock timm network over all classes; what ``export --format merged`` saves."""
 
-    def __init__(self, base: VitBase, memory: Memory, kind: str) -> None:
+    def __init__(self, base: LoadedVit, memory: Memory, kind: str) -> None:
         super().__init__()
         columns = columns_of(memory)
         self.names = class_names(columns)
@@ -109,7 +141,7 @@ class SingleNetwork(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def _carry(self, base: VitBase, memory: Memory, kind: str, members: Tensor) -> None:
+    def _carry(self, base: LoadedVit, memory: Memory, kind: str, members: Tensor) -> None:
         """Add the updates to the weights and solve the head from statistics carried over."""
         updates = updates_of(memory, kind)
         for index, layer in enumerate(updates.layers):

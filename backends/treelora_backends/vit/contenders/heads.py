@@ -30,7 +30,7 @@ from treelora_cli.heads.gaussians import AlignSettings, Gaussian, RandomRidge, a
 from treelora_cli.heads.ridge import LinearHead
 
 if TYPE_CHECKING:
-    from treelora_backends.vit.backend import VitBase
+    from treelora_backends.vit.loaded import LoadedVit
     from treelora_cli.backend.contract import ContenderModel
 
 _FLOAT = 4
@@ -55,7 +55,7 @@ class LinearContender:
         rate: How many times faster than the adapter the head learns.
     """
 
-    def __init__(self, base: VitBase, rate: float = 1.0) -> None:
+    def __init__(self, base: LoadedVit, rate: float = 1.0) -> None:
         self.base = base
         self.rate = rate
         self.table = ClassTable()
@@ -109,7 +109,7 @@ class AlignedContender:
     on from the head before alignment.
     """
 
-    def __init__(self, base: VitBase) -> None:
+    def __init__(self, base: LoadedVit) -> None:
         self.base = base
         self.linear = LinearContender(base, rate=_SLOW_ADAPTER)
         self.gaussians: dict[int, Gaussian] = {}
@@ -155,7 +155,7 @@ class RoutedContender:
     Covariances are kept whole for each class, the largest of the choices there.
     """
 
-    def __init__(self, base: VitBase) -> None:
+    def __init__(self, base: LoadedVit) -> None:
         self.base = base
         self.linear = LinearContender(base)
         self.adapters: list[AdapterWeights] = []
@@ -229,7 +229,7 @@ class RidgeContender:
         seed: Of the projection.
     """
 
-    def __init__(self, base: VitBase, width: int, seed: int) -> None:
+    def __init__(self, base: LoadedVit, width: int, seed: int) -> None:
         self.base = base
         self.ridge = RandomRidge(base.trunk.width, width, seed, base.runtime.device)
         self.table = ClassTable()
@@ -277,7 +277,7 @@ class MeanContender:
     Source: SimpleCIL in Zhou et al., "Revisiting Class-Incremental Learning with Pre-Trained Models" (2023).
     """
 
-    def __init__(self, base: VitBase) -> None:
+    def __init__(self, base: LoadedVit) -> None:
         self.base = base
         self.table = ClassTable()
         self.means = torch.zeros(0, base.trunk.width, device=base.runtime.device)
@@ -326,7 +326,7 @@ class PromptContender:
         prompts: The method's prompts.
     """
 
-    def __init__(self, base: VitBase, prompts: PromptedVit) -> None:
+    def __init__(self, base: LoadedVit, prompts: PromptedVit) -> None:
         self.base = base
         self.prompts = prompts
         self.linear = LinearContender(base)
@@ -360,17 +360,17 @@ def _gaussian_bytes(gaussians: Iterable[Gaussian]) -> int:
     return _FLOAT * sum(one.mean.numel() + one.root.numel() for one in gaussians)
 
 
-def _ridge(base: VitBase, config: Config) -> RidgeContender:
+def _ridge(base: LoadedVit, config: Config) -> RidgeContender:
     assert config.head.width is not None and config.seed is not None
     return RidgeContender(base, config.head.width, config.seed)
 
 
-def _l2p(base: VitBase, config: Config) -> PromptContender:
+def _l2p(base: LoadedVit, config: Config) -> PromptContender:
     assert config.seed is not None
     return PromptContender(base, L2P(base.trunk.vit, L2PSettings(), config.seed))
 
 
-def _dualprompt(base: VitBase, config: Config) -> PromptContender:
+def _dualprompt(base: LoadedVit, config: Config) -> PromptContender:
     assert config.seed is not None
     settings = DualPromptSettings.of_depth(len(base.trunk.blocks))
     return PromptContender(base, DualPrompt(base.trunk.vit, settings, config.seed))
@@ -387,6 +387,6 @@ _HEADS: dict[str, Any] = {
 }
 
 
-def make_contender(base: VitBase, head: str, config: Config) -> ContenderModel:
+def make_contender(base: LoadedVit, head: str, config: Config) -> ContenderModel:
     """Return the network under a kind of head."""
     return cast("ContenderModel", _HEADS[head](base, config))

@@ -15,7 +15,7 @@ from treelora_cli.config import Config
 from treelora_cli.heads.gaussians import Gaussian
 
 if TYPE_CHECKING:
-    from treelora_backends.vit.backend import VitBase
+    from treelora_backends.vit.loaded import LoadedVit
 
 CHUNK = 256
 """Images run at a time where no gradient is needed."""
@@ -53,7 +53,7 @@ class ClassTable:
         return torch.tensor([found.get(label, -1) for label in task.labels], dtype=torch.int64)
 
 
-def features_of(base: VitBase, images: Tensor) -> Tensor:
+def features_of(base: LoadedVit, images: Tensor) -> Tensor:
     """Return the pooled features of normalised images by the network as it is, (B, C)."""
     vit = cast("Any", base.trunk.vit)
     with base.runtime.autocast():
@@ -62,7 +62,7 @@ def features_of(base: VitBase, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score_images(base: VitBase, table: ClassTable, task: ImageTask, answer: Callable[[Tensor], Tensor]) -> Score:
+def score_images(base: LoadedVit, table: ClassTable, task: ImageTask, answer: Callable[[Tensor], Tensor]) -> Score:
     """Score held-out images; ``answer`` turns normalised images (B, 3, H, W) into indices of classes, (B,)."""
     device = base.runtime.device
     truth = table.truth(task).to(device)
@@ -89,7 +89,7 @@ class PlainSession:
 
     def __init__(
         self,
-        base: VitBase,
+        base: LoadedVit,
         tasks: Sequence[ImageTask],
         config: Config,
         index: int,

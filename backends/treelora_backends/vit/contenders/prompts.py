@@ -31,7 +31,7 @@ from treelora_cli.backend.contract import Learned
 from treelora_cli.errors import ModelError
 
 if TYPE_CHECKING:
-    from treelora_backends.vit.backend import VitBase
+    from treelora_backends.vit.loaded import LoadedVit
 
 
 # -- prompts ---------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def _check_architecture(vit: Any) -> None:
 
 
 @contextmanager
-def bare(base: VitBase) -> Iterator[None]:
+def bare(base: LoadedVit) -> Iterator[None]:
     """Run the frozen network without its adapter slot, in the chosen arithmetic."""
     with adapters.base_only(base.network), base.runtime.autocast():
         yield
