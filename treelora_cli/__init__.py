@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from treelora_cli.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from treelora_cli.api import Evaluation as Evaluation
     from treelora_cli.api import Project as Project
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

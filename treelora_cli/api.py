@@ -27,10 +27,9 @@ from treelora_cli.setting_names import from_names
 
 if TYPE_CHECKING:
     from treelora_cli.algorithm.tree import Tree
-    from treelora_cli.backend.contract import Base, Prediction, Predictor, Score
+    from treelora_cli.backend.contract import Base, Prediction, Predictor, Score, Turn
     from treelora_cli.backend.runtime import Reporter, Runtime
     from treelora_cli.config import Config
-    from treelora_cli.data.examples import Turn
     from treelora_cli.learning.evaluation import HeldOut
     from treelora_cli.learning.export import ExportReport, ExportRequest
     from treelora_cli.learning.task import TaskReport

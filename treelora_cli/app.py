@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from treelora_cli import __version__
 from treelora_cli.backend.runtime import quiet_libraries
 from treelora_cli.commands.compare import compare
 from treelora_cli.commands.context import Session
@@ -27,6 +26,7 @@ from treelora_cli.commands.status import status
 from treelora_cli.commands.train_task import train_task
 from treelora_cli.errors import Interrupted, describe_error
 from treelora_cli.project.signals import terminate_like_interrupt
+from treelora_cli.version import __version__
 from treelora_cli.views.console import Output
 
 _EPILOG = "Global options (-C, --json, -q, -v, --offline, --debug) stand before or after the command."

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.contract import DataRequest, Turn
 from treelora_cli.data.chats import read_chats
-from treelora_cli.data.examples import Turn, shared_system
+from treelora_cli.data.examples import shared_system
 from treelora_cli.data.text import list_texts
 from treelora_cli.errors import DataError
 

@@ -9,6 +9,7 @@ Symbols: ``D`` adapted layers, ``r`` LoRA rank.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.backend.runtime import Runtime
     from treelora_cli.config import BaseConfig, Config
-    from treelora_cli.data.examples import Turn
 
     Tensors = dict[str, torch.Tensor]
 
@@ -266,6 +266,27 @@ class Learned:
     tensors: Tensors
     shared: Callable[[], Tensors]
     facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a chat.
+
+    Attributes:
+        role: ``system``, ``user``, ``assistant`` or ``tool``.
+        content: Its text; may be empty beside calls of tools.
+        more: What else the message holds for the chat template, such as ``tool_calls``, as JSON; empty for nothing.
+        learned: False for a message of the assistant that its data excludes from learning.
+    """
+
+    role: str
+    content: str
+    more: str = ""
+    learned: bool = True
+
+    def fields(self) -> dict[str, Any]:
+        """Return the message as chat templates take it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,14 @@ def demo(
     from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.learning.recipes import shipped_recipes
     from treelora_cli.learning.stream import StreamRequest
+    from treelora_cli.project.store import write_file
     from treelora_cli.views.scores import percent
     from treelora_cli.views.task_tree import tree_document, tree_view
 
     session = session_of(context)
     if directory.exists() and (directory.is_file() or any(directory.iterdir())):
         raise UsageError(f"{directory} is not empty. Name another directory: treelora demo DIR")
-    write_digits(directory / "digits")
+    write_digits(directory / "digits", write_file)
     session.output.note(f"Wrote scikit-learn's handwritten digits to {directory / 'digits'}.")
     recipe = shipped_recipes()["demo"]
     request = StreamRequest(recipe, directory / "project", directory / "digits", Config(), None, resume=False)

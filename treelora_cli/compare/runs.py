@@ -22,11 +22,11 @@ from typing import Any
 
 import yaml
 
-from treelora_cli import __version__
 from treelora_cli.config import Config, from_flags, overlay, to_dict
 from treelora_cli.errors import UsageError, suggest
 from treelora_cli.fields import coerce
 from treelora_cli.methods.catalogue import check_method, runs_in_project
+from treelora_cli.version import __version__
 
 _CONTENDERS_OWN = ("adapter.", "train.", "head.width")
 """Settings that mean something to contenders begin so; the rest are TreeLoRA's."""

@@ -30,7 +30,7 @@ from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic
 from treelora_cli.backend.registry import load_backend
-from treelora_cli.backend.runtime import Runtime, open_runtime
+from treelora_cli.backend.runtime import Runtime, Silent, open_runtime
 from treelora_cli.compare.results import write_result
 from treelora_cli.compare.runs import Run
 from treelora_cli.config import AdapterConfig, Config, TrainConfig, load_config, overlay, resolve
@@ -41,7 +41,6 @@ from treelora_cli.learning.stream import PlannedTask, StreamRequest, plan_stream
 from treelora_cli.learning.training import task_context, train_session
 from treelora_cli.methods.catalogue import choose_head, load_method, runs_in_project
 from treelora_cli.score_matrix import ScoreMatrix
-from treelora_cli.views.console import Output
 
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import Base, ContenderModel, DataRequest, TaskData
@@ -257,10 +256,18 @@ def contender_config(run: Run, config: Config, head: str) -> Config:
 # -- the process -----------------------------------------------------------------------------------
 
 
+class _Log(Silent):
+    """A reporter whose notes go to the run's log; nobody watches its progress."""
+
+    def note(self, message: str) -> None:
+        """Write one line."""
+        print(message, file=sys.stderr, flush=True)
+
+
 def perform(run: Run) -> None:
     """Do a run and write its result."""
     started = time.perf_counter()
-    runtime = open_runtime(run.device, offline=run.offline, reporter=Output(as_json=False, quiet=False))
+    runtime = open_runtime(run.device, offline=run.offline, reporter=_Log())
     request = StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False)
     if runs_in_project(run.variant.method):
         _clear(request.root)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-
-from treelora_cli.project.store import write_file
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _TEST_EVERY = 5
 
 
-def write_digits(folder: Path) -> None:
-    """Write ``train/NAME/*.png`` and ``test/NAME/*.png``: 1,797 images of 8 x 8, every fifth held out."""
+def write_digits(folder: Path, write: Callable[[Path, bytes], None]) -> None:
+    """Write ``train/NAME/*.png`` and ``test/NAME/*.png``: 1,797 images of 8 x 8, every fifth held out.
+
+    Args:
+        folder: The image folder.
+        write: Writes one file, and the directories above it.
+    """
     import io
 
     import numpy as np
@@ -21,6 +25,7 @@ def write_digits(folder: Path) -> None:
     digits = load_digits()
     for index, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         part = "test" if index % _TEST_EVERY == 0 else "train"
+        path = folder / part / NAMES[int(label)] / f"{index:04d}.png"
         buffer = io.BytesIO()
         Image.fromarray((values * 15.9375).astype(np.uint8)).save(buffer, format="PNG")
-        write_file(folder / part / NAMES[int(label)] / f"{index:04d}.png", buffer.getvalue())
+        write(path, buffer.getvalue())

@@ -7,29 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from treelora_cli.backend.contract import Turn
+
 STYLES = ("plain", "labels", "chat", "text")
 """How examples become model input: prompt as it is; sentence with the label names; chat; free text."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message of a chat.
-
-    Attributes:
-        role: ``system``, ``user``, ``assistant`` or ``tool``.
-        content: Its text; may be empty beside calls of tools.
-        more: What else the message holds for the chat template, such as ``tool_calls``, as JSON; empty for nothing.
-        learned: False for a message of the assistant that its data excludes from learning.
-    """
-
-    role: str
-    content: str
-    more: str = ""
-    learned: bool = True
-
-    def fields(self) -> dict[str, Any]:
-        """Return the message as chat templates take it."""
-        return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
 
 
 @dataclass(frozen=True)

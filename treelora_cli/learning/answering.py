@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
-from treelora_cli.backend.contract import Memory, Prediction, Predictor
+from treelora_cli.backend.contract import Memory, Prediction, Predictor, Turn
 from treelora_cli.backend.runtime import Reporter
-from treelora_cli.data.examples import Turn
 from treelora_cli.errors import DataError
 from treelora_cli.learning.evaluation import blamed
 

@@ -9,8 +9,8 @@ import sys
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from treelora_cli import __version__
 from treelora_cli.backend import adapters
+from treelora_cli.version import __version__
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from treelora_cli import __version__
 from treelora_cli.config import DEFAULTS, Config, load_config
 from treelora_cli.errors import CheckError, ConfigError, DamagedError, ProjectError, ResourceError, UsageError
 from treelora_cli.project.checkpoint import Checkpoint
@@ -23,6 +22,7 @@ from treelora_cli.project.signals import signals_held
 from treelora_cli.project.state import State, TaskEntry, parse_state
 from treelora_cli.project.store import Content, FileRecord, Store, as_user_error, refuse_links, write_file
 from treelora_cli.score_matrix import ScoreMatrix
+from treelora_cli.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
