@@ -60,7 +60,15 @@ def test_names_that_tell_no_class() -> None:
 
 @pytest.mark.parametrize(
     ("train", "test"),
-    [("train", "test"), ("training", "validation"), ("Train_Set", "dev"), ("train2017", "val2017"), ("trn", "holdout")],
+    [
+        ("train", "test"),
+        ("training", "validation"),
+        ("Train_Set", "dev"),
+        ("train2017", "val2017"),
+        ("trn", "holdout"),
+        ("birds_train", "birds_test"),
+        ("CUB train 2011", "CUB test 2011"),
+    ],
 )
 def test_parts_of_classes(tmp_path: Path, train: str, test: str) -> None:
     root = build(tmp_path / "d", f"{train}/cat/1.png", f"{train}/dog/1.png", f"{test}/cat/2.png", f"{test}/dog/2.png")

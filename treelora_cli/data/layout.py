@@ -15,11 +15,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from treelora_cli.data.names import TEST, TRAIN, VAL, one_spelling, part_of, says_no_class, says_unlabelled, tidy_label
+from treelora_cli.data.names import (
+    TEST,
+    TRAIN,
+    VAL,
+    one_spelling,
+    part_of,
+    parts_among,
+    says_no_class,
+    says_unlabelled,
+    tidy_label,
+)
 from treelora_cli.errors import DataError
 
 _TOOLS_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "system volume information"}
@@ -171,8 +181,9 @@ class _Reader:
         """Read a folder of parts, of classes, or around one of these."""
         if self._asked_for(folder):
             return Layout(self._classes(folder), [])
-        parts = [inner for inner in folder.inner if part_of(inner.name) is not None]
-        others = [inner for inner in folder.inner if part_of(inner.name) is None]
+        meant = parts_among(inner.name for inner in folder.inner)
+        parts = [inner for inner in folder.inner if meant[inner.name] is not None]
+        others = [inner for inner in folder.inner if meant[inner.name] is None]
         silent = [inner for inner in others if parts and says_unlabelled(inner.name)]
         for inner in silent:
             self._leave(inner, "says that it has no labels")
@@ -180,7 +191,7 @@ class _Reader:
         if not parts:
             return self._read_without_parts(folder)
         if not others:
-            return self._read_parts(parts)
+            return self._read_parts(parts, meant)
         if len(parts) == 1 and all(not inner.inner for inner in folder.inner):
             return Layout(self._classes(folder), [])  # a class that is called train, among others
         raise self._ambiguous(folder, f"is '{parts[0].name}' a part or a class? Give {parts[0].path}, or name")
@@ -211,10 +222,10 @@ class _Reader:
                 found[part] += [(folder.name, file) for file in inner.all_files()]
         return self._with_held_out(found)
 
-    def _read_parts(self, parts: Sequence[Folder]) -> Layout:
+    def _read_parts(self, parts: Sequence[Folder], meant: Mapping[str, str | None]) -> Layout:
         found: dict[str, list[Labelled]] = {TRAIN: [], TEST: [], VAL: []}
         for folder in parts:
-            part = part_of(folder.name)
+            part = meant[folder.name]
             assert part is not None
             if self._is_unlabelled(folder):
                 self._leave(folder, "has no class folders")

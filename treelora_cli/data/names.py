@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 TRAIN, TEST, VAL = "train", "test", "val"
 """Parts of a dataset: ``val`` is held out where there is no ``test``."""
@@ -30,13 +30,25 @@ def _words(name: str) -> list[str]:
     return ["heldout"] if words == ["held", "out"] else words
 
 
-def part_of(name: str) -> str | None:
+def parts_among(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the part each of these neighbours' names means; words that all of them share say nothing.
+
+    ``birds_train`` and ``birds_test`` are parts.
+    """
+    listed = list(names)
+    words = [set(_words(name)) for name in listed]
+    shared = set.intersection(*words) - set(_PARTS) if len(words) > 1 else set()
+    return {name: part_of(name, shared) for name in listed}
+
+
+def part_of(name: str, beside: Container[str] = ()) -> str | None:
     """Return the part a folder's, file's or split's name means, whatever it is dressed in; ``None`` for others.
 
     ``train``, ``Training_Set``, ``val2017``, ``images-test``, ``train-00000-of-00002`` and ``testset`` are parts,
-    ``train_masks`` and ``test tube`` are not.
+    ``train_masks`` and ``test tube`` are not. Words in ``beside`` are dress, too.
     """
-    meant = [_PARTS.get(_unglued(word)) for word in _words(name) if word not in _FILLERS]
+    words = [word for word in _words(name) if word not in _FILLERS and word not in beside]
+    meant = [_PARTS.get(_unglued(word)) for word in words]
     return meant[0] if len(meant) == 1 else None
 
 

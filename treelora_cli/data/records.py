@@ -19,6 +19,7 @@ columns                                             what the model reads, and le
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -354,6 +355,8 @@ def text_of(row: Row, column: str) -> str:
     if column not in row.values:
         raise DataError(f"{row.where}: no '{column}'. Found {', '.join(map(str, row.values))}.")
     value = row.values[column]
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
+        value = None if math.isnan(value) else int(value)  # a column with gaps makes whole numbers floats
     if isinstance(value, bool | int | float):
         value = str(value)
     if value is None or (isinstance(value, str) and not value.strip()):

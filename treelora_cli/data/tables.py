@@ -133,7 +133,8 @@ def divide_rows(rows: list[Row], notes: list[str], kind: str) -> tuple[list[Row]
         value = row.values.get(column)
         part = TRAIN if value is None or value == "" else part_of(str(value))
         if part is not None:
-            found[part].append(row)
+            others = {name: one for name, one in row.values.items() if name != column}
+            found[part].append(replace(row, values=others))
         elif not says_unlabelled(str(value)):
             raise DataError(f"{row.where}: {column} '{value}' is none of train, test, validation.")
     if found[TEST] and found[VAL]:

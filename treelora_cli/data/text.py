@@ -19,19 +19,14 @@ from treelora_cli.data.held_out import (
     set_aside,
     set_aside_by_position,
 )
-from treelora_cli.data.paths import existing
+from treelora_cli.data.labels import label_texts, named, read_label_names
+from treelora_cli.data.paths import existing, paths_of
 from treelora_cli.data.records import ANSWERS, NEED, Shape, shape_of, unused_text
-from treelora_cli.data.tables import TABLE_SUFFIXES, Row, read_table
+from treelora_cli.data.tables import Row, check_text
+from treelora_cli.data.text_files import WRONG_KIND, read_parts
 from treelora_cli.data.text_scores import METRICS
 from treelora_cli.errors import DataError, suggest
 
-_TRAIN = ("train", "training")
-_TEST = ("test", "eval", "val", "valid", "validation", "dev")
-_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-_WRONG_KIND = (
-    "This project's backend is causal-lm: give JSONL, JSON, CSV or parquet with messages, prompt+answer,"
-    " sentence+label or text."
-)
 _CLOSED_ANSWERS, _CLOSED_LENGTH, _CLOSED_REPEATS = 32, 60, 5
 _SHORT_WORDS = 5
 
@@ -77,13 +72,16 @@ def list_texts(request: DataRequest) -> TextListing:
     Raises:
         DataError: Missing or malformed data, or data of another kind; the message names file and line.
     """
-    path = existing(request.path)
+    path = paths_of(request)[0]
     notes: list[str] = []
-    train_rows, test_rows = _tables(path, request)
+    train_rows, test_rows = read_parts(request, notes)
     shape = _shape(train_rows or test_rows)
     style = shape.style
     notes += _unused(train_rows or test_rows, shape)
-    labels = _named_labels(path if path.is_dir() else path.parent) if style == "labels" else None
+    names = _label_names(request, path) if style == "labels" else None
+    if style == "labels":
+        train_rows, test_rows = (_with_labels(rows, request, names) for rows in (train_rows, test_rows))
+    labels = None if names is None else tuple((request.label_prefix or "") + name for name in names[1])
     train = _examples(train_rows, shape, labels, request, notes)
     test = _examples(test_rows, shape, labels, request, notes)
     if labels is None:
@@ -91,7 +89,7 @@ def list_texts(request: DataRequest) -> TextListing:
     if request.classes is not None:
         labels, train, test = _chosen(labels, train, test, request)
     if style == "labels" and len(labels) < 2:
-        raise DataError(f"{path}: one label only ('{labels[0]}'); a task needs two or more.")
+        raise DataError(f"{path}: one label only ('{labels[0]}'); a task of texts needs two or more.")
     metric = _metric(request.metric, style, labels, train or test)
     if request.recorded is not None and request.recorded.held_out is not None:
         test, change = find_recorded(test, train, request.recorded.held_out, hash_of_text)
@@ -115,56 +113,29 @@ def hash_of_text(one: TextExample) -> str:
     return content_hash(one.prompt, one.answer, *turns)
 
 
-# -- files ----------------------------------------------------------------------------------------
+# -- labels kept elsewhere ------------------------------------------------------------------------
 
 
-def _tables(path: Path, request: DataRequest) -> tuple[list[Row], list[Row]]:
-    """Return training and held-out rows."""
-    train, test = _table_files(path)
-    if request.val is not None:
-        outer = existing(request.val)
-        inner = _table_files(outer)
-        test = inner[1] or inner[0]
-    train_rows = [] if train is None else read_table(train, request.data_format, request.columns)
-    test_rows = [] if test is None else read_table(test, request.data_format, request.columns)
-    return train_rows, test_rows
-
-
-def _table_files(path: Path) -> tuple[Path | None, Path | None]:
-    if path.is_file():
-        if path.suffix.lower() in _IMAGES:
-            raise DataError(f"{path.name}: an image. {_WRONG_KIND}")
-        return path, None
-    tables = {
-        entry.stem.lower(): entry
-        for entry in sorted(path.iterdir())
-        if entry.is_file() and entry.suffix.lower() in TABLE_SUFFIXES and entry.name != "labels.json"
-    }
-    train = next((tables[name] for name in _TRAIN if name in tables), None)
-    test = next((tables[name] for name in _TEST if name in tables), None)
-    if train is not None:
-        return train, test
-    if len(tables) == 1:
-        return next(iter(tables.values())), None
-    if not tables:
-        pictures = any(entry.suffix.lower() in _IMAGES for entry in path.glob("**/*"))
-        raise DataError(f"{path} holds {'images' if pictures else 'no table'}. {_WRONG_KIND}")
-    raise DataError(f"{path} holds several tables and no train.*: {', '.join(sorted(tables))}. Name one of them.")
-
-
-def _named_labels(folder: Path) -> tuple[str, ...] | None:
-    """Read ``labels.json`` beside the data: the label names in their order."""
-    path = folder / "labels.json"
-    if not path.is_file():
+def _label_names(request: DataRequest, path: Path) -> tuple[Path, tuple[str, ...]] | None:
+    """Return the label names in their order, and the file: the user's, or ``labels.json`` beside the data."""
+    source = (path if path.is_dir() else path.parent) / "labels.json"
+    if request.label_names is not None:
+        source = existing(request.label_names)
+    elif not source.is_file():
         return None
-    try:
-        names = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: invalid JSON ({error}).") from error
-    valid = isinstance(names, list) and len(names) > 0
-    if not valid or not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) != len(names):
-        raise DataError(f"{path}: expected a list of distinct label names.")
-    return tuple(name.strip() for name in names)
+    return source, read_label_names(source)
+
+
+def _with_labels(rows: list[Row], request: DataRequest, names: tuple[Path, tuple[str, ...]] | None) -> list[Row]:
+    """Return rows whose labels are names: numbers are looked up, or written without ``.0``."""
+    labels = label_texts(rows, "label")
+    if names is not None:
+        labels = named(labels, rows, names[1], names[0])
+    prefix = request.label_prefix or ""
+    return [
+        replace(row, values={**row.values, "label": None if label is None else prefix + label})
+        for row, label in zip(rows, labels, strict=True)
+    ]
 
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -177,7 +148,7 @@ def _shape(rows: Sequence[Row]) -> Shape:
         return found
     names = ", ".join(map(str, rows[0].values))
     if any(isinstance(value, bytes | dict) for value in rows[0].values.values()):
-        raise DataError(f"{rows[0].where}: Found {names}. {_WRONG_KIND}")
+        raise DataError(f"{rows[0].where}: Found {names}. {WRONG_KIND}")
     raise DataError(f"Found {names}. {NEED}{_hint(rows[0])}")
 
 
@@ -207,6 +178,7 @@ def _examples(
     kept, bad = [], []
     for row in rows:
         try:
+            check_text(row)
             one = shape.read(row)
             if labels is not None and one.answer not in labels:
                 raise DataError(

@@ -1,0 +1,141 @@
+"""Files of a text task: parts, shards, folders of texts, labels kept elsewhere, missing cells."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from treelora_cli.backend.contract import DataRequest
+from treelora_cli.data.text import TextListing, list_texts
+from treelora_cli.errors import DataError
+
+
+def build(root: Path, **files: str | bytes) -> Path:
+    """Write files; in their names ``__`` stands for ``/`` and the last ``_`` of a part for ``.``."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def pairs(*names: str) -> str:
+    return "".join(json.dumps({"prompt": name, "answer": f"to {name}"}) + "\n" for name in names)
+
+
+def listed(path: Path, **options: Any) -> TextListing:
+    return list_texts(DataRequest(path=path, held_out=0, **options))
+
+
+def prompts(listing: TextListing) -> tuple[list[str], list[str]]:
+    return [one.prompt for one in listing.train], [one.prompt for one in listing.test]
+
+
+@pytest.mark.parametrize(
+    ("files", "test"),
+    [
+        ({"train.jsonl": "ab", "test.jsonl": "c"}, "c"),
+        ({"train.jsonl": "ab", "dev.jsonl": "c"}, "c"),
+        ({"Training.jsonl": "ab", "validation.jsonl": "c"}, "c"),
+        ({"imdb_train.jsonl": "ab", "imdb_holdout.jsonl": "c"}, "c"),
+        ({"train-00000-of-00002.jsonl": "a", "train-00001-of-00002.jsonl": "b", "test-00000-of-00001.jsonl": "c"}, "c"),
+        ({"data/train-00000-of-00001.jsonl": "ab", "data/test-00000-of-00001.jsonl": "c"}, "c"),
+        ({"train/1.jsonl": "a", "train/2.jsonl": "b", "val/1.jsonl": "c"}, "c"),
+        ({"part-1.jsonl": "a", "part-2.jsonl": "b"}, ""),
+    ],
+)
+def test_parts_and_shards(tmp_path: Path, files: dict[str, str], test: str) -> None:
+    root = build(tmp_path / "d", **{name: pairs(*names) for name, names in files.items()})
+    assert prompts(listed(root)) == (["a", "b"], list(test))
+
+
+def test_a_validation_table_beside_a_test_table_is_unused_and_others_are_named(tmp_path: Path) -> None:
+    parts = {"train.jsonl": "a", "val.jsonl": "b", "test.jsonl": "c", "extra.jsonl": "d"}
+    found = listed(build(tmp_path, **{name: pairs(*names) for name, names in parts.items()}))
+    assert prompts(found) == (["a"], ["c"])
+    assert found.notes == (
+        "Not read, beside train and test: extra.jsonl.",
+        "Scored on the test part; the validation part (1 examples) is unused.",
+    )
+
+
+def test_a_column_of_parts_is_held_out_and_not_called_unused(tmp_path: Path) -> None:
+    rows = [{"prompt": name, "answer": "x", "split": part} for name, part in (("a", "train"), ("b", "dev"))]
+    found = listed(build(tmp_path, **{"d.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}) / "d.jsonl")
+    assert prompts(found) == (["a"], ["b"])
+    assert found.notes == ()
+
+
+def test_several_files_and_packed_ones(tmp_path: Path) -> None:
+    build(tmp_path, **{"a.jsonl": pairs("a"), "b.jsonl.gz": gzip.compress(pairs("b").encode())})
+    assert prompts(listed(tmp_path / "a.jsonl", more=(tmp_path / "b.jsonl.gz",))) == (["a", "b"], [])
+    assert prompts(listed(tmp_path / "*.jsonl*")) == (["a", "b"], [])
+
+
+def test_texts_a_line_and_a_folder_of_texts(tmp_path: Path) -> None:
+    build(tmp_path, **{"lines.txt": "one\n\ntwo\n", "f/1.txt": "a\nb\n", "f/2.txt": "c", "g/train/1.txt": "d"})
+    build(tmp_path, **{"g/test/1.txt": "e"})
+    assert [one.answer for one in listed(tmp_path / "lines.txt").train] == ["one", "two"]
+    assert [one.answer for one in listed(tmp_path / "f").train] == ["a\nb\n", "c"]
+    found = listed(tmp_path / "g")
+    assert ([one.answer for one in found.train], [one.answer for one in found.test]) == (["d"], ["e"])
+
+
+def test_texts_in_class_folders_are_labelled(tmp_path: Path) -> None:
+    files = {
+        f"imdb/{part}/{label}/{n}.txt": f"{label} {n}"
+        for part in ("train", "test")
+        for label in ("pos", "neg")
+        for n in "12"
+    }
+    found = listed(build(tmp_path, **files) / "imdb")
+    assert (found.style, found.labels) == ("labels", ("neg", "pos"))
+    assert [(one.prompt, one.answer) for one in found.test] == [
+        ("neg 1", "neg"), ("neg 2", "neg"), ("pos 1", "pos"), ("pos 2", "pos"),
+    ]  # fmt: skip
+
+
+def test_numbers_of_labels_have_names_in_the_schema_a_file_or_none(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a", "b"], "label": [1, 0]})
+    features = {"label": {"names": ["bad", "good"], "_type": "ClassLabel"}}
+    named = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    parquet.write_table(named, tmp_path / "named.parquet")
+    parquet.write_table(table, tmp_path / "bare.parquet")
+    assert [one.answer for one in listed(tmp_path / "named.parquet").train] == ["good", "bad"]
+    assert [one.answer for one in listed(tmp_path / "bare.parquet").train] == ["1", "0"]
+    (tmp_path / "names.txt").write_text("no\nyes\n")
+    found = listed(tmp_path / "bare.parquet", label_names=tmp_path / "names.txt")
+    assert ([one.answer for one in found.train], found.labels) == (["yes", "no"], ("no", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ('{"prompt": "a", "answer": NaN}', r"d\.jsonl:1: empty answer\."),
+        ('{"text": NaN}', r"d\.jsonl:1: empty text\."),
+        ('{"text": "a", "label": NaN}', r"d\.jsonl:1: empty label\."),
+        ('{"prompt": "a \\ud800", "answer": "b"}', r"d\.jsonl:1: .*half a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "b"}]}', r"surrogate"),
+    ],
+)
+def test_missing_and_broken_texts_are_refused(tmp_path: Path, row: str, line: str) -> None:
+    (tmp_path / "d.jsonl").write_text(row + "\n")
+    with pytest.raises(DataError, match=line):
+        listed(tmp_path / "d.jsonl")
+
+
+def test_whole_numbers_that_became_floats_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1", "answer": 2.0}\n{"prompt": "1/2", "answer": 0.5}\n')
+    assert [one.answer for one in listed(tmp_path / "d.jsonl").train] == ["2", "0.5"]
+
+
+def test_an_answer_keeps_its_spaces(tmp_path: Path) -> None:
+    answer = "    return x\n\n\tpass\n"
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "def f(x):\n", "answer": answer}))
+    assert listed(tmp_path / "d.jsonl").train[0].answer == answer
