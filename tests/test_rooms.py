@@ -25,7 +25,7 @@ ROOMS: dict[str, str] = {
     "config": "errors fields",
     "settings": "config errors fields",
     "setting_names": "config errors",
-    "backend": "config entry_points errors seeds",
+    "backend": "config entry_points errors fields seeds",
     "algorithm": "backend.adapters seeds",
     "heads": "backend.runtime seeds",
     "data": "backend errors",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from treelora_backends.vit.backend import VitBackend
 from treelora_cli.config import BaseConfig, Config, TrainConfig, from_flags, load_config
 from treelora_cli.errors import ConfigError, UsageError
 from treelora_cli.fields import setting
+from treelora_cli.methods import treelora
 from treelora_cli.settings import add_set, check_own, fixed_own, given_settings, known_settings, own_settings, parse_set
 
 
@@ -131,6 +132,22 @@ def test_what_a_project_is_made_with_is_not_changed_by_a_task(
 ) -> None:
     done = cli("-C", empty_project, "train-task", data / "warm", "--lr", "0.2", "--set", given, "--device", "cpu")
     check_error(done, 2, line)
+
+
+def test_a_methods_own_settings_are_checked_against_what_it_declares(
+    cli: Cli, init_options: list[str], data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    root = tmp_path / "own"
+    own = ["--set", "method_settings.hidden=5"]
+    refused = cli("init", root, *init_options, *own)
+    check_error(refused, 2, r"method_settings: treelora has no settings of its own; got 'hidden'\.")
+    monkeypatch.setattr(treelora, "TREELORA", replace(treelora.TREELORA, own_settings=Own))
+    assert cli("init", root, *init_options, *own).code == 0
+    assert json.loads((root / "state.json").read_text())["fixed"]["method_settings.hidden"] == 5
+    train = ["-C", root, "train-task", data / "warm", "--device", "cpu", "--epochs", "0", "--no-eval", "--set"]
+    check_error(cli(*train, "method_settings.kind=3"), 2, r"method_settings: 'kind' is one of relu, tanh; got '3'")
+    line = r"'method_settings\.hidden' is 5 since this project was made, and cannot become 6\."
+    check_error(cli(*train, "method_settings.hidden=6"), 2, line)
 
 
 def test_a_backends_own_settings_are_kept_with_the_project_and_the_fixed_ones_hold(

@@ -205,6 +205,8 @@ class TaskData(Protocol):
         """The same token by token, and whether each is learned; empty where there are no tokens."""
 
 
+STORED_KINDS = {"int64": "I64", "float64": "F64", "float32": "F32", "bfloat16": "BF16"}
+"""Types of number that a project stores, with their names in safetensors."""
 Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 """Type of number and shape of each tensor in a file, by the tensor's name."""
 

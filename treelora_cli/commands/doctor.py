@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from treelora_cli.commands import options
+from treelora_cli.commands.check_backend import check_backend
 from treelora_cli.commands.context import Session, session_of
 from treelora_cli.errors import DamagedError, ProjectError, UsageError
 
@@ -23,11 +25,22 @@ def doctor(
     mend: Annotated[bool, typer.Option("--repair", help="Restore or rebuild what the rest determines.")] = False,
     empty_trash: Annotated[bool, typer.Option("--empty-trash", help="Delete for good what was rolled back.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the trash is emptied.")] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="Check instead that this backend meets the contract; exit with 7 when not.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="With --backend: a task's data to learn and answer.")] = None,
+    settings: options.Set = None,
+    device: options.Device = None,
 ) -> None:
     """Check versions, devices, disk, lock and the hash of every file; exit with 3 when something is damaged."""
     from treelora_cli.project import Project
 
     session = session_of(context)
+    if backend is not None:
+        check_backend(session, backend, data, settings, device)
+        return
+    if data is not None or settings or device is not None:
+        raise UsageError("--data, --set and --device of doctor go with --backend NAME.")
     facts = _machine()
     notes = _find_state(session, mend)
     try:

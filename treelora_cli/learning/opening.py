@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.backend.contract import Backend, Base
+from treelora_cli.backend.members import require
 from treelora_cli.backend.registry import load_backend
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
@@ -41,7 +42,7 @@ def make_project(root: Path, flags: Config, recipe_text: str | None, source: str
     given = overlay(flags, recipe)
     backend = load_backend(given.backend or "vit")
     config = resolve(flags, recipe, backend.defaults())
-    project_method(str(config.method))
+    _check_method(config)
     resolved = held_in(backend, backend.resolve_base(config.base, offline=runtime.offline), runtime)
     config = dataclasses.replace(config, backend=backend.name, base=resolved)
     base = load_base(backend, config, runtime)
@@ -73,7 +74,15 @@ def project_config(project: Project, flags: Config) -> Config:
     recorded = project.state.base
     unchanged = dataclasses.asdict(written.base) == recorded["given"]
     base = BaseConfig(**recorded["resolved"]) if unchanged else config.base
+    if config.method_settings:
+        _check_method(config)
     return dataclasses.replace(config, backend=project.state.backend, base=base)
+
+
+def _check_method(config: Config) -> None:
+    """Raise ``UsageError`` when no such method runs in a project, or it has no such settings of its own."""
+    entry = project_method(str(config.method))
+    check_own(entry.own_settings, config.method_settings, "method_settings", str(config.method))
 
 
 def _refuse_fixed(project: Project, flags: Config) -> None:
@@ -113,7 +122,9 @@ def load_base(backend: Backend, config: Config, runtime: Runtime) -> Base:
     if refused:
         raise ConfigError(f"model argument '{refused[0]}' is not allowed: code that comes with a model is never run.")
     with _nothing_unpickled(str(config.base.model)):
-        return backend.load(config, runtime)
+        base = backend.load(config, runtime)
+    require(base, Base, backend.name, () if getattr(backend, "contender_heads", ()) else ("contender",))
+    return base
 
 
 @contextmanager
@@ -172,6 +183,7 @@ def fixed_settings(config: Config, backend: Backend) -> dict[str, Any]:
         "head.blocks": config.head.blocks,
         "head.merged": config.head.merged,
         **fixed_own(getattr(backend, "own_settings", None), config.backend_settings, "backend_settings"),
+        **fixed_own(project_method(str(config.method)).own_settings, config.method_settings, "method_settings"),
     }
 
 

@@ -22,6 +22,7 @@ from treelora_cli.algorithm.tree import Tree, extend_tree
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic
 from treelora_cli.backend.contract import Base, DataRequest, Learned, Memory, Score, Session, TaskData, TaskMemory
+from treelora_cli.backend.members import require
 from treelora_cli.backend.runtime import Runtime, return_free_memory
 from treelora_cli.config import Config, to_dict
 from treelora_cli.errors import CheckError, DataError
@@ -262,6 +263,7 @@ def train_task(new: NewTask, clock: _Clock, *, resume: bool) -> Trained:
     method = project_method(str(new.config.method)).make()
     with blamed(new.memory):
         session = new.base.session(new.data, new.memory, new.config)
+    require(session, Session, new.project.state.backend)
     context = task_context(new.base, session, new.config, len(new.memory.tasks), fresh_seed=new.seed)
     adapters.write_slot(new.base.network, context.fresh)
     _choose_arithmetic(new, session, context)

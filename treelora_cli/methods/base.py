@@ -185,6 +185,8 @@ class Entry:
         lr_share: Learning rate of what a contender trains, as a share of the recipe's, by head; 1 where none is named.
         settings: Settings that the method's paper fixes.
         at_once: All tasks are learned as one.
+        own_settings: A frozen dataclass of ``fields.setting`` fields that the method reads from
+            ``TaskContext.config.method_settings``; ``None`` for none.
     """
 
     make: Callable[[], Method]
@@ -193,3 +195,4 @@ class Entry:
     lr_share: Mapping[str, float] = field(default_factory=dict)
     settings: Config = field(default_factory=Config)
     at_once: bool = False
+    own_settings: type[Any] | None = None

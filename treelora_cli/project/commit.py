@@ -165,7 +165,9 @@ def tensor_file(tensors: Mapping[str, Tensor]) -> list[memoryview]:
     """
     import torch
 
-    kinds = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
+    from treelora_cli.backend.contract import STORED_KINDS
+
+    kinds = {getattr(torch, name): code for name, code in STORED_KINDS.items()}
     rank = list(kinds).index
     order = sorted(tensors, key=lambda name: (rank(tensors[name].dtype), name))
     header: dict[str, Any] = {}

@@ -28,7 +28,7 @@ from treelora_cli.backend.adapters import AdapterWeights
 from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score, Turn
 from treelora_cli.data.examples import TextExample, chat_example
 from treelora_cli.data.text_scores import exact_match
-from treelora_cli.errors import DataError
+from treelora_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from treelora_backends.causal_lm.loaded import LoadedLm
@@ -54,6 +54,8 @@ class LmPredictor:
         inference: str,
         choose: Callable[[Sequence[TextExample]], list[int]] | None = None,
     ) -> None:
+        if inference not in ("routed", "latest", "merged", "base"):
+            raise UsageError(f"--inference {inference}: language models answer routed, latest, merged or base.")
         self.base = base
         self.memory = memory
         self.inference = inference

@@ -27,7 +27,7 @@ from treelora_cli.backend import adapters
 from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score, Turn
 from treelora_cli.data.names import label_key
 from treelora_cli.data.paths import existing
-from treelora_cli.errors import DataError
+from treelora_cli.errors import DataError, UsageError
 from treelora_cli.heads.ridge import LinearHead
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class VitPredictor:
     """Meets ``Predictor``; see the module docstring."""
 
     def __init__(self, base: LoadedVit, memory: Memory, inference: str) -> None:
+        if inference not in ("routed", "latest", "merged"):
+            raise UsageError(f"--inference {inference}: image models answer routed, latest or merged.")
         self.base = base
         self.memory = memory
         self.inference = inference
