@@ -309,7 +309,7 @@ class Project:
             UsageError: Nothing is learned, or no such task.
             DataError: No task's held-out data is there.
         """
-        from treelora_cli.learning.evaluation import read_held_out, score_tasks
+        from treelora_cli.learning.evaluation import measured_alike, read_held_out, score_tasks
 
         self._check_learned()
         wanted = [self._stored.entry(name).name for name in (self.tasks if tasks is None else tasks)]
@@ -326,7 +326,12 @@ class Project:
         chosen = BASE if inference == BASE else str(config.inference)
         scores = score_tasks(base, self._stored.memory(), chosen, held_out)
         now = {name: score.value for name, score in scores.items()}
-        compared = {one.name for one in held_out if not one.changed or not changed_data}
+        how = None if chosen == BASE else chosen
+        compared = {
+            one.name for one in held_out if measured_alike(one, records[one.name], how, changed_data=changed_data)
+        }
+        if len(compared) < len(now):
+            self.runtime.reporter.note("'-': other examples, or answered in another way, than when it was learned.")
         return Evaluation(chosen, self._stored.matrix().standing(now, wanted, compared), scores, held_out)
 
     def _say(self, held_out: Iterable[HeldOut]) -> None:
@@ -416,7 +421,8 @@ class Project:
         from treelora_cli.learning.export import write_export
 
         request.check(self._stored)
-        return write_export(self._stored, self._loaded(self._config()), request)
+        config = self._config()
+        return write_export(self._stored, self._loaded(config), request, str(config.inference))
 
 
 def _starter(device: str | None, offline: bool, reporter: Reporter | None) -> Callable[[], Runtime]:

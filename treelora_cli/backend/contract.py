@@ -515,7 +515,10 @@ class Base(Protocol):
     def check_export(
         self, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, TaskData]]
     ) -> ExportCheck:
-        """Reload ``out`` with stock code (``task`` names an adapter export) and compare."""
+        """Reload ``out`` with stock code (``task`` names an adapter export) and compare.
+
+        A backend whose scoring is slow limits the examples of each task by an attribute ``export_examples``.
+        """
 
 
 @runtime_checkable

@@ -49,13 +49,15 @@ def demo(
     names = [task.name for task in project.state.tasks]
     layers = project.state.base["layers"]
     merged = sum(there for _, there in export.check.scores.values()) / max(1, len(export.check.scores))
+    own = sum(export.project.values()) / max(1, len(export.project))
     show_stream(
         session,
         project,
         reports,
         tree_view(tree, names, layers, None),
         f"Merged export {out}: reloaded with timm, largest logit difference"
-        f" {export.check.largest_difference:.1e}, mean score {percent(merged)}.",
+        f" {export.check.largest_difference:.1e}, mean score {percent(merged)}"
+        f" (the project, {export.inference}: {percent(own)}).",
         f"Load with: {export.load_with}",
         f"Look around: treelora -C {project.root} status | eval | inspect-tree --bandit",
         tree=tree_document(tree, names, layers),

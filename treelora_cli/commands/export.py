@@ -40,7 +40,13 @@ def export(
         "files": report.files,
         "largest_logit_difference": None if check is None else check.largest_difference,
         "tolerance": None if check is None else check.tolerance,
-        "scores": {} if check is None else {n: {"here": a, "reloaded": b} for n, (a, b) in check.scores.items()},
+        "scores": {
+            name: {"project": report.project.get(name), "here": here, "reloaded": there}
+            for name, (here, there) in (check.scores if check else {}).items()
+        },
+        "project_inference": report.inference,
+        "gap": report.gap,
+        "advice": report.advice,
         "load_with": report.load_with,
     }
     lines = [f"Wrote {out}: {', '.join(report.files)}"]
@@ -49,9 +55,11 @@ def export(
             f"Reloaded: largest logit difference {check.largest_difference:.2e} (allowed {check.tolerance:.0e})"
         )
         lines += [
-            f"  {name}: score here {percent(here)}, reloaded {percent(there)}"
-            for name, (here, there) in check.scores.items()
+            f"  {name}: project ({report.inference}) {percent(report.project.get(name))}, this export {percent(there)}"
+            for name, (_, there) in check.scores.items()
         ]
+    if report.advice:
+        lines.append(report.advice)
     session.output.result(document, *lines, f"Load with: {report.load_with}")
     if check is not None and not check.passed:
         raise CheckError(f"The reloaded export differs from the model in memory. It stays in {out} for inspection.")

@@ -75,6 +75,21 @@ def read_held_out(
             yield HeldOut(name, data, "", changed)
 
 
+def measured_alike(one: HeldOut, record: Mapping[str, Any], inference: str | None, *, changed_data: bool) -> bool:
+    """Return whether a fresh score stands beside the recorded ones: the same examples, answered in the same way.
+
+    Args:
+        one: What is scored now.
+        record: The task's ``task.json``.
+        inference: How answers are given now; ``None`` for the untouched model, whose point is the difference.
+        changed_data: Whether examples that changed since are scored.
+    """
+    if one.data is None or (one.changed and changed_data):
+        return False
+    then = record.get("settings", {}).get("inference", inference)
+    return one.data.test_size == record.get("test_examples") and inference in (None, then)
+
+
 def score_tasks(base: Base, memory: Memory, inference: str, held_out: Iterable[HeldOut]) -> dict[str, Score]:
     """Return the score of every task that has held-out data, over everything in ``memory``."""
     with blamed(memory):

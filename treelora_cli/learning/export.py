@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treelora_cli.backend.contract import Base, ExportCheck, ExportOptions, TaskData
 from treelora_cli.errors import ResourceError, UsageError, suggest
-from treelora_cli.learning.evaluation import blamed, read_held_out
+from treelora_cli.learning.evaluation import HeldOut, blamed, read_held_out, score_tasks
 from treelora_cli.project import Project
 
 _FORMATS = ("merged", "adapter")
+_LARGE_GAP = 0.05
+"""From so far below the project's score on, an export says what keeps it."""
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -69,16 +71,50 @@ class ExportReport:
         files: File names.
         check: Comparison after reloading; ``None`` when not asked for.
         load_with: The line of code that loads it.
+        inference: How the project itself answers.
+        project: The project's own scores on the same examples, by task; empty when not compared.
     """
 
     task: str | None
     files: list[str]
     check: ExportCheck | None
     load_with: str
+    inference: str
+    project: dict[str, float]
+
+    @property
+    def gap(self) -> float | None:
+        """By how much the project's mean score is above the export's, in [0, 1]; ``None`` without scores."""
+        names = [name for name in (self.check.scores if self.check else {}) if name in self.project]
+        if self.check is None or not names:
+            return None
+        return sum(self.project[name] - self.check.scores[name][1] for name in names) / len(names)
+
+    @property
+    def advice(self) -> str:
+        """What keeps the project's score where the export does not, one line; else empty."""
+        if self.gap is None or self.gap <= _LARGE_GAP:
+            return ""
+        if self.task is not None:
+            return (
+                f"This adapter alone scores {100 * self.gap:.1f} points below the project ('{self.inference}'), which"
+                " chooses among adapters and heads: treelora predict keeps its score."
+            )
+        return (
+            f"This model scores {100 * self.gap:.1f} points below the project ('{self.inference}'), which chooses among"
+            " its tasks' adapters with a router that no merged model holds: treelora predict keeps its score, and so"
+            " does, where the task is known, each task's own: treelora export OUT --format adapter --task NAME."
+        )
 
 
-def write_export(project: Project, base: Base, request: ExportRequest) -> ExportReport:
+def write_export(project: Project, base: Base, request: ExportRequest, inference: str = "routed") -> ExportReport:
     """Write the export beside its target, check it there, then rename it.
+
+    Args:
+        project: What to export.
+        base: Its loaded base.
+        request: What is wanted and where to.
+        inference: How the project itself answers; its score stands beside the export's.
 
     Raises:
         ResourceError: The disk is full; nothing is left behind.
@@ -99,22 +135,56 @@ def write_export(project: Project, base: Base, request: ExportRequest) -> Export
                 base.export_merged(memory, aside, request.options)
             else:
                 base.export_adapter(memory, task, aside)
-        check = (
-            base.check_export(memory, aside, task, _held_out(project, base, request, task)) if request.verify else None
-        )
+        report = _checked(project, base, request, aside, task, inference)
+        _add_scores(aside / "README.md", report)
         files = sorted(path.name for path in aside.iterdir())
         _move_into_place(aside, out)
     except OSError as error:
         raise ResourceError(f"{request.out} could not be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return ExportReport(task, files, check, base.load_line(request.out, task))
+    return replace(report, files=files)
+
+
+def _checked(
+    project: Project, base: Base, request: ExportRequest, aside: Path, task: str | None, inference: str
+) -> ExportReport:
+    """Reload the export and score it beside the project on the same examples."""
+    load_with = base.load_line(request.out, task)
+    if not request.verify:
+        return ExportReport(task, [], None, load_with, inference, {})
+    memory, held_out = project.memory(), _held_out(project, base, request, task)
+    check = base.check_export(memory, aside, task, held_out)
+    own = score_tasks(base, memory, inference, [HeldOut(name, data) for name, data in held_out])
+    return ExportReport(task, [], check, load_with, inference, {name: one.value for name, one in own.items()})
+
+
+def _add_scores(card: Path, report: ExportReport) -> None:
+    """Add to the model card what the export scores, beside what the project scores."""
+    if report.check is None or not report.check.scores:
+        text = "Its scores were not measured when it was written."
+    else:
+        rows = [
+            f"| {name} | {_percent(report.project.get(name))} | {_percent(there)} |"
+            for name, (_, there) in report.check.scores.items()
+        ]
+        head = [f"| task | project, `{report.inference}` | this directory |", "| --- | --- | --- |"]
+        lines = ["Percent, on held-out examples of each task, when this directory was written:", "", *head, *rows]
+        text = "\n".join([*lines, "", report.advice] if report.advice else lines)
+    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    card.write_text(f"{before.rstrip()}\n\n## Scores\n\n{text}\n", encoding="utf-8")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _held_out(project: Project, base: Base, request: ExportRequest, task: str | None) -> list[tuple[str, TaskData]]:
     names = [task] if task is not None else [entry.name for entry in project.state.tasks]
     records = {name: project.task_record(name) for name in names}
-    found = read_held_out(base, records, request.limit)
+    most = getattr(base, "export_examples", None)
+    limit = request.limit if most is None else min(most, request.limit or most)
+    found = read_held_out(base, records, limit)
     return [(one.name, one.data) for one in found if one.data is not None]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -92,6 +92,9 @@ class CausalLmBackend:
 @dataclass(frozen=True, eq=False)
 class CausalLmBase(LoadedLm):
     """A loaded language model, and what can be done with it; meets ``Base``."""
+
+    export_examples: ClassVar[int] = 64
+    """Examples of each task that an export is scored on: each answer is written token by token."""
 
     def read_task(self, request: DataRequest) -> LmTask:
         """Read, validate and tokenise a task's data."""

@@ -18,8 +18,9 @@ from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.own_code import refuse_own_code
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import ExportCheck, TaskMemory, rounded_scores
-from treelora_cli.errors import UsageError
+from treelora_cli.backend.contract import ExportCheck, TaskMemory, Turn, rounded_scores
+from treelora_cli.data.examples import TextExample
+from treelora_cli.errors import TreeLoraError, UsageError
 
 if TYPE_CHECKING:
     from treelora_backends.causal_lm.loaded import LoadedLm
@@ -30,7 +31,8 @@ _EXACT = 1e-3
 """Allowed logit difference between networks in float32; logits are of the order of 10."""
 _OF_ROUNDING = 4.0
 """Allowed difference where another type takes part, as a multiple of what that type does to the base alone."""
-_CHECKED_PROMPTS, _CHECKED_EXAMPLES = 8, 64
+_CHECKED_PROMPTS = 8
+_PLACEHOLDER = "YOUR TEXT"
 _TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the answer?"
 
 
@@ -53,7 +55,8 @@ def write_merged(base: LoadedLm, memory: Memory, out: Path, options: ExportOptio
         raise UsageError(f"--max-shard {options.max_shard}: {error}") from error
     base.tokenizer.save_pretrained(out)
     names = ", ".join(task.name for task in memory.tasks)
-    (out / "README.md").write_text(_card(base, f"the base and, at their mean, the updates learned for {names}"))
+    content = f"the base and, at their mean, the updates learned for {names}"
+    (out / "README.md").write_text(_card(base, content, memory.tasks), encoding="utf-8")
     if source_of(str(base.config.base.model)).gguf:
         base.runtime.reporter.note("The base is a GGUF file; the exported weights are de-quantised.")
 
@@ -71,12 +74,13 @@ def write_adapter(base: LoadedLm, memory: Memory, task: str, out: Path) -> None:
     """Write one task's adapter: lora_A and lora_B only."""
     from safetensors.torch import save_file
 
-    weights = _task(memory, task).adapter()
+    known = _task(memory, task)
+    weights = known.adapter()
     config = adapters.peft_config(base.network, base.config.base.model)
     config["target_modules"] = _short_targets(base)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(weights.to_tensors(), out / "adapter_model.safetensors", metadata={"format": "pt"})
-    (out / "README.md").write_text(_card(base, f"the adapter of task {task}"))
+    (out / "README.md").write_text(_card(base, f"the adapter of task {task}", [known]), encoding="utf-8")
 
 
 def _task(memory: Memory, name: str) -> TaskMemory:
@@ -92,13 +96,28 @@ def _short_targets(base: LoadedLm) -> list[str]:
     return sorted(short) if selected == set(base.layers) else sorted(base.layers)
 
 
-def _card(base: LoadedLm, content: str) -> str:
+def _card(base: LoadedLm, content: str, tasks: Sequence[TaskMemory]) -> str:
     source = source_of(str(base.config.base.model))
     origin = source.gguf or source.name
     lines = ["---", "library_name: transformers", "tags: [treelora, lora]", "---", "", f"Base: `{Path(origin).name}`."]
     if source.gguf:
         lines.append("The base was a GGUF file; its weights were de-quantised.")
-    return "\n".join([*lines, f"This directory holds {content}, made with treelora.", ""])
+    lines += [f"This directory holds {content}, made with treelora.", "", "## How each task is asked", ""]
+    return "\n".join([*lines, *(line for task in tasks for line in _asked(base, task)), ""])
+
+
+def _asked(base: LoadedLm, task: TaskMemory) -> list[str]:
+    """Return a task's prompt format as a person would fill it in, and its labels."""
+    manner = manner_of(task)
+    if manner.style == "text":
+        return [f"- **{task.name}**: free text that it goes on with; there is no prompt."]
+    turns = (Turn("user", _PLACEHOLDER),) if manner.style == "chat" else ()
+    try:
+        prompt = base.encoder.prompt_text(TextExample("card", _PLACEHOLDER, "", turns), manner.style, manner.labels)
+    except TreeLoraError:  # a template that wants more than one question
+        return [f"- **{task.name}**: a chat, rendered by the tokenizer's template."]
+    lines = [f"- **{task.name}**:", "", *(f"      {line}" for line in prompt.splitlines()), ""]
+    return [*lines, f"  Answers: {', '.join(manner.labels)}.", ""] if manner.labels else lines
 
 
 def load_line(base: LoadedLm, out: Path, task: str | None) -> str:
@@ -129,9 +148,8 @@ def check_export(
     scores, counts = {}, []
     for name, data in held_out:
         known = _task(memory, name)
-        some = data.test[:_CHECKED_EXAMPLES]
-        counts.append(len(some))
-        sums = [one.score_sum(some, manner_of(known), known.metric) for one in answerers]
+        counts.append(len(data.test))
+        sums = [one.score_sum(data.test, manner_of(known), known.metric) for one in answerers]
         scores[name] = (sums[0][0] / max(1.0, sums[0][1]), sums[1][0] / max(1.0, sums[1][1]))
     if rounding is None:
         return ExportCheck(difference, _EXACT, scores)

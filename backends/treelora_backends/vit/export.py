@@ -30,11 +30,27 @@ tags: [image-classification, treelora]
 ---
 # {architecture}, merged by treelora
 
-A vision transformer with the mean of {tasks} task adapters merged into its weights and one linear head over
-{classes} classes: {names}.
+A vision transformer: {content}, and one linear head over {classes} classes of {tasks} tasks: {names}.
 
 Load with `timm.create_model("local-dir:PATH", pretrained=True)`; `model.pretrained_cfg["label_names"]` names the
 classes in order, `timm.data.resolve_model_data_config(model)` gives the preprocessing.
+"""
+_SOLVED = (
+    "the frozen base as it was, {count} more blocks of its kind whose MLPs are solved, not trained, from sums over the"
+    " tasks' images (no task's adapter is part of it)"
+)
+_MEAN = "the base with the mean of the tasks' {count} adapters merged into its weights"
+_ADAPTER_CARD = """---
+library_name: peft
+base_model: {base}
+tags: [image-classification, lora, treelora]
+---
+# Adapter of task {task}
+
+A LoRA of rank {rank} on `{base}` with the linear head that goes with it, made with treelora. It answers with
+{classes} classes, {scope}: {names}; `labels.json` names them in order.
+
+Load with `PeftModel.from_pretrained(base, PATH)`, where `base` is the timm model made with `num_classes={classes}`.
 """
 
 
@@ -55,8 +71,14 @@ def write_merged(base: LoadedVit, memory: Memory, out: Path, options: ExportOpti
         vit, str(out), model_config=model_config, model_args=_model_args(base, len(vit.blocks)), safe_serialization=True
     )
     names = ", ".join(network.names)
+    grown = len(vit.blocks) - base.facts["blocks"]
+    content = _SOLVED.format(count=grown) if grown else _MEAN.format(count=len(memory.tasks))
     card = _CARD.format(
-        architecture=base.facts["architecture"], tasks=len(memory.tasks), classes=len(network.names), names=names
+        architecture=base.facts["architecture"],
+        content=content,
+        tasks=len(memory.tasks),
+        classes=len(network.names),
+        names=names,
     )
     (out / "README.md").write_text(card, encoding="utf-8")
 
@@ -83,6 +105,16 @@ def write_adapter(base: LoadedVit, memory: Memory, task: str, out: Path) -> None
     config["base_model_name_or_path"] = base.config.base.model
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (out / "labels.json").write_text(json.dumps(names, ensure_ascii=False) + "\n", encoding="utf-8")
+    newest = index == len(memory.tasks) - 1
+    card = _ADAPTER_CARD.format(
+        base=Path(str(base.config.base.model)).name,
+        task=task,
+        rank=base.config.adapter.rank,
+        classes=len(names),
+        scope="those of all tasks" if newest else "those of its own task alone",
+        names=", ".join(names),
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 def _index_of(memory: Memory, task: str) -> int:

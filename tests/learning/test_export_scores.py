@@ -1,0 +1,114 @@
+"""What an export scores stands beside what the project scores, and only like is compared with like."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+from treelora_cli.backend.contract import ExportCheck
+from treelora_cli.learning.export import ExportReport
+
+
+def evaluated(cli: Cli, root: Path, *options: object) -> dict[str, object]:
+    done = cli("-C", root, "--json", "eval", "--device", "cpu", *options)
+    assert done.code == 0, done.err
+    return done.json
+
+
+def test_a_merged_export_shows_both_scores_and_its_card_too(cli: Cli, learned_project: Path, tmp_path: Path) -> None:
+    routed, merged = (evaluated(cli, learned_project, "--inference", one)["tasks"] for one in ("routed", "merged"))
+    done = cli("-C", learned_project, "--json", "export", tmp_path / "out", "--device", "cpu").json
+    card = (tmp_path / "out/README.md").read_text()
+    assert done["project_inference"] == "routed"
+    assert set(done["scores"]) == {"warm", "cold", "grey"}
+    for name, found in done["scores"].items():
+        assert found["project"] == routed[name]["score"]  # type: ignore[index]
+        assert found["here"] == found["reloaded"] == pytest.approx(merged[name]["score"])  # type: ignore[index]
+        assert f"| {name} | {100 * found['project']:.1f} | {100 * found['reloaded']:.1f} |" in card
+    gap = sum(one["project"] - one["reloaded"] for one in done["scores"].values()) / 3
+    assert done["gap"] == pytest.approx(gap)
+    assert (done["advice"] != "") == (gap > 0.05) == ("treelora predict keeps its score" in card)
+    shown = cli("-C", learned_project, "export", tmp_path / "again", "--device", "cpu").out
+    assert "warm: project (routed) " in shown and ", this export " in shown
+    assert "the base with the mean of the tasks' 3 adapters merged into its weights" in card
+
+
+def test_an_adapters_card_says_what_it_answers(cli: Cli, learned_project: Path, tmp_path: Path) -> None:
+    adapter = ["--format", "adapter", "--device", "cpu"]
+    done = cli("-C", learned_project, "export", tmp_path / "a", *adapter, "--task", "cold")
+    assert done.code == 0, done.err
+    card = " ".join((tmp_path / "a/README.md").read_text().split())
+    assert "3 classes, those of its own task alone: blue, cyan, green;" in card
+    assert "num_classes=3" in card and "| cold |" in card
+    cli("-C", learned_project, "export", tmp_path / "b", *adapter, "--no-verify")
+    card = " ".join((tmp_path / "b/README.md").read_text().split())
+    assert "7 classes, those of all tasks:" in card
+    assert "Its scores were not measured when it was written." in card
+
+
+def test_a_card_of_solved_blocks_does_not_speak_of_adapters(
+    cli: Cli, init_options: list[str], data: Path, tmp_path: Path
+) -> None:
+    options = [one for one in init_options if one != "--recipe" and not one.endswith("quick.yaml")]
+    assert cli("init", tmp_path / "p", *options).code == 0
+    assert cli("-C", tmp_path / "p", "train-task", data / "warm", "--device", "cpu").code == 0
+    assert cli("-C", tmp_path / "p", "export", tmp_path / "out", "--device", "cpu").code == 0
+    card = " ".join((tmp_path / "out/README.md").read_text().split())
+    assert "blocks of its kind whose MLPs are solved, not trained" in card
+    assert "mean of" not in card
+
+
+def test_the_advice_names_what_keeps_the_score() -> None:
+    def report(task: str | None, there: float) -> ExportReport:
+        check = ExportCheck(0.0, 1.0, {"a": (there, there), "b": (there, there)})
+        return ExportReport(task, [], check, "", "routed", {"a": 0.9, "b": 0.8})
+
+    assert report(None, 0.82).advice == ""
+    assert report(None, 0.5).gap == pytest.approx(0.35)
+    assert report(None, 0.5).advice.startswith("This model scores 35.0 points below the project ('routed'), which")
+    assert "--format adapter --task NAME" in report(None, 0.5).advice
+    assert report("a", 0.5).advice.startswith("This adapter alone scores 35.0 points below the project")
+    assert ExportReport(None, [], None, "", "routed", {}).gap is None
+
+
+def test_only_like_is_compared_with_like(cli: Cli, learned_project: Path) -> None:
+    whole = evaluated(cli, learned_project)
+    assert isinstance(whole["forgetting"], float) and isinstance(whole["bwt"], float)
+    for options in (["--inference", "latest"], ["--inference", "merged"], ["--limit", "2"]):
+        found = evaluated(cli, learned_project, *options)
+        assert isinstance(found["op"], float)
+        assert (found["forgetting"], found["bwt"]) == (None, None)
+    assert evaluated(cli, learned_project, "--limit", "1000")["forgetting"] == whole["forgetting"]
+    assert evaluated(cli, learned_project, "--inference", "routed")["forgetting"] == whole["forgetting"]
+    shown = cli("-C", learned_project, "eval", "--inference", "merged", "--device", "cpu")
+    assert "forgetting -" in shown.out
+    assert "'-': other examples, or answered in another way, than when it was learned." in shown.err + shown.out
+    done = cli("-C", learned_project, "eval", "--limit", "2", "--max-forgetting", "100", "--device", "cpu")
+    assert (done.code, "Forgetting - is above --max-forgetting" in done.err) == (7, True)
+
+
+def test_a_language_models_card_says_how_each_task_is_asked(cli: Cli, tmp_path: Path) -> None:
+    import json
+
+    from tiny_lm import TEMPLATE, save_model
+
+    model, root = save_model(tmp_path / "llama", "llama", TEMPLATE), tmp_path / "p"
+    rows = {
+        "moods": [{"sentence": f"Tom is {n}", "label": ("good", "bad")[n % 2]} for n in range(20)],
+        "chats": [
+            {"messages": [{"role": "user", "content": f"I am {n}"}, {"role": "assistant", "content": f"Hi {n}"}]}
+            for n in range(20)
+        ],
+        "texts": [{"text": f"Once there was a {n}."} for n in range(20)],
+    }
+    assert cli("init", root, "--backend", "causal-lm", "--model", model, "--epochs", "1", "--device", "cpu").code == 0
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        assert cli("-C", root, "train-task", tmp_path / f"{name}.jsonl", "--device", "cpu").code == 0
+    assert cli("-C", root, "export", tmp_path / "out", "--device", "cpu").code == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "      YOUR TEXT\n      Options: bad, good\n      Answer:\n" in card
+    assert "Answers: bad, good." in card
+    assert "      <|user|>YOUR TEXT<|end|><|assistant|>\n" in card
+    assert "**texts**: free text that it goes on with" in card
+    assert "| moods | " in card
