@@ -49,14 +49,19 @@ class AdapterConfig:
     )
 
 
+def _split_rules() -> tuple[str, ...]:
+    """Names of the split rules, from their one table; numpy is imported only where a rule is named."""
+    from treelora_cli.algorithm.split import RULES
+
+    return tuple(RULES)
+
+
 @dataclass(frozen=True)
 class TreeConfig:
     """Gradient signatures, the K-D tree over them and the bandit search."""
 
     depth: int | None = _setting(None, "greatest depth of the tree, in adapted layers", low=1)
-    split: str | None = _setting(
-        None, "how a node divides its tasks; median-l1 as published", choices=("principal-gap", "median-l1")
-    )
+    split: str | None = _setting(None, "how a node divides its tasks; median-l1 as published", choices=_split_rules)
     signature_width: int | None = _setting(None, "sketch width m per layer", low=8, high=65536)
     probe_batches: int | None = _setting(None, "mini-batches probed before training", low=1)
     search: str | None = _setting(

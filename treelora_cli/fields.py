@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -16,7 +16,7 @@ def setting(
     *,
     low: float | None = None,
     high: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
     fixed: bool = False,
 ) -> Any:
     """Declare one field with its meaning (unit included) and its range.
@@ -51,6 +51,7 @@ def check_range(kind: type[Any], key: str, value: Any, where: str) -> None:
     choices, low, high = metadata.get("choices"), metadata.get("low"), metadata.get("high")
     if value is None:
         return
+    choices = choices() if callable(choices) else choices
     if choices and value not in choices:
         hint = suggest(str(value), choices)
         raise ConfigError(f"{where}: '{key}' is one of {', '.join(choices)}; got {value!r}{hint}.")

@@ -99,7 +99,7 @@ def _files(tensors: dict[str, Any]) -> dict[str, bytes]:
 def _merged(opened: Project, change: Commit, tree: Tree, budget: int) -> dict[str, Any]:
     from safetensors.torch import load
 
-    from treelora_cli.backend.adapters import AdapterWeights
+    from treelora_cli.backend.adapters import AdapterWeights, merge
 
     names = [task.name for task in opened.state.tasks] + [change.name]
     homes = [task.adapter for task in opened.state.tasks] + [f"new/{change.name}"]
@@ -116,6 +116,7 @@ def _merged(opened: Project, change: Commit, tree: Tree, budget: int) -> dict[st
         homes,
         lambda index: own if index == len(names) - 1 else opened.adapter(names[index]),
         budget,
+        merge,
     )
     merged = {}
     for group in groups:

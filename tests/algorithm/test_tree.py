@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from treelora_cli.algorithm.distances import l1_distance, mutual_pairs, nearest_neighbours
-from treelora_cli.algorithm.split import halve, median_l1_cut, principal_gap_cut
+from treelora_cli.algorithm.split import RULES, halve, median_l1_cut, principal_gap_cut
 from treelora_cli.algorithm.tree import Tree, build_tree
 
 Signatures = NDArray[np.float32]
@@ -150,7 +150,7 @@ def test_a_layer_on_which_tasks_are_equal_is_passed_over() -> None:
     assert tree.height == 1
 
 
-@pytest.mark.parametrize("split", ["principal-gap", "median-l1"])
+@pytest.mark.parametrize("split", RULES)
 def test_no_task_and_one_task(split: Any) -> None:
     empty = build_tree(np.zeros((0, 3, 8), dtype=np.float32), 5, split=split)
     assert (empty.task_count, empty.nodes, empty.height) == (0, (), 0)
@@ -159,7 +159,7 @@ def test_no_task_and_one_task(split: Any) -> None:
     assert single.path_to(0) == (0,)
 
 
-@pytest.mark.parametrize("split", ["principal-gap", "median-l1"])
+@pytest.mark.parametrize("split", RULES)
 def test_identical_signatures_stay_in_one_leaf(split: Any) -> None:
     same = np.repeat(random_signatures(1, layers=64, width=8), 300, axis=0)
     tree = build_tree(same, 64, split=split)
@@ -172,7 +172,7 @@ def test_identical_signatures_stay_in_one_leaf(split: Any) -> None:
     layers=st.integers(1, 6),
     depth=st.integers(0, 8),
     copies=st.integers(1, 3),
-    split=st.sampled_from(["principal-gap", "median-l1"]),
+    split=st.sampled_from(list(RULES)),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)

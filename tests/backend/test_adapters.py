@@ -170,15 +170,15 @@ def test_budget_merges_until_it_holds_weighing_by_tasks() -> None:
     )
     tree = build_tree(signatures.numpy(), 2)
     own = [some(seed) for seed in range(4)]
-    groups = merge_to_budget(tree, ["a", "b", "c", "d"], own.__getitem__, 2)
+    groups = merge_to_budget(tree, ["a", "b", "c", "d"], own.__getitem__, 2, adapters.merge)
     assert [group.members for group in groups] == [(0, 2, 3)]
     pair = adapters.merge([own[0], own[2]], [1, 1]) if tree.nearest_leaves()[:2] == (0, 2) else None
     expected = pair or adapters.merge([own[2], own[3]], [1, 1])
     last = [expected, own[3]] if pair else [own[0], expected]
     shares = [2.0, 1.0] if pair else [1.0, 2.0]
     torch.testing.assert_close(groups[0].adapter.update(0), adapters.merge(last, shares).update(0))
-    assert merge_to_budget(tree, ["a", "b", "c", "d"], own.__getitem__, 0) == []
-    assert merge_to_budget(tree, ["a", "b", "a", "a"], own.__getitem__, 2) == []
+    assert merge_to_budget(tree, ["a", "b", "c", "d"], own.__getitem__, 0, adapters.merge) == []
+    assert merge_to_budget(tree, ["a", "b", "a", "a"], own.__getitem__, 2, adapters.merge) == []
 
 
 # -- files ------------------------------------------------------------------------------------------------

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from treelora_cli.algorithm.tree import Tree
-from treelora_cli.backend.adapters import AdapterWeights, merge
+
+W = TypeVar("W")
+"""An adapter; what it is made of is the business of ``merge``."""
 
 
 @dataclass(frozen=True)
-class MergedGroup:
+class MergedGroup(Generic[W]):
     """Tasks that share one adapter from now on.
 
     Attributes:
@@ -19,12 +22,16 @@ class MergedGroup:
     """
 
     members: tuple[int, ...]
-    adapter: AdapterWeights
+    adapter: W
 
 
 def merge_to_budget(
-    tree: Tree, homes: Sequence[str], adapter_of: Callable[[int], AdapterWeights], budget: int
-) -> list[MergedGroup]:
+    tree: Tree,
+    homes: Sequence[str],
+    adapter_of: Callable[[int], W],
+    budget: int,
+    merge: Callable[[Sequence[W], Sequence[float]], W],
+) -> list[MergedGroup[W]]:
     """Merge the two nearest groups until at most ``budget`` adapters are left.
 
     Args:
@@ -32,12 +39,13 @@ def merge_to_budget(
         homes: Per task, where its adapter is kept; equal homes share an adapter.
         adapter_of: Returns the adapter of a task.
         budget: Most adapters; 0 means no limit.
+        merge: Returns the adapter that stands for some with such weights.
 
     Returns:
         The groups that changed; empty when the budget is kept already.
     """
     labels = [homes.index(home) for home in homes]
-    fresh: dict[int, AdapterWeights] = {}
+    fresh: dict[int, W] = {}
     while budget and len(set(labels)) > budget:
         first, second, _ = tree.nearest_leaves(labels)
         pair = [fresh.get(label) or adapter_of(label) for label in (first, second)]

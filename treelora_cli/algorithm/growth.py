@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from treelora_cli.algorithm.distances import Float32Array, FloatArray, IntArray, mutual_pairs, spread_by_layer
+from treelora_cli.algorithm.distances import Float32Array, FloatArray, IntArray, spread_by_layer
 from treelora_cli.algorithm.nodes import Node
-from treelora_cli.algorithm.split import Cut, SplitRule, median_l1_cut, principal_gap_cut
+from treelora_cli.algorithm.split import rule_named
 
 
 @dataclass
@@ -26,11 +26,12 @@ class Shape:
     spread: FloatArray | None = None
 
 
-def grow(signatures: Float32Array, members: IntArray, depth: int, limit: int, rule: SplitRule) -> Shape:
-    """Cut `members` from `depth` down to `limit`, without recursion."""
+def grow(signatures: Float32Array, members: IntArray, depth: int, limit: int, split: str) -> Shape:
+    """Cut `members` from `depth` down to `limit` by the named rule, without recursion."""
+    rule = rule_named(split)
     labels = np.arange(signatures.shape[0])
-    if rule == "principal-gap":
-        labels[members] = members[mutual_pairs(signatures[members])]
+    if rule.label is not None:
+        labels[members] = members[rule.label(signatures[members])]
     last_layer = signatures.shape[1] - 1
     root = Shape(members, depth, min(depth, last_layer))
     pending = [root]
@@ -39,7 +40,7 @@ def grow(signatures: Float32Array, members: IntArray, depth: int, limit: int, ru
         if shape.members.size < 2 or shape.depth >= limit:
             continue
         for layer in range(shape.depth, signatures.shape[1]):
-            cut = _cut(signatures[shape.members, layer], labels[shape.members], rule)
+            cut = rule.cut(signatures[shape.members, layer], labels[shape.members])
             if cut is not None:
                 shape.layer, shape.threshold = layer, cut.threshold
                 below, start = shape.depth + 1, min(shape.depth + 1, last_layer)
@@ -47,11 +48,6 @@ def grow(signatures: Float32Array, members: IntArray, depth: int, limit: int, ru
                 pending.extend(shape.children)
                 break
     return root
-
-
-def _cut(layer: Float32Array, labels: IntArray, rule: SplitRule) -> Cut | None:
-    """Cut one layer `(n, m)` of a set by the named rule."""
-    return median_l1_cut(layer) if rule == "median-l1" else principal_gap_cut(layer, labels)
 
 
 def number(root: Shape, signatures: Float32Array) -> tuple[tuple[Node, ...], FloatArray]:

@@ -14,16 +14,14 @@ Source: TreeLoRA section 3.3, "practical implementation" (the split); the scalin
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from treelora_cli.algorithm.distances import Float32Array, FloatArray, IntArray, distances_to_mean
-
-SplitRule: TypeAlias = Literal["principal-gap", "median-l1"]
-
-SPLIT_RULES: tuple[str, ...] = get_args(SplitRule)
+from treelora_cli.algorithm.distances import Float32Array, FloatArray, IntArray, distances_to_mean, mutual_pairs
 
 # A cut must leave each side at least this share of the tasks where the data allow it: it bounds the
 # depth by log(n) / log(4 / 3), about 2.4 log2(n), while leaving room to avoid cutting a group.
@@ -39,8 +37,7 @@ class Cut(NamedTuple):
     Attributes:
         left: positions within the set, int64, ascending.
         right: the other positions, int64, ascending.
-        threshold: the cut's value; an L1 distance to the mean in [0, 1] for "median-l1", a position
-            on the principal direction for "principal-gap".
+        threshold: the cut's value, in the rule's own terms; shown, never computed with.
     """
 
     left: IntArray
@@ -48,7 +45,7 @@ class Cut(NamedTuple):
     threshold: float
 
 
-def median_l1_cut(layer: Float32Array) -> Cut | None:
+def median_l1_cut(layer: Float32Array, _labels: IntArray | None = None) -> Cut | None:
     """The published split: the median of the L1 distances to the mean.
 
     Two tasks are always equally far from their mean, so ties are common: a tie at the median goes
@@ -59,7 +56,7 @@ def median_l1_cut(layer: Float32Array) -> Cut | None:
         layer: float32 `(n, m)`, one layer of the set's signatures.
 
     Returns:
-        The cut, or None where all signatures are equal.
+        The cut, its threshold an L1 distance to the mean in [0, 1]; None where all signatures are equal.
 
     Source: TreeLoRA section 3.3.
     """
@@ -89,7 +86,8 @@ def principal_gap_cut(layer: Float32Array, labels: IntArray) -> Cut | None:
         labels: int64 `(n,)`; equal labels are not parted unless the set holds no other label.
 
     Returns:
-        The cut, or None where nothing tells the labels apart on this layer.
+        The cut, its threshold a position on the principal direction; None where nothing tells the labels
+        apart on this layer.
     """
     _, unit = np.unique(labels, return_inverse=True)  # (n,) -> units 0..u-1
     if unit.max() == 0:
@@ -109,6 +107,40 @@ def principal_gap_cut(layer: Float32Array, labels: IntArray) -> Cut | None:
     right = np.isin(unit, order[at + 1 :])
     threshold = float((placed[at] + placed[at + 1]) / 2.0)
     return Cut(np.flatnonzero(~right), np.flatnonzero(right), threshold)
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """One way to divide a node's tasks.
+
+    Attributes:
+        cut: cuts one layer of a set: float32 `(n, m)` and int64 `(n,)` labels to the cut, None where
+            this layer tells nothing apart and the next one is tried.
+        label: labels all tasks before the first cut: float32 `(n, D, m)` to int64 `(n,)`, equal for
+            those to be kept together; each task has a label of its own where it is None.
+    """
+
+    cut: Callable[[Float32Array, IntArray], Cut | None]
+    label: Callable[[Float32Array], IntArray] | None = None
+
+
+RULES: Mapping[str, SplitRule] = {
+    "principal-gap": SplitRule(principal_gap_cut, mutual_pairs),
+    "median-l1": SplitRule(median_l1_cut),
+}
+"""Every split rule by its name in `tree.split`; a new one is a line here, and nothing anywhere else."""
+
+
+def rule_named(name: object) -> SplitRule:
+    """The rule of a name.
+
+    Raises:
+        ValueError: no such rule; the known ones are listed.
+    """
+    rule = RULES.get(name) if isinstance(name, str) else None
+    if rule is None:
+        raise ValueError(f"split: unknown rule {name!r}, expected one of {', '.join(RULES)}")
+    return rule
 
 
 def halve(layer: Float32Array) -> Cut:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from treelora_cli.algorithm.distances import Float32Array, FloatArray, l1_distance, nearest_neighbours
 from treelora_cli.algorithm.growth import Shape, grow, number
 from treelora_cli.algorithm.nodes import Node, check_keys, node_to_dict, nodes_from_list, read_count
-from treelora_cli.algorithm.split import SPLIT_RULES, SplitRule
+from treelora_cli.algorithm.split import rule_named
 
 __all__ = ["Node", "Tree", "build_tree", "extend_tree", "l1_distance"]
 
@@ -59,7 +59,7 @@ class Tree:
     nodes: tuple[Node, ...]
     spreads: FloatArray
     tree_depth: int
-    split: SplitRule
+    split: str
     tasks_at_build: int
 
     def __eq__(self, other: object) -> bool:
@@ -281,13 +281,13 @@ class Tree:
         )
 
 
-def build_tree(signatures: NDArray[np.floating], tree_depth: int, *, split: SplitRule = "principal-gap") -> Tree:
+def build_tree(signatures: NDArray[np.floating], tree_depth: int, *, split: str = "principal-gap") -> Tree:
     """Build the tree of all tasks.
 
     Args:
         signatures: float32 `(T, D, m)`, layers in network order; `T` may be 0 or 1.
         tree_depth: levels of splitting; leaves lie at depth `min(tree_depth, D)` or above.
-        split: "principal-gap" or the published "median-l1".
+        split: name of a rule in `split.RULES`.
 
     Returns:
         The tree; equal input gives an equal tree.
@@ -308,7 +308,7 @@ def build_tree(signatures: NDArray[np.floating], tree_depth: int, *, split: Spli
     return Tree(rows, nodes, spreads, depth, rule, tasks)
 
 
-def extend_tree(tree: Tree | None, signature: NDArray[np.floating], tree_depth: int, *, split: SplitRule) -> Tree:
+def extend_tree(tree: Tree | None, signature: NDArray[np.floating], tree_depth: int, *, split: str) -> Tree:
     """Return the tree with one more task: inserted, or built anew when that is due or the settings differ.
 
     Args:
@@ -355,8 +355,7 @@ def _checked_spreads(spreads: NDArray[np.generic], nodes: tuple[Node, ...], laye
     return values
 
 
-def _checked_rule(rule: object) -> SplitRule:
-    """Return the rule if its name is known."""
-    if rule == "principal-gap" or rule == "median-l1":
-        return "median-l1" if rule == "median-l1" else "principal-gap"
-    raise ValueError(f"split: unknown rule {rule!r}, expected one of {', '.join(SPLIT_RULES)}")
+def _checked_rule(rule: object) -> str:
+    """Return the rule's name if it is known."""
+    rule_named(rule)
+    return str(rule)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,7 +39,6 @@ from treelora_cli.project import Commit, Project
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
-    from treelora_cli.algorithm.split import SplitRule
     from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.methods.base import TaskContext
 
@@ -344,7 +343,7 @@ def _identity(new: NewTask) -> dict[str, Any]:
 
 def extended_tree(new: NewTask, signature: np.ndarray[Any, Any]) -> Tree:
     """Return the tree over all tasks, the new one included."""
-    depth, split = new.config.tree.depth, cast("SplitRule", new.config.tree.split)
+    depth, split = new.config.tree.depth, str(new.config.tree.split)
     assert depth is not None
     return extend_tree(new.tree, signature, depth, split=split)
 
@@ -358,7 +357,9 @@ def _with_new(new: NewTask, trained: Trained) -> Memory:
 def within_budget(new: NewTask, memory: Memory, tree: Tree) -> tuple[Memory, Merged]:
     """Merge the nearest adapters until no more than the budget are kept; say which."""
     homes = [task.adapter for task in new.project.state.tasks] + [f"new/{new.name}"]
-    groups = merge_to_budget(tree, homes, lambda index: memory.tasks[index].adapter(), new.config.budget or 0)
+    groups = merge_to_budget(
+        tree, homes, lambda index: memory.tasks[index].adapter(), new.config.budget or 0, adapters.merge
+    )
     tasks, merged = list(memory.tasks), {}
     for group in groups:
         names = tuple(tasks[index].name for index in group.members)
