@@ -59,11 +59,16 @@ class CausalLmBackend:
         """Load the model and its tokenizer, and attach an adapter slot."""
         model = load_model(config.base, runtime.device, offline=runtime.offline)
         tokenizer = load_tokenizer(config.base, offline=runtime.offline)
-        layers = choose_layers(model, str(config.base.model), config.adapter)
         _check_vocabulary(model, tokenizer, str(config.base.model))
         fingerprint = identity(
             files_of(str(config.base.model)), _loaded_as(config.base), lambda: hash_parameters(model)
         )
+        return self.around(model, tokenizer, fingerprint, config, runtime)
+
+    @staticmethod
+    def around(model: nn.Module, tokenizer: Any, fingerprint: str, config: Config, runtime: Runtime) -> CausalLmBase:
+        """Attach an adapter slot to a model that is in memory."""
+        layers = choose_layers(model, str(config.base.model), config.adapter)
         adapter = config.adapter
         assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
         rank, alpha, dropout = adapter.rank, adapter.alpha, adapter.dropout

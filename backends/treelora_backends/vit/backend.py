@@ -63,8 +63,13 @@ class VitBackend:
     def load(self, config: Config, runtime: Runtime) -> VitBase:
         """Load the base and attach an adapter slot."""
         vit = create_vit(config.base, offline=runtime.offline)
-        layers = choose_layers(vit, config)
         fingerprint = identity(files_of(config.base), _loaded_as(config.base), lambda: hash_parameters(vit))
+        return self.around(vit, fingerprint, config, runtime)
+
+    @staticmethod
+    def around(vit: nn.Module, fingerprint: str, config: Config, runtime: Runtime) -> VitBase:
+        """Attach an adapter slot to a model that is in memory."""
+        layers = choose_layers(vit, config)
         preprocessing = make_preprocessing(vit, config.base.preprocess)
         adapter = config.adapter
         assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
