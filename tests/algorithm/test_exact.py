@@ -1,0 +1,173 @@
+"""Small cases by hand, at the edges where a sign or a comparison decides."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from treelora_cli.algorithm.arms import SearchArms, search_arms
+from treelora_cli.algorithm.bandit import TreeBandit, _where_adequate, pull_summary
+from treelora_cli.algorithm.distances import mutual_pairs
+from treelora_cli.algorithm.growth import grow
+from treelora_cli.algorithm.pull import soft_threshold_
+from treelora_cli.algorithm.signature import SketchSpec, sketch_layer
+from treelora_cli.algorithm.split import _TIE, halve, median_l1_cut
+from treelora_cli.algorithm.tree import Tree, build_tree
+
+
+def on_a_line(*values: float) -> np.ndarray:
+    """Tasks of one layer of width 1."""
+    return np.array(values, dtype=np.float32)[:, None, None]
+
+
+FOUR = on_a_line(0, 1, 8, 9)
+
+
+# -- the search nodes -------------------------------------------------------------------------------------
+
+
+def test_search_nodes_below_the_tree_are_numbered_after_it_and_leaves_hold_one_task() -> None:
+    arms = search_arms(build_tree(FOUR, 1))
+    assert arms.tasks.tolist() == [-1, -1, -1, 2, 3, 0, 1]
+    assert arms.children.tolist() == [[1, 2], [5, 6], [3, 4], [-1, -1], [-1, -1], [-1, -1], [-1, -1]]
+    assert arms.spreads[:, 0].tolist() == [4.5, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "children",
+    [
+        [[1, 2], [3, 4], [3, 4]],  # in order, but one node twice
+        [[2, 3], [4, 5], [1, 6]],  # each once, but a child before its parent
+    ],
+)
+def test_search_nodes_that_are_no_tree_are_refused(children: list[list[int]]) -> None:
+    tree = build_tree(FOUR, 1)
+    arrays = search_arms(tree).to_arrays()
+    arrays["tasks"] = np.array([-1, -1, -1, 0, 1, 2, 3])
+    arrays["children"] = np.array([*children, *[[-1, -1]] * 4])
+    with pytest.raises(ValueError, match="not a binary tree with parents before children"):
+        SearchArms.from_arrays(arrays, tree)
+
+
+# -- the search -------------------------------------------------------------------------------------------
+
+
+def test_an_arm_with_exactly_a_quarter_of_the_most_pulls_counts() -> None:
+    values = _where_adequate(np.array([[1.0, 2.0, 3.0]]), np.array([[8, 2, 1]]))
+    assert values[0, :2].tolist() == [1.0, 2.0]
+    assert np.isnan(values[0, 2])
+
+
+def test_nearest_takes_the_mean_of_an_arm_that_was_pulled_once_as_it_is() -> None:
+    bandit = TreeBandit(build_tree(on_a_line(0, 1, 8), 1))
+    layer, arms = bandit._layers[0], bandit.arms.arm_of
+    layer.counts[arms], layer.sums[arms] = [4, 1, 1], [4 * 3.0, 2.0, 10.0]
+    layer.counts[0] = 6
+    bandit.step_count = 6
+    assert bandit.mean_distances().tolist() == [[3.0, 2.0, 10.0]]
+    assert bandit.nearest() == 1  # -3 below the mean of the means; task 0 is -2
+
+
+def test_a_saved_search_is_summed_up_without_its_tree() -> None:
+    bandit = TreeBandit(build_tree(FOUR, 1))
+    for value in (0.4, 8.4, 0.5):
+        bandit.step(np.array([[value]], dtype=np.float32))
+    pulls, means = pull_summary(bandit.state_arrays())
+    assert np.array_equal(pulls, bandit.pulls())
+    assert np.array_equal(means, bandit.mean_distances(), equal_nan=True)
+    assert pulls.sum() == 3
+
+
+def test_of_equal_children_the_first_is_the_witness() -> None:
+    bandit = TreeBandit(build_tree(on_a_line(0, 1), 1))
+    middle = np.array([[0.5]], dtype=np.float32)
+    assert [bandit.step(middle)[0] for _ in range(2)] == [0, 1]
+    assert bandit._layers[0].witness[0] == bandit.arms.children[0][0]
+
+
+def test_a_nodes_witness_attains_the_least_bound_of_its_children() -> None:
+    rng = np.random.default_rng(3)
+    bandit = TreeBandit(build_tree(on_a_line(*rng.normal(size=24)), 3))
+    for step in range(200):
+        arm = bandit.arms.arm_of[bandit.step(rng.normal(size=(1, 1)).astype(np.float32))[0]]
+        layer, own = bandit._layers[0], bandit._layers[0].own_bounds(step + 1)
+        for node in bandit.arms.path_to(int(bandit.arms.tasks[arm]))[:-1]:
+            bounds = [max(own[child], own[layer.witness[child]]) for child in bandit.arms.children[node]]
+            assert own[layer.witness[node]] == min(bounds)
+
+
+def test_an_exhaustive_search_pools_the_squares_of_its_second_pulls() -> None:
+    bandit = TreeBandit(build_tree(FOUR, 1), search="exhaustive")
+    for value in (2.0, 3.0):
+        bandit.step(np.array([[value]], dtype=np.float32))
+    # distances are half the gaps: (1, 0.5, 3, 3.5), then (1.5, 1, 2.5, 3): each arm 0.5 from its first
+    assert bandit._layers[0].squares == pytest.approx(4 * 0.5**2 / 2)
+    assert bandit._layers[0].repeats == 4
+
+
+# -- the tree ---------------------------------------------------------------------------------------------
+
+
+def test_two_tasks_are_each_others_nearest() -> None:
+    assert mutual_pairs(on_a_line(0, 1)).tolist() == [0, 0]
+    assert mutual_pairs(on_a_line(5)).tolist() == [0]
+    assert mutual_pairs(on_a_line(0, 1, 8, 10)).tolist() == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize(("depth", "layer"), [(0, 0), (2, 2), (9, 3)])
+def test_a_node_stands_on_the_layer_of_its_depth_and_never_below_the_last(depth: int, layer: int) -> None:
+    signatures = np.ones((1, 4, 2), dtype=np.float32)
+    assert grow(signatures, np.array([0]), depth, 12, "median-l1").layer == layer
+
+
+def test_halving_by_hand() -> None:
+    even = halve(np.array([[0.0], [7.0], [1.0], [3.0]], dtype=np.float32))
+    assert (even.left.tolist(), even.right.tolist()) == ([0, 2], [1, 3])
+    # deviations -2.75, 4.25, -1.75, 0.25 times the sum of their squares over the largest; between the middle two
+    assert even.threshold == pytest.approx(-0.75 * 28.75 / 4.25)
+    odd = halve(np.array([[0.0], [5.0], [1.0]], dtype=np.float32))
+    assert (odd.left.tolist(), odd.right.tolist()) == ([0, 2], [1])
+    assert odd.threshold == pytest.approx(1.0 * 14 / 3)
+
+
+def test_distances_tie_when_they_differ_by_less_than_a_share_of_the_largest() -> None:
+    little = _TIE / 10  # moves the mean, and so makes the distances of the other two differ
+    cut = median_l1_cut(np.array([[little], [-1.0], [1.0]], dtype=np.float32))
+    assert cut is not None
+    assert (cut.left.tolist(), cut.right.tolist()) == ([0], [1, 2])
+
+
+# -- signatures and the pull ------------------------------------------------------------------------------
+
+
+def test_a_sketch_may_have_one_number() -> None:
+    assert SketchSpec(width=1, seed=0).width == 1
+    with pytest.raises(ValueError, match="sketch width: expected 1 or more, got 0"):
+        SketchSpec(width=0, seed=0)
+
+
+def test_a_deviation_of_exactly_the_threshold_becomes_the_target() -> None:
+    ours, theirs = [torch.tensor([1.0])], [torch.tensor([1e-8])]
+    soft_threshold_(ours, theirs, 1.0)
+    assert torch.equal(ours[0], theirs[0])
+
+
+def test_a_proximal_step_between_other_shapes_is_refused_before_anything_changes() -> None:
+    ours = [torch.ones(2), torch.ones(1)]
+    with pytest.raises(ValueError, match="shape"):
+        soft_threshold_(ours, [torch.zeros(2), torch.zeros(3)], 0.1)
+    assert ours[0].tolist() == [1.0, 1.0]
+
+
+def test_every_layer_has_a_sketch_of_its_own_that_stays_the_same() -> None:
+    sketches = [
+        sketch_layer(torch.arange(1.0, 13.0), SketchSpec(width=4, seed=2), layer).tolist() for layer in (0, 1, 2)
+    ]
+    assert sketches == [[-4.0, -1.0, 20.0, -5.0], [6.0, 11.0, -14.0, -17.0], [-12.0, 23.0, 22.0, -7.0]]
+
+
+def test_errors_of_a_stored_tree_name_the_tree() -> None:
+    tree = build_tree(FOUR, 1)
+    with pytest.raises(ValueError, match=r"^tree: .*more"):
+        Tree.from_state({**tree.to_dict(), "more": 1}, tree.to_arrays())
