@@ -24,6 +24,7 @@ from treelora_cli.commands.run import run
 from treelora_cli.commands.settings import settings
 from treelora_cli.commands.status import status
 from treelora_cli.commands.train_task import train_task
+from treelora_cli.commands.watch import watch
 from treelora_cli.errors import Interrupted, describe_error
 from treelora_cli.project.signals import terminate_like_interrupt
 from treelora_cli.version import __version__
@@ -58,6 +59,8 @@ for _name, _command in (
     ("demo", demo),
 ):
     app.command(_name, epilog=_EPILOG, no_args_is_help=False)(_command)
+
+app.add_typer(watch, name="watch", epilog=_EPILOG)
 
 
 def _show_version(wanted: bool) -> None:

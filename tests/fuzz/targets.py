@@ -111,6 +111,9 @@ def targets(root: Path) -> tuple[dict[str, Target], dict[str, list[bytes]]]:
     found["pending.json"] = _Folder("pending/pending.json").pending
     waiting = {"task": last.partition("-")[2], "reason": "r", "grown_from": "0", "state": entry["states"][0]}
     seeds["pending.json"] = [seal(waiting)]
+    found["watch.json"] = _watch
+    sound = {"name": "w", "record": project.task_record(last.partition("-")[2]), "metric": "accuracy", "examples": 3}
+    seeds["watch.json"] = [json.dumps({"sets": [{**sound, "untouched": None, "scores": [["a", 0.5]]}]}).encode()]
     found["lock.json"] = _Folder("lock.json").lock
     seeds["lock.json"] = [b'{"pid": 1, "host": "h", "command": "c", "since": 1}']
     return found, seeds
@@ -120,6 +123,14 @@ def _bandit(project: Project) -> None:
     from treelora_cli.commands.inspect_tree import _bandit as shown
 
     shown(project)
+
+
+def _watch(data: bytes) -> None:
+    from treelora_cli.project.watch import parse_watch, watch_document
+
+    with contextlib.suppress(TreeLoraError):
+        found = parse_watch(data)
+        assert parse_watch(json.dumps(watch_document(found)).encode()) == found
 
 
 def _sealed(data: bytes) -> bytes:

@@ -35,6 +35,7 @@ NAMES = [
     "checkpoint.json",
     "trash",
     "pending.json",
+    "watch.json",
     "lock.json",
 ]
 _ODD = [None, True, -1, 0, 2**70, 1e308, float("nan"), "", "../x", "x" * 99, [], {}, [[]], {"": None}, "\ud800"]

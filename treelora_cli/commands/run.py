@@ -117,4 +117,4 @@ def show_stream(session: Session, project: Project, reports: list[TaskReport], *
         **facts,
     }
     line = f"{len(project.state.tasks)} tasks in {project.root}; {document['seconds']} s in all."
-    session.output.result(document, matrix_table(matrix), line, *more)
+    session.output.result(document, matrix_table(matrix, project.watch()), line, *more)

@@ -212,7 +212,7 @@ def _show_plan(session: Session, base: Base, request: DataRequest, name: str, co
 
 def show_report(session: Session, report: TaskReport) -> None:
     """Render what a learned task reports."""
-    from treelora_cli.views.scores import seconds_line, standing_table
+    from treelora_cli.views.scores import seconds_line, standing_table, watch_table
 
     document = {
         "task": report.name,
@@ -225,6 +225,7 @@ def show_report(session: Session, report: TaskReport) -> None:
             name: {"score": s.value, "examples": s.count, "routed": s.routed} for name, s in report.scores.items()
         },
         **{key: value for key, value in report.matrix.to_json().items() if key in ("op", "forgetting", "bwt")},
+        "watch": {one.name: {"now": one.now, "reference": one.reference} for one in report.watch},
         "notes": list(report.notes),
     }
     origin = f"started from '{report.parent}'" if report.parent else "started anew"
@@ -234,4 +235,5 @@ def show_report(session: Session, report: TaskReport) -> None:
         f"Task '{report.name}' is committed: {report.steps} steps, {origin}{nearest}.",
         seconds_line(report.seconds),
         standing_table(report.matrix.standing(), {name: score.routed for name, score in report.scores.items()}),
+        *([watch_table(report.watch)] if report.watch else []),
     )

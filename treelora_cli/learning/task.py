@@ -33,9 +33,11 @@ from treelora_cli.learning.provenance import adapter_files, peak_bytes, versions
 from treelora_cli.learning.resuming import restore, save_step
 from treelora_cli.learning.trainer import TrainReport
 from treelora_cli.learning.training import task_context, train_session
+from treelora_cli.learning.watching import after_task, for_gate, of_tasks, watched
 from treelora_cli.methods.base import Found, Past
 from treelora_cli.methods.catalogue import project_method
 from treelora_cli.project import Commit, Project
+from treelora_cli.project.watch import WatchSet
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class TaskReport:
         steps: Optimizer steps.
         peak_bytes: Largest resident memory of the process.
         notes: Lines for the user.
+        watch: Watch sets with their scores after the task.
     """
 
     name: str
@@ -73,6 +76,7 @@ class TaskReport:
     steps: int
     peak_bytes: int
     notes: tuple[str, ...]
+    watch: tuple[WatchSet, ...] = ()
 
 
 def check_numbers(task: TaskData, known: Mapping[str, Sequence[str]]) -> None:
@@ -209,14 +213,15 @@ def learn_task(
     tree = extended_tree(new, trained.signature)
     clock.lap("tree")
     memory, merged = within_budget(new, _with_new(new, trained), tree)
-    scores = _scores(new, memory) if evaluate else {}
+    found = _scores(new, memory) if evaluate else {}
+    scores, watch = of_tasks(found), after_task(project.watch(), name, found)
     matrix = project.matrix().with_row(
         name, [scores[one.name].value if one.name in scores else None for one in memory.tasks]
     )
     clock.lap("evaluate")
-    reason = refusal(config.gate, matrix, {}) if evaluate else None
+    reason = refusal(config.gate, matrix, for_gate(project.watch(), watch, name)) if evaluate else None
     if runtime.is_main:
-        change = commit_of(new, trained, clock, tree, matrix, merged)
+        change = replace(commit_of(new, trained, clock, tree, matrix, merged), watch=watch)
         if reason is None:
             project.commit(change)
         else:
@@ -238,6 +243,7 @@ def learn_task(
         steps=trained.report.steps,
         peak_bytes=peak_bytes(),
         notes=data.notes,
+        watch=watch,
     )
 
 
@@ -382,6 +388,7 @@ def _held_out(new: NewTask) -> Iterator[HeldOut]:
         yield one
     if new.data.test_size:
         yield HeldOut(new.name, new.data)
+    yield from watched(new.base, new.project.watch(), new.runtime.reporter)
 
 
 def commit_of(new: NewTask, trained: Trained, clock: _Clock, tree: Tree, matrix: ScoreMatrix, merged: Merged) -> Commit:

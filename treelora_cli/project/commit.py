@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from treelora_cli.errors import DamagedError, TreeLoraError
 from treelora_cli.project.state import TaskEntry
 from treelora_cli.project.store import Content, FileRecord
+from treelora_cli.project.watch import WATCH, WatchSet, watch_document
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,7 @@ class Commit:
         matrix: Scores, this task's row included.
         merged: PEFT directories that replace those of merged tasks: newest member's name to
             (members' names, files).
+        watch: Watch sets, this task's scores included.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Commit:
     bandit_meta: dict[str, Any]
     matrix: ScoreMatrix
     merged: dict[str, tuple[tuple[str, ...], dict[str, bytes]]] = field(default_factory=dict)
+    watch: tuple[WatchSet, ...] = ()
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -124,6 +127,8 @@ def contents_of(change: Commit, directory: str) -> dict[str, Content]:
         **tree_files(change.tree),
         "metrics/matrix.json": to_json(change.matrix.to_json()),
     }
+    if change.watch:
+        contents[WATCH] = to_json(watch_document(change.watch))
     if change.bandit_meta:
         contents["bandit.safetensors"] = save_arrays(change.bandit_arrays)
         contents["bandit.json"] = to_json(change.bandit_meta)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -14,13 +14,22 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from treelora_cli.config import DEFAULTS, Config, load_config
 from treelora_cli.errors import CheckError, ConfigError, DamagedError, ProjectError, ResourceError, UsageError
 from treelora_cli.project.checkpoint import Checkpoint
-from treelora_cli.project.commit import Commit, all_finite, check_finite, contents_of, place_merged, stored_layout
+from treelora_cli.project.commit import (
+    Commit,
+    all_finite,
+    check_finite,
+    contents_of,
+    place_merged,
+    stored_layout,
+    to_json,
+)
 from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock, lock_holder
 from treelora_cli.project.pending import Pending, Waiting
 from treelora_cli.project.signals import signals_held
 from treelora_cli.project.state import State, TaskEntry, parse_state
 from treelora_cli.project.store import Content, FileRecord, Store, as_user_error, refuse_links, write_file
+from treelora_cli.project.watch import WATCH, WatchSet, parse_watch, watch_document
 from treelora_cli.score_matrix import ScoreMatrix
 from treelora_cli.version import __version__
 
@@ -211,6 +220,14 @@ class Project:
             return ScoreMatrix.from_json(self._read_json("metrics/matrix.json"))
         except (ValueError, TypeError) as error:
             raise DamagedError("metrics/matrix.json is malformed. Run treelora doctor.") from error
+
+    def watch(self) -> tuple[WatchSet, ...]:
+        """Return the watch sets and their scores.
+
+        Raises:
+            DamagedError: The file is malformed.
+        """
+        return parse_watch(self.read(WATCH)) if WATCH in self.state.files else ()
 
     def task_record(self, name: str) -> dict[str, Any]:
         """Return a task's ``task.json``: data request, settings, versions, timings.
@@ -457,6 +474,11 @@ class Project:
         with suppress(DamagedError):  # of an earlier state: what it needs is not known, so nothing else goes
             self._drop_unneeded(self.state)
         return None if waiting is None else waiting.task
+
+    def set_watch(self, sets: Sequence[WatchSet]) -> Project:
+        """Replace the watch sets; the caller holds the lock."""
+        kept = {name: record for name, record in self.state.files.items() if name != WATCH}
+        return self.advance(self.state.tasks, kept, {WATCH: to_json(watch_document(sets))} if sets else {})
 
     def rollback(self, task: str) -> Project:
         """Return to the exact state before ``task`` was learned; the caller holds the lock.

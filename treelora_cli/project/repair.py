@@ -15,6 +15,7 @@ from treelora_cli.project.pending import PENDING
 from treelora_cli.project.project import STATE, Project
 from treelora_cli.project.state import State, parse_state
 from treelora_cli.project.store import record_of, write_file
+from treelora_cli.project.watch import WATCH
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ def repair(project: Project) -> tuple[Project, Repair]:
         damaged -= set(_BANDIT)
         report.dropped += [name for name in _BANDIT if name in project.state.files]
         report.notes.append("What the last task's search pulled is gone; the next task starts its own search.")
+    if WATCH in damaged:
+        damaged.discard(WATCH)
+        report.dropped.append(WATCH)
+        report.notes.append("The watch sets are gone. Add them again: treelora watch add NAME DATA")
     if _MATRIX in damaged:
         damaged.discard(_MATRIX)
         contents[_MATRIX] = to_json(_known_matrix(project).to_json())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
 from treelora_cli.score_matrix import ScoreMatrix, Standing
+
+if TYPE_CHECKING:
+    from treelora_cli.project.watch import WatchSet
 
 FORMULAS = (
     "OP = mean of a[N][j];  forgetting = mean of a[j][j] - a[N][j] (lower is better);"
@@ -45,6 +49,22 @@ def untouched_table(standing: Standing) -> Table:
     return table
 
 
+def watch_table(sets: Sequence[WatchSet]) -> Table:
+    """Each watch set: what it is measured against, before the last task, and now."""
+    table = Table(title="Watch sets in percent, never learned from")
+    for heading in ("watch set", "examples", "reference", "before", "now", "change"):
+        table.add_column(heading, justify="left" if heading == "watch set" else "right")
+    for one in sets:
+        scores = list(one.scores.values())
+        known = one.reference is not None and one.now is not None
+        change = f"{100 * (one.now - one.reference):+.1f}" if known else "-"  # type: ignore[operator]
+        before = scores[-2] if len(scores) > 1 else None
+        told = [percent(one.reference), percent(before), percent(one.now)]
+        table.add_row(one.name, str(one.examples), *told, change)
+    table.caption = "Reference: the untouched base where it can answer, else the first score."
+    return table
+
+
 def summary(standing: Standing) -> str:
     """One line of the figures read off the scores."""
     return (
@@ -53,14 +73,17 @@ def summary(standing: Standing) -> str:
     )
 
 
-def matrix_table(matrix: ScoreMatrix) -> Table:
-    """The accuracy matrix: after row's task, on column's task."""
+def matrix_table(matrix: ScoreMatrix, watch: Sequence[WatchSet] = ()) -> Table:
+    """The accuracy matrix: after row's task, on column's task, and on each watch set."""
     table = Table(title="Accuracy matrix: after task (row), on task (column), percent")
     table.add_column("after")
     for task in matrix.tasks:
         table.add_column(task, justify="right")
+    for one in watch:
+        table.add_column(f"watch: {one.name}", justify="right")
     for task, row in zip(matrix.tasks, matrix.rows, strict=True):
-        table.add_row(task, *(percent(value) for value in row))
+        cells = [*(percent(value) for value in row), *[""] * (len(matrix.tasks) - len(row))]
+        table.add_row(task, *cells, *(percent(one.scores.get(task)) for one in watch))
     table.caption = Text(f"{summary(matrix.standing())}\n{FORMULAS}")
     return table
 
