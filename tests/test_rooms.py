@@ -33,7 +33,7 @@ ROOMS: dict[str, str] = {
     "project": "algorithm backend config errors score_matrix version",
     "learning": "algorithm backend config data errors locations methods project score_matrix seeds settings version",
     "compare": "backend config errors fields learning methods score_matrix seeds settings version",
-    "views": "algorithm backend compare errors score_matrix",
+    "views": "algorithm backend compare errors project.watch score_matrix",
     "report": "algorithm errors project score_matrix views",
     "api": "algorithm backend config data errors learning project score_matrix setting_names settings",
     "__init__": "api version",
