@@ -19,6 +19,7 @@ COMMANDS = (
     "predict",
     "status",
     "report",
+    "settings",
     "rollback",
     "doctor",
     "run",
