@@ -51,9 +51,22 @@ def test_name_and_data_may_be_repeated(cli: Cli, interrupted: Path, more: Path) 
     [
         (["--name", "other"], 2, r"The interrupted task is 'more', not 'other'\."),
         (["elsewhere"], 2, r"The interrupted task's data is .*more, not elsewhere\."),
-        (["--lr", "0.5"], 3, r"The interrupted task cannot be resumed: its train has changed\. Train it anew"),
-        (["--epochs", "9"], 3, r"The interrupted task cannot be resumed: its train has changed\. Train it anew"),
-        (["--precision", "bf16"], 3, r"The interrupted task cannot be resumed: its precision has changed\."),
+        (
+            ["--lr", "0.5"],
+            3,
+            r"The interrupted task was begun with --lr 0\.01, not 0\.5\. Leave --lr out",
+        ),
+        (["--epochs", "9"], 3, r"The interrupted task was begun with --epochs 4, not 9\. Leave --epochs out"),
+        (["--precision", "bf16"], 3, r"The interrupted task was begun with --precision fp32, not bf16\."),
+        (["--search", "random"], 3, r"The interrupted task was begun with --search \w+, not random\."),
+        (
+            ["--set", "train.weight_decay=0.3"],
+            3,
+            r"The interrupted task was begun with --weight-decay [\d.]+, not",
+        ),
+        (["--budget", "2"], 3, r"The interrupted task was begun with(out)? --budget"),
+        (["--classes", "pink,brown"], 2, r"The interrupted task was begun without --classes"),
+        (["--train-limit", "3"], 2, r"The interrupted task was begun without --train-limit\. Leave it out"),
     ],
 )
 def test_other_settings_are_refused(cli: Cli, interrupted: Path, arguments: list[str], code: int, line: str) -> None:
@@ -84,9 +97,32 @@ def test_a_damaged_checkpoint_is_refused(cli: Cli, interrupted: Path, more: Path
     assert cli("-C", interrupted, "train-task", more, *OPTIONS).code == 0, "training anew needs no checkpoint"
 
 
-def test_another_task_in_between_ends_the_interrupted_one(cli: Cli, interrupted: Path, data: Path) -> None:
-    assert cli("-C", interrupted, "train-task", data / "warm", "--name", "between", "--device", "cpu").code == 0
+def test_the_printed_command_is_enough(cli: Cli, project: Path, more: Path, tmp_path: Path) -> None:
+    """``train-task --resume`` takes every setting from the checkpoint, given by flag or chosen by measurement."""
+    whole = Path(shutil.copytree(project, tmp_path / "whole"))
+    own = ["--lr", "0.02", "--search", "random", "--warm-start", "none", "--classes", "pink,brown"]
+    assert cli("-C", whole, "train-task", more, *own, *OPTIONS).code == 0
+    stop_after(cli, project, more, 3, *own)
+    done = cli("-C", project, "train-task", "--resume", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert learned_hashes(project) == learned_hashes(whole)
+
+
+def test_another_task_does_not_drop_the_interrupted_one(cli: Cli, interrupted: Path, data: Path) -> None:
+    other = ["-C", interrupted, "train-task", data / "warm", "--name", "between", "--device", "cpu"]
+    before = tree_hash(interrupted)
+    line = r"Task 'more' was interrupted after step 3 and would be lost\. Continue it first: treelora"
+    check_error(cli(*other), 3, line)
+    assert tree_hash(interrupted) == before
+    assert cli(*other, "--dry-run").code == 0
+    assert cli(*other, "--abandon").code == 0
     check_error(cli("-C", interrupted, "train-task", "--resume"), 3, r"No interrupted task to resume\.")
+
+
+def test_what_was_interrupted_at_another_state_is_in_nobodys_way(cli: Cli, interrupted: Path, data: Path) -> None:
+    assert cli("-C", interrupted, "rollback", "grey").code == 0
+    done = cli("-C", interrupted, "train-task", data / "grey", "--name", "again", "--device", "cpu")
+    assert done.code == 0, done.err
 
 
 def test_a_rollback_keeps_the_checkpoint_for_the_state_it_belongs_to(

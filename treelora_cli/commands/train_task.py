@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -63,6 +63,7 @@ def train_task(
     device: options.Device = None,
     settings: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted task.")] = False,
+    abandon: Annotated[bool, typer.Option("--abandon", help="Give up another task that was interrupted.")] = False,
     accept: Annotated[bool, typer.Option("--accept", help="Commit the task that its gate refused.")] = False,
     drop: Annotated[bool, typer.Option("--drop", help="Delete the task that its gate refused.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, sample and memory; learn nothing.")] = False,
@@ -108,8 +109,20 @@ def train_task(
     if flags.base != BaseConfig():
         raise UsageError("The base model is chosen when a project is made. Make another: treelora init DIR --model ...")
     project = session.project()
+    about = {
+        "label_names": None if label_names is None else lasting(label_names),
+        "label_prefix": label_prefix,
+        "val": None if val is None else lasting(val),
+        "classes": None if classes is None else tuple(part.strip() for part in classes.split(",")),
+        "data_format": data_format,
+        "columns": parse_pairs(columns, "--map"),
+        "metric": metric,
+        "train_limit": train_limit,
+        "test_limit": test_limit,
+        "skip_bad": skip_bad,
+    }
     if resume:
-        chosen, request = _interrupted(project, data[0] if data else None, name)
+        chosen, request, flags = _interrupted(project, data or [], name, about, flags)
     else:
         if not data:
             raise UsageError("train-task needs DATA: an image folder, a manifest or a table.")
@@ -117,23 +130,16 @@ def train_task(
         request = DataRequest(
             path=lasting(data[0]),
             more=tuple(lasting(path) for path in data[1:]),
-            label_names=None if label_names is None else lasting(label_names),
-            label_prefix=label_prefix,
-            val=None if val is None else lasting(val),
-            classes=None if classes is None else tuple(part.strip() for part in classes.split(",")),
-            data_format=data_format,
-            columns=parse_pairs(columns, "--map"),
-            metric=metric,
-            train_limit=train_limit,
-            test_limit=test_limit,
-            skip_bad=skip_bad,
             seed=project.state.fixed["seed"],
+            **cast("dict[str, Any]", about),
         )
         for path in (*paths_of(request), *(one for one in (request.val, request.label_names) if one is not None)):
             existing(path)  # before anything is loaded
     project.check_free(chosen)
     if not dry_run:
         project.check_decided()
+        if not abandon:
+            project.check_uninterrupted(chosen)
     config = project_config(project, flags)
     runtime = session.runtime(device)
     if dry_run:
@@ -141,7 +147,9 @@ def train_task(
         return
     with session.writer(runtime, f"train-task {chosen}") as project:
         base = open_base(project, config, runtime)
-        report = learn_task(project, base, request, chosen, config, runtime, evaluate=evaluate, resume=resume)
+        report = learn_task(
+            project, base, request, chosen, config, runtime, evaluate=evaluate, resume=resume, abandon=abandon
+        )
     show_report(session, report)
 
 
@@ -162,10 +170,14 @@ def _decide(session: Session, *, accept: bool) -> None:
     session.output.result(document, f"Task '{name}' is committed.", standing_table(matrix.standing(), {}))
 
 
-def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple[str, DataRequest]:
+def _interrupted(
+    project: Project, data: list[Path], name: str | None, about: dict[str, Any], flags: Config
+) -> tuple[str, DataRequest, Config]:
+    """Return name, data and settings of the interrupted task; what is given again must agree with them."""
     from dataclasses import replace
 
     from treelora_cli.backend.contract import DataRequest
+    from treelora_cli.learning.resuming import begun_with, check_request
 
     facts = project.checkpoint.facts()
     if facts is None:
@@ -174,11 +186,13 @@ def _interrupted(project: Project, data: Path | None, name: str | None) -> tuple
         raise UsageError(f"The interrupted task is '{facts['task']}', not '{name}'.")
     try:
         request = replace(DataRequest.from_json(facts["request"]), test_only=False)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(".treelora/run/checkpoint.json is malformed. Train the task anew.") from error
-    if data is not None and lasting(data) != lasting(request.path):
-        raise UsageError(f"The interrupted task's data is {request.path}, not {data}.")
-    return str(facts["task"]), request
+    if data and [lasting(path) for path in data] != [lasting(path) for path in (request.path, *request.more)]:
+        shown = " ".join(str(path) for path in (request.path, *request.more))
+        raise UsageError(f"The interrupted task's data is {shown}, not {' '.join(map(str, data))}.")
+    check_request(request, about)
+    return str(facts["task"]), request, begun_with(facts, flags)
 
 
 def _show_plan(session: Session, base: Base, request: DataRequest, name: str, config: Config) -> None:

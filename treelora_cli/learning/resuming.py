@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from treelora_cli.errors import DamagedError, ProjectError
+from treelora_cli.config import Config, TrainConfig, TreeConfig, overlay, to_dict
+from treelora_cli.errors import DamagedError, ProjectError, UsageError
 
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import DataRequest
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from treelora_cli.methods.base import Method
     from treelora_cli.project.checkpoint import Checkpoint
 
+S = TypeVar("S")
+
+_FLAGS = {"data_format": "format", "columns": "map"}
+"""Flags whose names differ from those of ``DataRequest``."""
 _STATE = "bandit"
 """Names the method's state in a checkpoint; the first methods kept their search there and nothing else."""
 
@@ -24,6 +30,7 @@ _STATE = "bandit"
 def save_step(
     checkpoint: Checkpoint,
     identity: Mapping[str, Any],
+    config: Config,
     request: DataRequest,
     step: int,
     tensors: dict[str, torch.Tensor],
@@ -34,6 +41,7 @@ def save_step(
     Args:
         checkpoint: The project's.
         identity: What must be the same when the task is continued.
+        config: The settings it was begun with, which ``--resume`` takes.
         request: Where the task's data lies.
         step: Steps taken.
         tensors: The trainer's.
@@ -41,7 +49,74 @@ def save_step(
     """
     arrays, facts = method.state()
     own = {f"{_STATE}.{key}": torch.from_numpy(np.asarray(array)) for key, array in arrays.items()}
-    checkpoint.save({**identity, "request": request.to_json(), "step": step, _STATE: facts}, {**tensors, **own})
+    chosen = to_dict(config)
+    begun = {
+        **identity,
+        "settings": {"train": chosen["train"], "tree": chosen["tree"], "budget": chosen["budget"]},
+        "request": request.to_json(),
+        "step": step,
+        _STATE: facts,
+    }
+    checkpoint.save(begun, {**tensors, **own})
+
+
+def begun_with(facts: Mapping[str, Any], flags: Config) -> Config:
+    """Return flags under which an interrupted task goes on as it was begun.
+
+    Args:
+        facts: The checkpoint's; older ones keep the settings of training only.
+        flags: What is given now; settings that training does not depend on may differ.
+
+    Raises:
+        ProjectError: A flag differs from what the task was begun with; both values are named.
+        DamagedError: The settings are not what this program writes.
+    """
+    saved = facts.get("settings", {"train": facts.get("train")})
+    try:
+        train = _known(TrainConfig(), {**saved["train"], "precision": facts["precision"]})
+        tree = _known(TreeConfig(), saved.get("tree", {}))
+        kept = Config(train=train, tree=tree, budget=saved.get("budget"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(".treelora/run/checkpoint.json is malformed. Train the task anew.") from error
+    for section, free in (("train", ("keep_mib",)), ("tree", ())):
+        given, then = getattr(flags, section), getattr(kept, section)
+        for spec in dataclasses.fields(given):
+            new, old = getattr(given, spec.name), getattr(then, spec.name)
+            if new is not None and new != old and spec.name not in free and (spec.name, new) != ("precision", "auto"):
+                raise ProjectError(_differs(spec.name, new, old))
+    if flags.budget is not None and flags.budget != kept.budget:
+        raise ProjectError(_differs("budget", flags.budget, kept.budget))
+    measured = dataclasses.replace(kept.train, precision=saved["train"].get("precision") or "auto")
+    kept = dataclasses.replace(kept, train=measured)
+    return overlay(dataclasses.replace(flags, train=TrainConfig(keep_mib=flags.train.keep_mib)), kept)
+
+
+def _known(empty: S, values: Mapping[str, Any]) -> S:
+    """Return ``empty`` with those of the values whose names it has; lists are tuples in settings."""
+    names = {spec.name for spec in dataclasses.fields(empty)}  # type: ignore[arg-type]
+    found = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in names}
+    return dataclasses.replace(empty, **found)  # type: ignore[type-var]
+
+
+def _differs(name: str, new: object, old: object) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    begun = f"without {flag}" if old is None else f"with {flag} {old}, not {new}"
+    return f"The interrupted task was begun {begun}. Leave {flag} out, or train it anew, without --resume."
+
+
+def check_request(request: DataRequest, given: Mapping[str, Any]) -> None:
+    """Raise ``UsageError`` when something given about the data differs from what the interrupted task was begun with.
+
+    Args:
+        request: The interrupted task's.
+        given: Fields of ``DataRequest`` as the user gives them now; empty ones are not given.
+    """
+    for key, value in given.items():
+        old = getattr(request, key)
+        if value not in (None, False, (), {}) and value != old:
+            flag = f"--{_FLAGS.get(key, key).replace('_', '-')}"
+            begun = f"with {flag} {old}, not {value}" if old not in (None, False, (), {}) else f"without {flag}"
+            raise UsageError(f"The interrupted task was begun {begun}. Leave it out.")
 
 
 def restore(checkpoint: Checkpoint, identity: Mapping[str, Any], trainer: Trainer, method: Method) -> None:

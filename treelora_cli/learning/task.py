@@ -193,8 +193,20 @@ def learn_task(
     *,
     evaluate: bool,
     resume: bool,
+    abandon: bool = False,
 ) -> TaskReport:
     """Learn a task and commit it; the caller holds the lock.
+
+    Args:
+        project: Where it is committed.
+        base: The project's loaded base.
+        request: Where the data lies.
+        name: The task's.
+        config: Settings in force.
+        runtime: Device and reporter.
+        evaluate: Score every task afterwards.
+        resume: Continue from the checkpoint.
+        abandon: Give up another task that was interrupted.
 
     Raises:
         CheckError: The gate refused it: nothing is committed, and the learned task waits in ``.treelora``.
@@ -202,6 +214,8 @@ def learn_task(
     """
     project.check_free(name)
     project.check_decided()
+    if not abandon:
+        project.check_uninterrupted(name)
     check_gate(config.gate, evaluate=evaluate)
     check_base(project, base)
     clock = _Clock()
@@ -271,7 +285,7 @@ def train_task(new: NewTask, clock: _Clock, *, resume: bool) -> Trained:
     require(session, Session, new.project.state.backend)
     context = task_context(new.base, session, new.config, len(new.memory.tasks), fresh_seed=new.seed)
     adapters.write_slot(new.base.network, context.fresh)
-    _choose_arithmetic(new, session, context)
+    _choose_arithmetic(new, session, context, resume=resume)
     session.prepare()
     clock.lap("frozen pass")
     probe = probe_task(new, session, context)
@@ -281,7 +295,7 @@ def train_task(new: NewTask, clock: _Clock, *, resume: bool) -> Trained:
 
     def save(step: int, tensors: dict[str, torch.Tensor]) -> None:
         if new.runtime.is_main:
-            save_step(checkpoint, identity, new.request, step, tensors, method)
+            save_step(checkpoint, identity, new.config, new.request, step, tensors, method)
 
     report = train_session(
         session,
@@ -300,7 +314,11 @@ def train_task(new: NewTask, clock: _Clock, *, resume: bool) -> Trained:
     return Trained(adapter, probe.signature, learned, method.found(), report)
 
 
-def _choose_arithmetic(new: NewTask, session: Session, context: TaskContext) -> None:
+def _choose_arithmetic(new: NewTask, session: Session, context: TaskContext, *, resume: bool) -> None:
+    begun = new.project.checkpoint.facts() if resume else None
+    if begun is not None and "precision" in begun:
+        new.runtime.compute_as(begun)
+        return
     wanted, last = str(new.config.train.precision), _record_of_last_task(new)
     if wanted == "auto" and last is not None:
         new.runtime.compute_as(last)

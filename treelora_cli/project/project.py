@@ -294,6 +294,17 @@ class Project:
                 " First accept it with treelora train-task --accept, or drop it with --drop."
             )
 
+    def check_uninterrupted(self, name: str) -> None:
+        """Raise ``ProjectError`` while another task than ``name`` can be resumed: its checkpoint would be dropped."""
+        if not self.checkpoint.fits(self.state):
+            return
+        facts = self.checkpoint.facts()
+        if facts is not None and facts["task"] != name:
+            raise ProjectError(
+                f"Task '{facts['task']}' was interrupted after step {facts['step']} and would be lost."
+                " Continue it first: treelora train-task --resume. Or give it up: --abandon."
+            )
+
     def memory(self) -> Memory:
         """Return what later predictions need; tensors are read and verified when first asked for."""
         from treelora_cli.backend.contract import Memory
