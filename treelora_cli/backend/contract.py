@@ -343,12 +343,16 @@ class Score:
         count: Examples scored.
         routed: Share of examples answered by the task's own adapter; ``None`` where nothing routes.
         answers: What was answered for what; ``None`` where answers are free text.
+        beside: The same answers under other definitions of the score, by name.
+        routes: Examples by the task that answered; empty where nothing routes.
     """
 
     value: float
     count: int
     routed: float | None
     answers: Answers | None = None
+    beside: Mapping[str, float] = field(default_factory=dict)
+    routes: Mapping[str, int] = field(default_factory=dict)
 
 
 class Session(Protocol):

@@ -105,7 +105,7 @@ def _write_confusion(path: Path, scores: dict[str, Score]) -> None:
 
 
 def _show(session: Session, found: Evaluation, detail: tuple[dict[str, Any], list[RenderableType]]) -> None:
-    from treelora_cli.views.scores import FORMULAS, standing_table, untouched_table
+    from treelora_cli.views.scores import FORMULAS, beside_lines, route_lines, standing_table, untouched_table
 
     inference, standing, scores, held_out = found.inference, found.standing, found.scores, found.held_out
     untouched = inference == BASE
@@ -115,7 +115,13 @@ def _show(session: Session, found: Evaluation, detail: tuple[dict[str, Any], lis
         "forgetting": None if untouched else standing.forgetting(),
         "bwt": None if untouched else standing.backward_transfer(),
         "tasks": {
-            name: {"score": score.value, "examples": score.count, "routed": score.routed}
+            name: {
+                "score": score.value,
+                "examples": score.count,
+                "routed": score.routed,
+                "routes": dict(score.routes),
+                "beside": dict(score.beside),
+            }
             for name, score in scores.items()
         },
         "changed_data": {one.name: one.changed for one in held_out if one.changed},
@@ -124,7 +130,8 @@ def _show(session: Session, found: Evaluation, detail: tuple[dict[str, Any], lis
     }
     routed = {name: score.routed for name, score in scores.items()}
     shown = [untouched_table(standing)] if untouched else [standing_table(standing, routed), FORMULAS]
-    session.output.result(document, f"Inference: {inference}", *shown, *detail[1])
+    lines = [*beside_lines(scores), *route_lines(scores)]
+    session.output.result(document, f"Inference: {inference}", *shown, *lines, *detail[1])
 
 
 def _check(op: float | None, floor: float | None, forgetting: float | None, ceiling: float | None) -> None:

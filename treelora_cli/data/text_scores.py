@@ -8,15 +8,29 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-METRICS = ("accuracy", "exact_match", "choice", "rouge_l", "sari", "edit_similarity", "token_accuracy")
+METRICS = (
+    "accuracy",
+    "exact_match",
+    "choice",
+    "rouge_l",
+    "sari",
+    "edit_similarity",
+    "token_accuracy",
+    "trace_choice",
+    "trace_rouge_l",
+    "trace_sari",
+    "trace_similarity",
+)
 """Names of the scores of a language task.
 
 ``accuracy``: the right one of a closed set of answers; ``token_accuracy``: next-token accuracy on free text;
-the others compare generated text through ``score_text``.
+the others compare generated text through ``score_text``, those of ``trace_`` as TRACE computes them.
 """
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]|\w+")
 """A word, or one character of a script that is written without spaces."""
+_ANSWER = re.compile(r"^.*?\banswer\s*(?:is)?\s*:", re.IGNORECASE | re.DOTALL)
+"""What stands before a choice that is announced."""
 _SARI_ORDERS = 4
 
 
@@ -39,7 +53,52 @@ def score_text(metric: str, source: str, prediction: str, answer: str) -> float:
         return sari(source, prediction, answer)
     if metric == "edit_similarity":
         return edit_similarity(prediction, answer)
+    if metric.startswith("trace_"):
+        return _as_trace(metric, source, prediction, answer)
     raise ValueError(f"unknown metric '{metric}'")
+
+
+def _as_trace(metric: str, source: str, prediction: str, answer: str) -> float:
+    from treelora_cli.data import trace_scores as trace
+
+    if metric == "trace_sari":
+        return trace.sari_13a(source, prediction, answer)
+    compare = {
+        "trace_choice": trace.choice_after_mark,
+        "trace_rouge_l": trace.rouge_l_of_sets,
+        "trace_similarity": trace.similarity_of_code,
+        "trace_equal": trace.equal,
+        "starts_right": trace.starts_right,
+    }
+    if metric not in compare:
+        raise ValueError(f"unknown metric '{metric}'")
+    return compare[metric](prediction, answer)
+
+
+BESIDE = {
+    "accuracy": ("trace_equal", "starts_right"),
+    "exact_match": ("trace_equal", "starts_right"),
+    "choice": ("trace_choice", "starts_right"),
+    "rouge_l": ("trace_rouge_l",),
+    "sari": ("trace_sari",),
+    "edit_similarity": ("trace_similarity",),
+    "trace_choice": ("choice", "starts_right"),
+    "trace_rouge_l": ("rouge_l",),
+    "trace_sari": ("sari",),
+    "trace_similarity": ("edit_similarity",),
+}
+"""Other definitions of each score, computed beside it."""
+
+
+def scores_beside(metric: str, source: str, prediction: str, answer: str) -> dict[str, float]:
+    """Return the score of the same prediction under other definitions, by their names."""
+    named = BESIDE.get(metric, ())
+    return {
+        name: _as_trace(name, source, prediction, answer)
+        if name.startswith(("trace_", "starts_"))
+        else score_text(name, source, prediction, answer)
+        for name in named
+    }
 
 
 def words(text: str) -> list[str]:
@@ -53,8 +112,8 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def first_letter_match(prediction: str, answer: str) -> float:
-    """Return 1 when both begin with the same letter or digit: a choice followed by its explanation."""
-    given, wanted = re.search(r"\w", prediction), re.search(r"\w", answer)
+    """Return 1 when both choose the same letter or digit: the first, or the first after ``Answer:``."""
+    given, wanted = (re.search(r"\w", _ANSWER.sub("", text, count=1)) for text in (prediction, answer))
     return float(given is not None and wanted is not None and given.group() == wanted.group())
 
 
@@ -83,7 +142,12 @@ def sari(source: str, prediction: str, answer: str) -> float:
     Source: Xu et al., "Optimizing statistical machine translation for text simplification", TACL 2016;
     with 0 / 0 counted as 1 and the recall of kept n-grams by occurrence, as in Hugging Face's ``evaluate``.
     """
-    texts = [words(text) for text in (source, prediction, answer)]
+    return sari_of_words(words(source), words(prediction), words(answer))
+
+
+def sari_of_words(source: list[str], prediction: list[str], answer: list[str]) -> float:
+    """Return SARI of texts that are split into words."""
+    texts = [source, prediction, answer]
     parts = [_sari_order(*(_ngrams(text, order) for text in texts)) for order in range(1, _SARI_ORDERS + 1)]
     return sum(sum(part) / 3 for part in parts) / len(parts)
 

@@ -11,8 +11,10 @@ from rich.text import Text
 from treelora_cli.score_matrix import ScoreMatrix, Standing
 
 if TYPE_CHECKING:
+    from treelora_cli.backend.contract import Score
     from treelora_cli.project.watch import WatchSet
 
+_SAME = 5e-4
 FORMULAS = (
     "OP = mean of a[N][j];  forgetting = mean of a[j][j] - a[N][j] (lower is better);"
     "  BWT = mean over j < N of a[N][j] - a[j][j]"
@@ -63,6 +65,27 @@ def watch_table(sets: Sequence[WatchSet]) -> Table:
         table.add_row(one.name, str(one.examples), *told, change)
     table.caption = "Reference: the untouched base where it can answer, else the first score."
     return table
+
+
+def beside_lines(scores: Mapping[str, Score]) -> list[str]:
+    """Say what the same answers score under other definitions, where that differs."""
+    lines = []
+    for task, score in scores.items():
+        told = [f"{name} {percent(value)}" for name, value in score.beside.items() if abs(value - score.value) > _SAME]
+        if told:
+            lines.append(f"{task} by other definitions: {', '.join(told)}")
+    return lines
+
+
+def route_lines(scores: Mapping[str, Score]) -> list[str]:
+    """Name the tasks that answered another's inputs, and how many."""
+    lines = []
+    for task, score in scores.items():
+        away = sorted(((count, name) for name, count in score.routes.items() if name != task), reverse=True)
+        if away:
+            told = ", ".join(f"{count} by {name}" for count, name in away)
+            lines.append(f"Of {score.count} inputs of {task}, {told}")
+    return lines
 
 
 def summary(standing: Standing) -> str:

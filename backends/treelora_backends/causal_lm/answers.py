@@ -13,7 +13,7 @@ from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.render import Encoder, Ids
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.data.examples import TextExample
-from treelora_cli.data.text_scores import score_text
+from treelora_cli.data.text_scores import score_text, scores_beside
 
 _LABEL_TOKENS = 128
 """A label set with more tokens than this beyond first ones is cheaper to generate from."""
@@ -161,8 +161,18 @@ class Answerer:
 def sum_scores(examples: Sequence[TextExample], answers: Sequence[Answer], metric: str) -> tuple[float, float]:
     """Return (sum of scores, their number) of answers to examples."""
     pairs = zip(examples, answers, strict=True)
-    scores = [score_text(metric, one.prompt, text, one.answer) for one, (text, _) in pairs]
+    scores = [max(score_text(metric, one.prompt, text, right) for right in _right(one)) for one, (text, _) in pairs]
     return sum(scores), float(len(scores))
+
+
+def other_scores(one: TextExample, text: str, metric: str) -> dict[str, float]:
+    """Return the score of an answer under other definitions, by their names."""
+    found = [scores_beside(metric, one.prompt, text, right) for right in _right(one)]
+    return {name: max(scores[name] for scores in found) for name in found[0]}
+
+
+def _right(one: TextExample) -> tuple[str, ...]:
+    return (one.answer, *one.others)
 
 
 def _distinct(label_sets: Iterable[list[list[int]]]) -> list[list[list[int]]]:

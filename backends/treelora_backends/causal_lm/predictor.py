@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from treelora_backends.causal_lm.answers import Answer, Answerer, Manner, sum_scores
+from treelora_backends.causal_lm.answers import Answer, Answerer, Manner, other_scores, sum_scores
 from treelora_backends.causal_lm.closed import ClosedHead
 from treelora_backends.causal_lm.memory import common_manner, digest_of, holder_of, manner_of, merged_adapter, system_of
 from treelora_backends.causal_lm.router import TaskRouter
@@ -60,7 +60,7 @@ class LmPredictor:
         self.memory = memory
         self.inference = inference
         self._choose = choose
-        self._given: list[tuple[str, str, float | None, str | None]] = []
+        self._given: list[tuple[str, str, float | None, str | None, dict[str, float]]] = []
         self.answerer = Answerer(base.lm, base.encoder, base.runtime, base.known_answers)
 
     # -- which adapter --------------------------------------------------------------------------------
@@ -148,8 +148,11 @@ class LmPredictor:
         totals = self.base.runtime.sum(sums).tolist()
         known = self.inference == "routed" and holder is not None
         routed = totals[2] / max(1.0, totals[3]) if known else None
-        answers = self._answers() if metric == "accuracy" else None
-        return Score(totals[0] / max(1.0, totals[1]), int(totals[3]), routed, answers)
+        given = self.base.runtime.gather_json(self._given)
+        answers = _counted(given) if metric == "accuracy" else None
+        routes = Counter(name for _, _, _, name, _ in given if name is not None)
+        beside = {name: sum(one[4][name] for one in given) / len(given) for name in (given[0][4] if given else {})}
+        return Score(totals[0] / max(1.0, totals[1]), int(totals[3]), routed, answers, beside, routes)
 
     def _score_sum(
         self, examples: Sequence[TextExample], task: LmTask, holder: int | None, chosen: int | None, metric: str
@@ -165,18 +168,9 @@ class LmPredictor:
                 return self.answerer.score_sum(examples, manner, metric)
             answers = self.answerer.held_out_answers(examples, manner)
         name = None if chosen is None or self.inference != "routed" else self.memory.tasks[chosen].name
-        self._given += [(one.answer, text, sure, name) for one, (text, sure) in zip(examples, answers, strict=True)]
+        for one, (text, sure) in zip(examples, answers, strict=True):
+            self._given.append((one.answer, text, sure, name, other_scores(one, text, metric)))
         return sum_scores(examples, answers, metric)
-
-    def _answers(self) -> Answers:
-        """Count what was answered to all processes' examples."""
-        given = self.base.runtime.gather_json(self._given)
-        return Answers(
-            confusion=Counter((right, text) for right, text, _, _ in given),
-            routes=Counter(name for *_, name in given if name is not None),
-            places=(sum(exact_match(text, right) == 1 for right, text, _, _ in given),),
-            sure=tuple((sure, exact_match(text, right) == 1) for right, text, sure, _ in given if sure is not None),
-        )
 
     def _own_manner(self, task: LmTask, holder: int | None) -> Manner:
         """Return how the data itself says that it is rendered."""
@@ -245,3 +239,13 @@ def _checked(text: str | Sequence[Turn], number: int) -> TextExample:
 def _of_likely(likely: Sequence[tuple[str, float]], task: str | None) -> Prediction:
     (best, sure), *others = likely
     return Prediction(best, task, sure, tuple(others))
+
+
+def _counted(given: Sequence[tuple[str, str, float | None, str | None, dict[str, float]]]) -> Answers:
+    """Count what was answered to all processes' examples."""
+    return Answers(
+        confusion=Counter((right, text) for right, text, *_ in given),
+        routes=Counter(name for _, _, _, name, _ in given if name is not None),
+        places=(sum(exact_match(text, right) == 1 for right, text, *_ in given),),
+        sure=tuple((sure, exact_match(text, right) == 1) for right, text, sure, *_ in given if sure is not None),
+    )
