@@ -1,5 +1,6 @@
 import pytest
 
+from treelora_cli.data import sari
 from treelora_cli.data import text_scores as scores
 
 
@@ -40,7 +41,7 @@ def test_sari_is_one_when_the_answer_is_hit_and_low_when_nothing_is_done():
 
 def test_sari_unigrams_by_hand():
     # source a b c, answer a d, prediction a c: a is kept rightly, c wrongly; b deleted rightly; d not added
-    keep, add, delete = scores._sari_order(*(scores._ngrams(t.split(), 1) for t in ("a b c", "a c", "a d")))
+    keep, add, delete = sari.sari_of_order(*(sari.ngrams(t.split(), 1) for t in ("a b c", "a c", "a d")))
     assert keep == pytest.approx(2 * 0.5 * 1.0 / 1.5)
     assert delete == pytest.approx(1.0)
     assert add == pytest.approx(0.0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from treelora_cli.data import text_scores, trace_scores
+from treelora_cli.data import sari, text_scores, trace_scores
 
 
 def test_rouge_counts_every_word_once_and_unites_sentences():
@@ -62,13 +62,11 @@ def test_words_as_13a_splits_them():
 def test_sari_counts_signs_as_words():
     source, prediction, answer = "a b , c", "a b", "a b ,"
     assert trace_scores.sari_13a(source, prediction, answer) == pytest.approx(
-        text_scores.sari_of_words(["a", "b", ",", "c"], ["a", "b"], ["a", "b", ","])
+        sari.sari_of_words(["a", "b", ",", "c"], ["a", "b"], ["a", "b", ","])
     )
     # words kept: a, b of a, b and the comma, F1 2 * 1 * (2/3) / (5/3) = 0.8; none added, none to add: 1; of two deleted
     # the comma wrongly: 0.5
-    keep, add, delete = text_scores._sari_order(
-        *(text_scores._ngrams(t.split(), 1) for t in (source, prediction, answer))
-    )
+    keep, add, delete = sari.sari_of_order(*(sari.ngrams(t.split(), 1) for t in (source, prediction, answer)))
     assert (keep, add, delete) == (pytest.approx(0.8), 1.0, 0.5)
     assert trace_scores.sari_13a(source, prediction, answer) != pytest.approx(
         text_scores.sari(source, prediction, answer)

@@ -300,12 +300,17 @@ class Prediction:
         task: Name of the task whose adapter answered; ``None`` when no single one did.
         confidence: Probability given to ``output``, in [0, 1]; ``None`` where there is none.
         others: What else could be answered and its probability, likeliest first; empty where nothing is chosen from.
+        task_confidence: Probability that the input is from the likeliest task, whether that answered or the untouched
+            model did; ``None`` where nothing is chosen from.
+        task_margin: How far that task is ahead of the next.
     """
 
     output: str
     task: str | None
     confidence: float | None
     others: tuple[tuple[str, float], ...] = ()
+    task_confidence: float | None = None
+    task_margin: float | None = None
 
     @property
     def margin(self) -> float | None:

@@ -68,6 +68,10 @@ def _show(
 
     if output_format == "table" or session.output.as_json:
         pairs: Sequence[tuple[str, Prediction]] = list(answered)
+        foreign = sum(one.task is None and one.task_confidence is not None for _, one in pairs)
+        if foreign:
+            told = f"{foreign} of {len(pairs)} inputs belong to no task"
+            session.output.note(f"{told}: the untouched model answered them.")
         found: list[dict[str, Any]] = [shape.record(*pair) for pair in pairs]
         table = prediction_table([shape.cells(*pair) for pair in pairs], shape)
         session.output.result({"inference": inference, "predictions": found}, table)

@@ -6,7 +6,9 @@ All scores lie in [0, 1], higher is better.
 from __future__ import annotations
 
 import re
-from collections import Counter
+
+from treelora_cli.data import trace_scores as trace
+from treelora_cli.data.sari import sari_of_words
 
 METRICS = (
     "accuracy",
@@ -31,7 +33,6 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]|\w+")
 """A word, or one character of a script that is written without spaces."""
 _ANSWER = re.compile(r"^.*?\banswer\s*(?:is)?\s*:", re.IGNORECASE | re.DOTALL)
 """What stands before a choice that is announced."""
-_SARI_ORDERS = 4
 
 
 def score_text(metric: str, source: str, prediction: str, answer: str) -> float:
@@ -59,8 +60,6 @@ def score_text(metric: str, source: str, prediction: str, answer: str) -> float:
 
 
 def _as_trace(metric: str, source: str, prediction: str, answer: str) -> float:
-    from treelora_cli.data import trace_scores as trace
-
     if metric == "trace_sari":
         return trace.sari_13a(source, prediction, answer)
     compare = {
@@ -143,40 +142,3 @@ def sari(source: str, prediction: str, answer: str) -> float:
     with 0 / 0 counted as 1 and the recall of kept n-grams by occurrence, as in Hugging Face's ``evaluate``.
     """
     return sari_of_words(words(source), words(prediction), words(answer))
-
-
-def sari_of_words(source: list[str], prediction: list[str], answer: list[str]) -> float:
-    """Return SARI of texts that are split into words."""
-    texts = [source, prediction, answer]
-    parts = [_sari_order(*(_ngrams(text, order) for text in texts)) for order in range(1, _SARI_ORDERS + 1)]
-    return sum(sum(part) / 3 for part in parts) / len(parts)
-
-
-def _ngrams(text: list[str], order: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(text[start : start + order]) for start in range(len(text) - order + 1))
-
-
-def _sari_order(
-    source: Counter[tuple[str, ...]], prediction: Counter[tuple[str, ...]], answer: Counter[tuple[str, ...]]
-) -> tuple[float, float, float]:
-    """Return (F1 of kept, F1 of added, precision of deleted) n-grams of one order."""
-    kept, should_keep = source & prediction, source & answer
-    good = kept & answer
-    keep = _f1(
-        _share(sum(good[gram] / kept[gram] for gram in good), len(kept)),
-        _share(good.total(), should_keep.total()),
-    )
-    deleted = source - prediction
-    rightly = deleted - answer
-    delete = _share(sum(rightly[gram] / deleted[gram] for gram in rightly), len(deleted))
-    added, should_add = set(prediction) - set(source), set(answer) - set(source)
-    well = len(added & should_add)
-    return keep, _f1(_share(well, len(added)), _share(well, len(should_add))), delete
-
-
-def _share(part: float, whole: int) -> float:
-    return part / whole if whole else 1.0
-
-
-def _f1(precision: float, recall: float) -> float:
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from treelora_cli.data.text_scores import sari_of_words
+from treelora_cli.data.sari import sari_of_words
 
 _LITERAL = re.compile(r"<(STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
 _MARK = "Answer: "

@@ -49,6 +49,8 @@ class Shape:
             "task": answer.task,
             "confidence": answer.confidence,
         }
+        if answer.task_confidence is not None:
+            found |= {"task_confidence": answer.task_confidence, "task_margin": answer.task_margin}
         if self.top > 1:
             others = answer.others[: self.top - 1]
             found["others"] = [{"output": output, "confidence": sure} for output, sure in others]

@@ -21,7 +21,7 @@ from torch import Tensor
 from treelora_backends.causal_lm.answers import Answer, Answerer, Manner, other_scores, sum_scores
 from treelora_backends.causal_lm.closed import ClosedHead
 from treelora_backends.causal_lm.memory import common_manner, digest_of, holder_of, manner_of, merged_adapter, system_of
-from treelora_backends.causal_lm.router import TaskRouter
+from treelora_backends.causal_lm.router import Route, TaskRouter
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
@@ -79,9 +79,18 @@ class LmPredictor:
             return [0] * len(examples)
         if self._choose is not None:
             return self._choose(examples)
+        return [int(one) for one in self._task_scores(examples).argmax(dim=1)]
+
+    def _task_scores(self, examples: Sequence[TextExample]) -> Tensor:
+        """Return one score for each input and task, (n, T)."""
         features = self.base.lm.routing(self.base.read_features(examples, "Choosing tasks"))
-        scores = self._router.scores(features, self.memory)  # (n, T)
-        return [int(one) for one in self._among_same_system(examples, scores).argmax(dim=1)]
+        return self._among_same_system(examples, self._router.scores(features, self.memory))
+
+    def _routes(self, examples: Sequence[TextExample]) -> list[Route]:
+        """Return where each input belongs, and how sure that is."""
+        if len(self.memory.tasks) == 1 or self._choose is not None:
+            return [Route(task) for task in self.route(examples)]
+        return self._router.routes(self._task_scores(examples), self.memory)
 
     def _among_same_system(self, examples: Sequence[TextExample], scores: Tensor) -> Tensor:
         """Leave out the tasks that were taught another system prompt than an input's own, where one has the same."""
@@ -100,8 +109,7 @@ class LmPredictor:
             return {len(self.memory.tasks) - 1: rows}
         if self.inference != "routed":
             return {None: rows}
-        chosen = self.route(examples)
-        return {task: [row for row in rows if chosen[row] == task] for task in dict.fromkeys(chosen)}
+        return _grouped(self.route(examples))
 
     # -- closed answers -------------------------------------------------------------------------------
 
@@ -188,8 +196,12 @@ class LmPredictor:
             DataError: An empty prompt, an image, or a prompt longer than the model's context.
         """
         examples = [_checked(text, number) for number, text in enumerate(inputs, start=1)]
+        for one in examples:
+            self.base.encoder.fitted_prompt(one, "plain", (), self.base.context)  # what no tokenizer takes is named
         found: dict[int, Prediction] = {}
-        for chosen, rows in self._groups(examples).items():
+        routes = self._routes(examples) if self.inference == "routed" and examples else []
+        groups = _grouped([one.task if one.known else None for one in routes]) if routes else self._groups(examples)
+        for chosen, rows in groups.items():
             some = [self._with_system(examples[row], chosen) for row in rows]
             routed = None if self.inference != "routed" else chosen
             manner = common_manner(self.memory) if routed is None else manner_of(self.memory.tasks[routed])
@@ -205,7 +217,13 @@ class LmPredictor:
                 answers = self.answerer.answers(some, manner, self.base.context)
                 answered = [Prediction(text, name, sure) for text, sure in answers]
             found |= dict(zip(rows, answered, strict=True))
-        return [found[row] for row in range(len(examples))]
+        answers_in_order = [found[row] for row in range(len(examples))]
+        if not routes:
+            return answers_in_order
+        return [
+            replace(one, task_confidence=route.probability, task_margin=route.margin)
+            for one, route in zip(answers_in_order, routes, strict=True)
+        ]
 
     def _with_system(self, one: TextExample, task: int | None) -> TextExample:
         """Return an input with the system prompt of the task that answers it, as its examples had it."""
@@ -224,6 +242,11 @@ class LmPredictor:
                     f"Prompt {number} has {length} tokens; the model's context is {self.base.context},"
                     f" {reserve} of them for the answer. Shorten it."
                 )
+
+
+def _grouped(chosen: Sequence[int | None]) -> dict[int | None, list[int]]:
+    """Return rows by the task chosen for them."""
+    return {task: [row for row, one in enumerate(chosen) if one == task] for task in dict.fromkeys(chosen)}
 
 
 def _checked(text: str | Sequence[Turn], number: int) -> TextExample:

@@ -10,6 +10,7 @@ Symbols: ``F`` feature width, ``W`` projected width, ``n`` examples, ``T`` tasks
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,27 @@ _CPU = torch.device("cpu")
 _CACHED_BYTES = 64 * 1024**2
 _RIDGE = 0.1
 """Ridge penalty, as a share of the mean eigenvalue."""
+_OWN_SHARE = 0.01
+"""Share of a task's own inputs, each left out, that may score below what is kept of it."""
+_WAY_UP = 0.75
+"""Where between an even guess and that score it is doubted that an input is its likeliest task's."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """The task an input is from.
+
+    Attributes:
+        task: Index of the likeliest task.
+        probability: Its share of the scores of all tasks; ``None`` where nothing is chosen from.
+        margin: How far it is ahead of the next task; ``None`` likewise.
+        known: False where the input is from none of the tasks.
+    """
+
+    task: int
+    probability: float | None = None
+    margin: float | None = None
+    known: bool = True
 
 
 class FeatureReader:
@@ -76,7 +98,9 @@ class TaskRouter:
         self.seed: int = config.seed
         self.map: FeatureMap | None = None
         self.gram: Gram | None = None
+        self._earlier: list[Tensor] = []
         self._mean: Tensor
+        self._floor: Tensor | None = None
 
     @classmethod
     def restore(cls, memory: Memory, config: Config) -> TaskRouter:
@@ -86,6 +110,7 @@ class TaskRouter:
             tensors = memory.shared()
             router.map = FeatureMap.from_tensors(tensors, router.width, router.seed, _CPU)
             router.gram = Gram.read(tensors, "route", router.width, _CPU)
+            router._earlier = [task.tensors()["route.mean"] for task in memory.tasks]
         return router
 
     def _project(self, features: Tensor) -> Tensor:
@@ -103,6 +128,21 @@ class TaskRouter:
         values = _summed(fresh.gram.values, runtime) / count
         self._mean = _summed(fresh.sums, runtime) / count
         self.gram = fresh.gram.like(values if self.gram is None else self.gram.values + values)
+        self._floor = self._own_floor(self._project(features), float(count), runtime)
+
+    def _own_floor(self, projected: Tensor, count: float, runtime: Runtime) -> Tensor | None:
+        """Return the score that the new task's inputs (n, W) reach when each is left out, between a guess, 0, and 1.
+
+        ``None`` for a first task, which has nothing to be told from.
+        """
+        if not self._earlier:
+            return None
+        assert self.gram is not None
+        means = torch.cat([*self._earlier, self._mean])
+        own = left_out_scores(self.gram, means, projected, 1 / count)
+        own = runtime.gather_rows(own[:, None].to(runtime.device))[:, 0].cpu()
+        guess = 1 / len(means)
+        return (own.quantile(_OWN_SHARE) - guess) / (1 - guess)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the part that all tasks share."""
@@ -111,7 +151,8 @@ class TaskRouter:
 
     def task_tensors(self) -> dict[str, Tensor]:
         """Return the new task's part."""
-        return {"route.mean": self._mean.cpu()}
+        floor = {} if self._floor is None else {"route.floor": self._floor}
+        return {"route.mean": self._mean.cpu(), **floor}
 
     def scores(self, features: Tensor, memory: Memory) -> Tensor:
         """Return one score for each task, the likeliest the highest, (n, T)."""
@@ -119,6 +160,51 @@ class TaskRouter:
         means = torch.cat([task.tensors()["route.mean"] for task in memory.tasks])  # (T, W)
         alike = torch.ones(len(means))
         return RidgeStatistics(self.gram, means, alike).solve(_RIDGE)(self._project(features))
+
+    def routes(self, scores: Tensor, memory: Memory) -> list[Route]:
+        """Return where inputs with these scores (n, T) belong; scores of one input add up to about 1."""
+        shares = scores.clamp(min=0, max=1)
+        shares = shares / shares.sum(dim=1, keepdim=True).clamp(min=1e-6)
+        highest = shares.topk(2, dim=1).values
+        tasks = scores.argmax(dim=1)
+        floors = self._thresholds(memory)
+        known = [True] * len(tasks) if floors is None else (scores.amax(dim=1) >= floors[tasks]).tolist()
+        margins = (highest[:, 0] - highest[:, 1]).tolist()
+        return [Route(*one) for one in zip(tasks.tolist(), highest[:, 0].tolist(), margins, known, strict=True)]
+
+    @staticmethod
+    def _thresholds(memory: Memory) -> Tensor | None:
+        """Return the score of each task, (T,), below which an input is not its own; a first one's is the others'."""
+        found = [task.tensors().get("route.floor") for task in memory.tasks]
+        told = [float(floor) for floor in found if floor is not None]
+        if not told:
+            return None  # learned by an older version
+        guess = 1 / len(found)
+        reached = torch.tensor([min(told) if floor is None else float(floor) for floor in found])
+        return guess + _WAY_UP * reached.clamp(min=0, max=1) * (1 - guess)
+
+
+def left_out_scores(gram: Gram, means: Tensor, rows: Tensor, weight: float) -> Tensor:
+    """Return what the last task's own inputs score on it when each is left out in turn, (n,).
+
+    Args:
+        gram: Sum over tasks of their mean ``phi phi^T``, of width W.
+        means: Mean input of each task, (T, W).
+        rows: The last task's inputs, (n, W).
+        weight: Of one of them in its task's mean, 1 / n.
+
+    Source: the residual without an example is the one with it, divided by one minus its leverage (Allen, 1974).
+    """
+    tasks = len(means)
+    middle = means.mean(dim=0).double()
+    matrix = gram.dense().double() - tasks * torch.outer(middle, middle)
+    matrix.diagonal().add_(_RIDGE * matrix.diagonal().mean())
+    centred = rows.double() - middle
+    turned = torch.linalg.solve(matrix, centred.T).T  # (n, W)
+    scores = 1 / tasks + turned @ (means[-1].double() - middle)
+    leverage = weight * (1 / tasks + (turned * centred).sum(dim=1))
+    left_out: Tensor = (scores - leverage) / (1 - leverage).clamp(min=1e-6)
+    return left_out.float()
 
 
 def _summed(tensor: Tensor, runtime: Runtime) -> Tensor:
