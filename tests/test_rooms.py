@@ -25,7 +25,7 @@ ROOMS: dict[str, str] = {
     "algorithm": "seeds",
     "config": "algorithm errors fields",
     "settings": "config errors fields",
-    "setting_names": "config errors",
+    "setting_names": "config errors fields",
     "backend": "config entry_points errors fields seeds",
     "heads": "backend.runtime seeds",
     "data": "backend errors",

@@ -45,13 +45,19 @@ def coerce(wanted: type, value: Any, key: str, where: str) -> Any:
     raise ConfigError(f"{where}: '{key}' needs {wanted.__name__}, got {value!r}.")
 
 
+def choices_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the values that a field declared with ``setting`` may have; empty where they are not counted up."""
+    choices = metadata.get("choices") or ()
+    return tuple(choices() if callable(choices) else choices)
+
+
 def check_range(kind: type[Any], key: str, value: Any, where: str) -> None:
     """Raise ``ConfigError`` when ``value`` is outside what the field ``key`` of ``kind`` allows."""
     metadata: Mapping[str, Any] = next(spec.metadata for spec in dataclasses.fields(kind) if spec.name == key)
-    choices, low, high = metadata.get("choices"), metadata.get("low"), metadata.get("high")
+    low, high = metadata.get("low"), metadata.get("high")
     if value is None:
         return
-    choices = choices() if callable(choices) else choices
+    choices = choices_of(metadata)
     if choices and value not in choices:
         hint = suggest(str(value), choices)
         raise ConfigError(f"{where}: '{key}' is one of {', '.join(choices)}; got {value!r}{hint}.")

@@ -10,6 +10,7 @@ from typing import Any
 
 from treelora_cli.config import DEFAULTS, Config, from_flags
 from treelora_cli.errors import UsageError, suggest
+from treelora_cli.fields import choices_of
 
 _NOT_SET = ("stream",)
 """Sections of recipes only."""
@@ -58,7 +59,7 @@ def _setting(kind: type[Any], spec: dataclasses.Field[Any], default: Any, sectio
 
 
 def _allowed(metadata: Mapping[str, Any], kind: Any) -> str:
-    choices, low, high = metadata.get("choices"), metadata.get("low"), metadata.get("high")
+    choices, low, high = choices_of(metadata), metadata.get("low"), metadata.get("high")
     if choices:
         return ", ".join(choices() if callable(choices) else choices)
     if low is not None:
