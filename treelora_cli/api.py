@@ -187,13 +187,15 @@ class Project:
             self._runtime = self._start()
         return self._runtime
 
-    def _loaded(self, config: Config) -> Base:
-        """Return the base under these settings; it is loaded again only where they differ."""
-        from treelora_cli.learning.opening import open_base
+    def _loaded(self, config: Config, *, exact: bool = False) -> Base:
+        """Return the base under these settings; it is loaded again only where they differ, its arithmetic set anew."""
+        from treelora_cli.learning.opening import compute_as_recorded, open_base
 
         if self._base is None or self._base[0] != config:
             self._predictors.clear()
-            self._base = config, open_base(self._stored, config, self.runtime)
+            self._base = config, open_base(self._stored, config, self.runtime, exact=exact)
+        else:
+            compute_as_recorded(self._stored, self.runtime, exact=exact)
         return self._base[1]
 
     def _config(self, settings: Mapping[str, Any] | None = None) -> Config:
@@ -317,7 +319,6 @@ class Project:
             self._stored.entry(name)
         config = self._config({} if inference in (None, BASE) else {"inference": inference})
         base = self._loaded(config)
-        self.runtime.compute_as(self._stored.task_record(self.tasks[-1]))
         records = {name: self._stored.task_record(name) for name in wanted}
         held_out = tuple(read_held_out(base, records, limit, changed_data=changed_data, places=places))
         self._say(held_out)
@@ -369,7 +370,6 @@ class Project:
         self._check_learned()
         config = self._config({} if inference is None else {"inference": inference})
         base, chosen = self._loaded(config), str(config.inference)
-        self.runtime.precision = self.runtime.forward_precision = "fp32"  # evaluation may have left another
         memory = self._stored.memory()
         if chosen not in self._predictors:
             with blamed(memory):
@@ -422,7 +422,7 @@ class Project:
 
         request.check(self._stored)
         config = self._config()
-        return write_export(self._stored, self._loaded(config), request, str(config.inference))
+        return write_export(self._stored, self._loaded(config, exact=True), request, str(config.inference))
 
 
 def _starter(device: str | None, offline: bool, reporter: Reporter | None) -> Callable[[], Runtime]:

@@ -41,7 +41,7 @@ def demo(
     request = StreamRequest(recipe, directory / "project", directory / "digits", Config(), None, resume=False)
     project, reports = run_and_report(session, request, device)
     runtime = session.runtime(device)
-    base = open_base(project, project_config(project, Config()), runtime)
+    base = open_base(project, project_config(project, Config()), runtime, exact=True)
     out = directory / "export"
     export = write_export(project, base, ExportRequest(out, "merged", None, ExportOptions(), True, False, None))
     tree = project.tree()

@@ -96,8 +96,14 @@ def _refuse_fixed(project: Project, flags: Config) -> None:
             )
 
 
-def open_base(project: Project, config: Config, runtime: Runtime) -> Base:
-    """Load the project's base.
+def open_base(project: Project, config: Config, runtime: Runtime, *, exact: bool = False) -> Base:
+    """Load the project's base, and compute from now on as the project does.
+
+    Args:
+        project: Whose base.
+        config: Settings in force.
+        runtime: Device; its arithmetic is set.
+        exact: See ``compute_as_recorded``.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -107,7 +113,26 @@ def open_base(project: Project, config: Config, runtime: Runtime) -> Base:
     resolved = backend.resolve_base(config.base, offline=runtime.offline)
     base = load_base(backend, dataclasses.replace(config, base=resolved), runtime)
     check_base(project, base)
+    compute_as_recorded(project, runtime, exact=exact)
     return base
+
+
+def compute_as_recorded(project: Project, runtime: Runtime, *, exact: bool = False) -> None:
+    """Compute as the project was taught on this kind of device: one project, one arithmetic.
+
+    Args:
+        project: Whose arithmetic.
+        runtime: Its arithmetic is set.
+        exact: In float32 whatever was recorded, as comparing an export with stock code needs it.
+    """
+    record = None if exact else recorded_arithmetic(project, runtime.device.type)
+    runtime.compute_as(record or {"precision": "fp32"})
+
+
+def recorded_arithmetic(project: Project, device: str) -> dict[str, Any] | None:
+    """Return the record of the last task that was learned on this kind of device, ``None`` where none was."""
+    records = (project.task_record(task.name) for task in reversed(project.state.tasks))
+    return next((record for record in records if record["device"] == device), None)
 
 
 def load_base(backend: Backend, config: Config, runtime: Runtime) -> Base:

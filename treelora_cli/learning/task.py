@@ -28,7 +28,7 @@ from treelora_cli.config import Config, to_dict
 from treelora_cli.errors import CheckError, DataError
 from treelora_cli.learning.evaluation import HeldOut, blamed, read_held_out, score_tasks
 from treelora_cli.learning.gate import check_gate, refusal
-from treelora_cli.learning.opening import check_base
+from treelora_cli.learning.opening import check_base, recorded_arithmetic
 from treelora_cli.learning.provenance import adapter_files, peak_bytes, versions
 from treelora_cli.learning.resuming import restore, save_step
 from treelora_cli.learning.trainer import TrainReport
@@ -319,20 +319,11 @@ def _choose_arithmetic(new: NewTask, session: Session, context: TaskContext, *, 
     if begun is not None and "precision" in begun:
         new.runtime.compute_as(begun)
         return
-    wanted, last = str(new.config.train.precision), _record_of_last_task(new)
+    wanted, last = str(new.config.train.precision), recorded_arithmetic(new.project, new.runtime.device.type)
     if wanted == "auto" and last is not None:
         new.runtime.compute_as(last)
     else:
         choose_arithmetic(new.runtime, wanted, session, [up for _, up in context.slot])
-
-
-def _record_of_last_task(new: NewTask) -> dict[str, Any] | None:
-    """Return by what was measured before on this kind of device: one project, one arithmetic."""
-    tasks = new.project.state.tasks
-    if not tasks:
-        return None
-    record = new.project.task_record(tasks[-1].name)
-    return record if record["device"] == new.runtime.device.type else None
 
 
 def probe_task(new: NewTask, session: Session, context: TaskContext) -> Probe:
