@@ -34,6 +34,24 @@ def test_search_nodes_below_the_tree_are_numbered_after_it_and_leaves_hold_one_t
     assert arms.spreads[:, 0].tolist() == [4.5, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
 
 
+def test_a_leaf_of_one_task_is_an_arm_and_a_leaf_of_many_is_halved_until_it_is() -> None:
+    arms = search_arms(build_tree(on_a_line(0, 1, 2, 3, 100, 101), 1))  # leaves: tasks 0 to 3, and 4 and 5
+    assert arms.tasks.tolist() == [-1, -1, -1, 4, 5, -1, -1, 2, 3, 0, 1]
+    inner = [[1, 2], [5, 6], [3, 4], [-1, -1], [-1, -1], [9, 10], [7, 8]]
+    assert arms.children.tolist() == [*inner, *[[-1, -1]] * 4]
+    assert [level.tolist() for level in arms.levels] == [[5, 6], [1, 2], [0]]
+    single = search_arms(build_tree(on_a_line(0, 1, 8), 1))
+    assert single.tasks.tolist() == [-1, -1, 2, 0, 1]
+    assert single.children.tolist() == [[1, 2], [3, 4], [-1, -1], [-1, -1], [-1, -1]]
+
+
+def test_a_step_looks_at_both_children_on_the_way_down_and_up() -> None:
+    bandit = TreeBandit(build_tree(FOUR, 1))
+    for step in (1, 2):
+        bandit.step(np.array([[0.4]], dtype=np.float32))
+        assert bandit.node_visits == 8 * step
+
+
 @pytest.mark.parametrize(
     "children",
     [
