@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_lm import opened, tiny_models
+from tiny_lm import tiny_models
+from treelora_backends.causal_lm.backend import CausalLmBackend
 from treelora_backends.kept import Keeping, KeptRows, each_expected
 from treelora_backends.vit.chunks import images_at_once
 
 from treelora_cli.backend import adapters
 from treelora_cli.backend.contract import DataRequest, Memory
 from treelora_cli.backend.runtime import Runtime, Silent, open_runtime
+from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig, resolve
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,17 +64,18 @@ def cpu_runtime() -> Runtime:
     return Runtime(accelerator=alone, offline=True)  # type: ignore[arg-type]
 
 
-def losses_of(base: Any, runtime: Runtime, data: Path) -> tuple[torch.Tensor, list[torch.Tensor], str]:
+def losses_of(model: Path, runtime: Runtime, data: Path) -> tuple[torch.Tensor, list[torch.Tensor], str]:
     """Losses of an epoch on a device, the gradients of the first, and where its states were kept."""
-    base.network.to(runtime.device)
-    base.runtime = runtime
+    backend = CausalLmBackend()
+    flags = Config(base=BaseConfig(model=str(model)), adapter=AdapterConfig(blocks=3), train=TrainConfig(prompt_tail=0))
+    base = backend.load(resolve(flags, Config(), backend.defaults()), runtime)
+    adapters.write_slot(base.network, adapters.reference_point(base.network, base.layers, 4.0, 0))
     runtime.compute_as({"precision": "fp32"})
     session = base.session(base.read_task(DataRequest(data)), Memory((), dict), base.config)
-    session.tail = 0
     session.prepare()
     slot = adapters.slot_parameters(base.network, base.layers)
     losses = [session.loss(batch) for batch in session.batches(0)]
-    gradients = torch.autograd.grad(losses[0], [part for pair in slot for part in pair])
+    gradients = torch.autograd.grad(losses[0], [up for _, up in slot])
     place = session._entering.place if session._entering is not None else "nowhere"
     return torch.stack(losses).detach().cpu(), [one.cpu() for one in gradients], place
 
@@ -82,11 +85,10 @@ def test_losses_and_gradients_are_those_of_the_cpu(tmp_path: Path) -> None:
     rows = [
         {"prompt": "red " * (3 + place % 23), "answer": " ".join(["green"] * (1 + place % 5))} for place in range(40)
     ]
-    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    models = tiny_models(tmp_path)
-    base = opened(models["llama"])
-    mine = losses_of(base, cpu_runtime(), tmp_path / "texts.jsonl")
-    theirs = losses_of(base, open_runtime("cuda", offline=True, reporter=Silent()), tmp_path / "texts.jsonl")
+    data, model = tmp_path / "texts.jsonl", tiny_models(tmp_path)["llama"]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    mine = losses_of(model, cpu_runtime(), data)
+    theirs = losses_of(model, open_runtime("cuda", offline=True, reporter=Silent()), data)
     torch.testing.assert_close(theirs[0], mine[0], rtol=1e-3, atol=1e-3)
     for one, other in zip(theirs[1], mine[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)

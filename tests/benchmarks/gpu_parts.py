@@ -228,10 +228,10 @@ def image_task(seed: int, classes: int, each: int, size: tuple[int, int]) -> Any
     noise = torch.randint(0, 128, (len(labels), 3, *size), generator=generator, dtype=torch.uint8)
     pixels = (noise + colours[labels]).to(torch.uint8)
     fields = {field.name for field in dataclasses.fields(Pictures)}
-    extra = {"hashes": tuple(str(row) for row in range(len(labels)))} if "hashes" in fields else {}
+    extra = {"hashes": tuple(f"{seed:032x}{row:032x}" for row in range(len(labels)))} if "hashes" in fields else {}
     pictures = Pictures(pixels=pixels, labels=labels, **extra)
     names = tuple(f"class{seed}-{index}" for index in range(classes))
-    return ImageTask(names, pictures, pictures, f"{seed:064d}", (), "")
+    return ImageTask(names, pictures, pictures, f"{seed:064x}", (), "")
 
 
 def lm_config(bench: Bench, batch_size: int, **train: Any) -> Any:
