@@ -11,6 +11,7 @@ import typer
 from treelora_cli.backend.runtime import quiet_libraries
 from treelora_cli.commands.compare import compare
 from treelora_cli.commands.context import Session
+from treelora_cli.commands.data import data
 from treelora_cli.commands.demo import demo
 from treelora_cli.commands.doctor import doctor
 from treelora_cli.commands.evaluate import evaluate
@@ -53,6 +54,7 @@ for _name, _command in (
     ("report", report),
     ("settings", settings),
     ("rollback", rollback),
+    ("data", data),
     ("doctor", doctor),
     ("run", run),
     ("compare", compare),

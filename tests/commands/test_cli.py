@@ -21,6 +21,7 @@ COMMANDS = (
     "report",
     "settings",
     "rollback",
+    "data",
     "doctor",
     "run",
     "compare",

@@ -235,3 +235,28 @@ def test_texts_that_changed_are_told_example_by_example(cli: Cli, tmp_path: Path
     done = cli("-C", root, "eval", "--device", "cpu")
     assert done.code == 4
     assert f"1 of {len(held_out)} held-out examples are gone or different since it was learned." in done.err
+
+
+def test_data_that_moved_for_good(cli: Cli, stream: tuple[Path, Path], tmp_path: Path) -> None:
+    root, data = stream
+    before, elsewhere = evaluated(cli, root), tmp_path / "elsewhere"
+    shutil.move(data / "cold", elsewhere)
+    said = evaluated(cli, root)["not_scored"]["cold"]  # type: ignore[index]
+    assert said.endswith("If it lies elsewhere now: treelora data cold PATH")
+    files = tree_hash(root)
+    for wrong, line in (
+        (data / "warm/train", "is not the data of task 'cold': 16 of 16 held-out examples are gone or different"),
+        (tmp_path / "nowhere", "nowhere not found"),
+    ):
+        check_error(cli("-C", root, "data", "cold", wrong, "--device", "cpu"), 4, line)
+    check_error(cli("-C", root, "data", "hot", elsewhere, "--device", "cpu"), 2, "No task 'hot' in this project")
+    assert tree_hash(root) == files
+    done = cli("-C", root, "data", "cold", elsewhere, "--device", "cpu")
+    assert (done.code, "The data of 'cold' lies in" in done.out) == (0, True), done.err
+    assert evaluated(cli, root) == before
+    assert cli("-C", root, "doctor").code == 0
+    record = json.loads((root / "tasks/002-cold/task.json").read_text())
+    assert (record["data"]["path"], record["data"]["known_as"]) == (str(elsewhere), str(data / "cold"))
+    assert cli("-C", root, "rollback", "cold").code == 0
+    assert cli("-C", root, "rollback", "--undo").code == 0
+    assert evaluated(cli, root) == before

@@ -64,7 +64,8 @@ def read_held_out(
                 now = request.test_limit if limit is None else limit
                 data = base.read_task(dataclasses.replace(request, recorded=None, test_limit=now))
         except DataError as error:
-            yield HeldOut(name, None, str(error))
+            moved = "" if request.path.exists() else f" If it lies elsewhere now: treelora data {name} PATH"
+            yield HeldOut(name, None, f"{error}{moved}")
             continue
         changed = "" if change is None else change.text
         if change is not None and not change.scorable and not changed_data:

@@ -294,7 +294,7 @@ class Project:
                 " First accept it with treelora train-task --accept, or drop it with --drop."
             )
 
-    def check_uninterrupted(self, name: str) -> None:
+    def check_uninterrupted(self, name: str | None) -> None:
         """Raise ``ProjectError`` while another task than ``name`` can be resumed: its checkpoint would be dropped."""
         if not self.checkpoint.fits(self.state):
             return
@@ -490,6 +490,12 @@ class Project:
         """Replace the watch sets; the caller holds the lock."""
         kept = {name: record for name, record in self.state.files.items() if name != WATCH}
         return self.advance(self.state.tasks, kept, {WATCH: to_json(watch_document(sets))} if sets else {})
+
+    def with_record(self, task: str, record: dict[str, Any]) -> Project:
+        """Replace a task's ``task.json``; the caller holds the lock."""
+        name = f"{self.entry(task).directory}/task.json"
+        kept = {key: value for key, value in self.state.files.items() if key != name}
+        return self.advance(self.state.tasks, kept, {name: to_json(record)})
 
     def rollback(self, task: str) -> Project:
         """Return to the exact state before ``task`` was learned; the caller holds the lock.
