@@ -119,9 +119,9 @@ def tree_hash(root: Path) -> dict[str, str]:
 
 
 def learned_hashes(root: Path) -> dict[str, str]:
-    """Recorded hashes of everything learned; ``task.json`` holds timings and is left out."""
+    """Recorded hashes of everything learned; ``task.json`` and ``steps.jsonl`` hold timings and are left out."""
     files = json.loads((root / "state.json").read_text())["files"]
-    return {name: record["sha256"] for name, record in files.items() if not name.endswith("task.json")}
+    return {name: record["sha256"] for name, record in files.items() if not name.endswith(("task.json", "steps.jsonl"))}
 
 
 def child_environment(**more: str) -> dict[str, str]:

@@ -67,7 +67,7 @@ def targets(root: Path) -> tuple[dict[str, Target], dict[str, list[bytes]]]:
         uses: dict[str, Callable[[], object]] = {
             "tree": project.tree,
             "bandit": lambda: _bandit(project),
-            "metrics": lambda: project.matrix().standing(),
+            "metrics": lambda: (project.matrix().standing(), project.answers(), project.watch()),
         }
         part = name.split(".")[0].split("/")[0]
         use = uses.get(part, lambda: _use(project))
@@ -76,6 +76,8 @@ def targets(root: Path) -> tuple[dict[str, Target], dict[str, list[bytes]]]:
             project.name, project.data = name, data
             try:
                 use()
+                if name.endswith("steps.jsonl"):
+                    project.steps(project.state.tasks[-1].name)
                 if name.endswith("task.json"):
                     _tree_settings(project, set())
             except TreeLoraError:

@@ -30,6 +30,8 @@ NAMES = [
     "bandit.json",
     "bandit.safetensors",
     "metrics/matrix.json",
+    "metrics/answers.json",
+    "steps.jsonl",
     "state.json",
     "treelora.yaml",
     "checkpoint.json",

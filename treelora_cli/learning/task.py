@@ -37,11 +37,14 @@ from treelora_cli.learning.watching import after_task, for_gate, of_tasks, watch
 from treelora_cli.methods.base import Found, Past
 from treelora_cli.methods.catalogue import project_method
 from treelora_cli.project import Commit, Project
+from treelora_cli.project.answers import TaskAnswers
 from treelora_cli.project.watch import WatchSet
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
+    from treelora_cli.backend.contract import Answers
+    from treelora_cli.learning.trainer import Trainer
     from treelora_cli.methods.base import TaskContext
 
     Merged = dict[str, tuple[tuple[str, ...], AdapterWeights]]
@@ -235,7 +238,12 @@ def learn_task(
     clock.lap("evaluate")
     reason = refusal(config.gate, matrix, for_gate(project.watch(), watch, name)) if evaluate else None
     if runtime.is_main:
-        change = replace(commit_of(new, trained, clock, tree, matrix, merged), watch=watch)
+        change = replace(
+            commit_of(new, trained, clock, tree, matrix, merged),
+            watch=watch,
+            steps=project.step_log.read(),
+            answers={one: _counted(score.answers) for one, score in scores.items() if score.answers is not None},
+        )
         if reason is None:
             project.commit(change)
         else:
@@ -270,6 +278,10 @@ def _read(base: Base, request: DataRequest, runtime: Runtime) -> TaskData:
     return data
 
 
+def _counted(answers: Answers) -> TaskAnswers:
+    return TaskAnswers(answers.confusion, answers.routes)
+
+
 def _name_of(new: NewTask, index: int | None) -> str | None:
     return None if index is None else new.memory.tasks[index].name
 
@@ -297,14 +309,21 @@ def train_task(new: NewTask, clock: _Clock, *, resume: bool) -> Trained:
         if new.runtime.is_main:
             save_step(checkpoint, identity, new.config, new.request, step, tensors, method)
 
+    def resumed(trainer: Trainer) -> None:
+        if resume:
+            restore(checkpoint, identity, trainer, method)
+        if new.runtime.is_main:
+            new.project.step_log.begin(trainer.step)
+
     report = train_session(
         session,
         method,
         context,
         new.runtime,
         begun=lambda: clock.lap("search"),
-        resume=lambda trainer: restore(checkpoint, identity, trainer, method) if resume else None,
+        resume=resumed,
         save=save,
+        log=lambda steps: new.project.step_log.add(steps) if new.runtime.is_main else None,
     )
     clock.lap("train")
     adapter = adapters.read_slot(new.base.network, new.base.layers, context.scale)

@@ -18,7 +18,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +34,7 @@ from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import TrainConfig
 from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError, is_out_of_memory
 from treelora_cli.methods.base import Method, StepView
+from treelora_cli.project.steps import Step
 
 _CHECK_EVERY = 10
 """Steps between looks at the loss; each costs a synchronisation with the device."""
@@ -103,6 +104,19 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 Checkpoint = Callable[[int, dict[str, Tensor]], None]
+Log = Callable[[Sequence[Step]], None]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """One step as it was taken; its numbers may still be on their way from the device."""
+
+    step: int
+    loss: Tensor
+    penalty: Tensor | None
+    lr: float
+    ended: float
+    selected: tuple[int, ...]
 
 
 class Trainer:
@@ -130,6 +144,8 @@ class Trainer:
         self.settings = settings
         self.runtime = runtime
         self.step = 0
+        self._taken: list[_Taken] = []
+        self._logged = time.perf_counter()
         self.total = settings.epochs * session.steps_per_epoch
         self.parameters = [parameter for pair in slot for parameter in pair] + session.parameters()
         self.optimizer = torch.optim.AdamW(
@@ -141,25 +157,27 @@ class Trainer:
         """True where one kernel steps all parameters; it keeps its count of steps on the device."""
         return self.runtime.device.type == "cuda"
 
-    def run(self, save: Checkpoint) -> TrainReport:
+    def run(self, save: Checkpoint, log: Log = lambda _steps: None) -> TrainReport:
         """Train to the end.
 
         Args:
             save: Called with (step, tensors) after each epoch but the last and when stopped.
+            log: Called with the steps taken since it was called last, whenever the device is waited for anyway.
 
         Raises:
             Interrupted: A signal came; the checkpoint is saved.
             ResourceError: Out of memory.
             TreeLoraError: The loss is not finite.
         """
-        started = time.perf_counter()
+        started = self._logged = time.perf_counter()
         epoch_loss = torch.zeros((), device=self.runtime.device)
         with stop_on_signal() as stop:
             for batch in self.runtime.reporter.track(self._remaining(), "Training", self.total - self.step):
                 if self.step % self.session.steps_per_epoch == 0:
                     epoch_loss = torch.zeros_like(epoch_loss)
                 epoch_loss += self._guarded_step(batch)
-                self._after(stop, save, epoch_loss)
+                self._after(stop, save, log, epoch_loss)
+        self._write_log(log)
         report_steps = max(1, min(self.total, self.session.steps_per_epoch))
         last = float(epoch_loss) / report_steps if self.total else None
         trained = sum(parameter.numel() for parameter in self.parameters) if self.total else 0
@@ -198,7 +216,10 @@ class Trainer:
             group["lr"] = view.lr
         self.optimizer.step()
         self.method.after_step(view)
+        chosen = self.method.chosen(self.step)
         self.step += 1
+        term = None if penalty is None else penalty.detach()
+        self._taken.append(_Taken(self.step, loss.detach(), term, view.lr, time.perf_counter(), chosen))
         return loss.detach()
 
     def _lr(self) -> float:
@@ -214,7 +235,20 @@ class Trainer:
         for parameter, part in zip(self.parameters, shared.split([g.numel() for g in grads]), strict=True):
             parameter.grad = part.view_as(parameter).clone()
 
-    def _after(self, stop: StopRequest, save: Checkpoint, epoch_loss: Tensor) -> None:
+    def _write_log(self, log: Log) -> None:
+        """Hand over the steps since the last time, with the time that each took."""
+        steps = []
+        for one in self._taken:
+            seconds = max(one.ended - self._logged, 1e-9)
+            self._logged = one.ended
+            pull = None if one.penalty is None else float(one.penalty)
+            rate = self.settings.batch_size / seconds
+            steps.append(Step(one.step, float(one.loss), pull, one.lr, round(seconds, 6), round(rate, 3), one.selected))
+        self._taken.clear()
+        if steps:
+            log(steps)
+
+    def _after(self, stop: StopRequest, save: Checkpoint, log: Log, epoch_loss: Tensor) -> None:
         done = self.step >= self.total
         ends_epoch = self.step % self.session.steps_per_epoch == 0
         if (ends_epoch or self.step % _CHECK_EVERY == 0) and not bool(torch.isfinite(epoch_loss)):
@@ -223,6 +257,8 @@ class Trainer:
                 f" Retry with a smaller --lr than {self.settings.lr:g}."
             )
         stopped = bool(self._any_process(stop.requested))
+        if stopped or ends_epoch or self.step % _CHECK_EVERY == 0:
+            self._write_log(log)
         if stopped or (ends_epoch and not done):
             save(self.step, self.tensors())
         if stopped:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
-from treelora_cli.learning.trainer import Checkpoint, Trainer, TrainReport, TrainSettings
+from treelora_cli.learning.trainer import Checkpoint, Log, Trainer, TrainReport, TrainSettings
 from treelora_cli.methods.base import TaskContext
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def train_session(
     begun: Callable[[], None] = lambda: None,
     resume: Callable[[Trainer], None] = lambda _trainer: None,
     save: Checkpoint = lambda _step, _tensors: None,
+    log: Log = lambda _steps: None,
 ) -> TrainReport:
     """Train a prepared session from the method's ``begin`` to its ``end``; leaves the trained adapter in the slot.
 
@@ -62,6 +63,7 @@ def train_session(
         begun: Called once the adapter is where it starts.
         resume: Puts the trainer where an interrupted task stopped.
         save: Called with (step, tensors) after each epoch but the last and when stopped.
+        log: Called with steps taken, as in ``Trainer.run``.
 
     Raises:
         TreeLoraError: As ``Trainer.run``.
@@ -73,6 +75,6 @@ def train_session(
     slot = [] if start is None else task.slot
     trainer = Trainer(session, method, slot, TrainSettings.of(task.config.train, task.seed), runtime)
     resume(trainer)
-    report = trainer.run(save)
+    report = trainer.run(save, log)
     method.end(task)
     return report

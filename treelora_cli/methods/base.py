@@ -130,6 +130,9 @@ class Method(Protocol):
     def found(self) -> Found:
         """Return what was found out about the earlier tasks."""
 
+    def chosen(self, step: int) -> tuple[int, ...]:
+        """Return the earlier task selected for each layer at a step just taken, (D,); empty without a search."""
+
     def kept_bytes(self) -> int:
         """Return the bytes kept for later tasks, adapters aside."""
 
@@ -160,6 +163,10 @@ class Unprotected:
     def found(self) -> Found:
         """Nothing is looked for."""
         return Found()
+
+    def chosen(self, step: int) -> tuple[int, ...]:
+        """Nothing is selected."""
+        return ()
 
     def kept_bytes(self) -> int:
         """Keep nothing but the adapter, if there is one."""

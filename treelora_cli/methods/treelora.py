@@ -132,6 +132,11 @@ class TreeLora(Unprotected):
             self._behind = None
         return self._selected[view.step]
 
+    def chosen(self, step: int) -> tuple[int, ...]:
+        """Return the tasks selected at a step just taken."""
+        found = self._selected.get(step)
+        return () if found is None else tuple(int(task) for task in found)
+
     def _targets(self, chosen: np.ndarray[Any, Any], view: StepView) -> list[tuple[Tensor, Tensor]]:
         device = view.slot[0][0].device
         return [self._target(int(task), layer, device) for layer, task in enumerate(chosen)]

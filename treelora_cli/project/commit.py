@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from treelora_cli.errors import DamagedError, TreeLoraError
+from treelora_cli.project.answers import ANSWERS, TaskAnswers, answers_document
 from treelora_cli.project.state import TaskEntry
+from treelora_cli.project.steps import STEPS
 from treelora_cli.project.store import Content, FileRecord
 from treelora_cli.project.watch import WATCH, WatchSet, watch_document
 
@@ -43,6 +45,8 @@ class Commit:
         merged: PEFT directories that replace those of merged tasks: newest member's name to
             (members' names, files).
         watch: Watch sets, this task's scores included.
+        steps: The task's step log, as JSON lines.
+        answers: What was answered when tasks were scored, by task; ``None`` when nothing was.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Commit:
     matrix: ScoreMatrix
     merged: dict[str, tuple[tuple[str, ...], dict[str, bytes]]] = field(default_factory=dict)
     watch: tuple[WatchSet, ...] = ()
+    steps: bytes = b""
+    answers: Mapping[str, TaskAnswers] | None = None
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -127,6 +133,9 @@ def contents_of(change: Commit, directory: str) -> dict[str, Content]:
         **tree_files(change.tree),
         "metrics/matrix.json": to_json(change.matrix.to_json()),
     }
+    contents[ANSWERS] = to_json(answers_document(change.answers or {}))
+    if change.steps:
+        contents[f"{directory}/{STEPS}"] = change.steps
     if change.watch:
         contents[WATCH] = to_json(watch_document(change.watch))
     if change.bandit_meta:

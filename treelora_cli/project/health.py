@@ -11,12 +11,14 @@ from treelora_cli.project.history import Undone
 from treelora_cli.project.pending import PENDING
 from treelora_cli.project.project import STATE, Project
 from treelora_cli.project.state import State, parse_state
+from treelora_cli.project.steps import STEPS
 
 
 def whole_tasks(state: State, damaged: Mapping[str, str]) -> list[str]:
     """Return the tasks whose own files, adapter included, are not among the damaged."""
     folders = [(task.name, (f"{task.directory}/", f"{task.adapter}/adapter_")) for task in state.tasks]
-    return [name for name, prefixes in folders if not any(file.startswith(prefixes) for file in damaged)]
+    needed = [file for file in damaged if not file.endswith(f"/{STEPS}")]  # nothing is computed with it
+    return [name for name, prefixes in folders if not any(file.startswith(prefixes) for file in needed)]
 
 
 def works(project: Project, damaged: Mapping[str, str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from treelora_cli.config import DEFAULTS, Config, load_config
 from treelora_cli.errors import CheckError, ConfigError, DamagedError, ProjectError, ResourceError, UsageError
+from treelora_cli.project.answers import ANSWERS, TaskAnswers, parse_answers
 from treelora_cli.project.checkpoint import Checkpoint
 from treelora_cli.project.commit import (
     Commit,
@@ -28,6 +29,7 @@ from treelora_cli.project.lock import exclusive_lock, lock_holder
 from treelora_cli.project.pending import Pending, Waiting
 from treelora_cli.project.signals import signals_held
 from treelora_cli.project.state import State, TaskEntry, parse_state
+from treelora_cli.project.steps import STEPS, Step, StepLog, parse_steps
 from treelora_cli.project.store import Content, FileRecord, Store, as_user_error, refuse_links, write_file
 from treelora_cli.project.watch import WATCH, WatchSet, parse_watch, watch_document
 from treelora_cli.score_matrix import ScoreMatrix
@@ -78,6 +80,7 @@ class Project:
         self.store = Store(root)
         self.checkpoint = Checkpoint(root / ".treelora" / "run")
         self.history = History(root)
+        self.step_log = StepLog(root / ".treelora" / "run" / STEPS)
         self.pending = Pending(root / ".treelora" / "pending")
 
     # -- open and create ------------------------------------------------------------------------------
@@ -228,6 +231,23 @@ class Project:
             DamagedError: The file is malformed.
         """
         return parse_watch(self.read(WATCH)) if WATCH in self.state.files else ()
+
+    def answers(self) -> dict[str, TaskAnswers]:
+        """Return what was answered when tasks were last scored, by task; empty in older projects.
+
+        Raises:
+            DamagedError: The file is malformed.
+        """
+        return parse_answers(self.read(ANSWERS)) if ANSWERS in self.state.files else {}
+
+    def steps(self, name: str) -> tuple[Step, ...]:
+        """Return a task's training steps; empty in older projects.
+
+        Raises:
+            DamagedError: The file is malformed.
+        """
+        where = f"{self.entry(name).directory}/{STEPS}"
+        return parse_steps(self.read(where)) if where in self.state.files else ()
 
     def task_record(self, name: str) -> dict[str, Any]:
         """Return a task's ``task.json``: data request, settings, versions, timings.
@@ -413,6 +433,7 @@ class Project:
             project = self.advance(*parts)
             with suppress(OSError):  # it does not fit the new state
                 self.checkpoint.clear()
+                self.step_log.clear()
         return project
 
     def _parts(self, change: Commit) -> tuple[tuple[TaskEntry, ...], dict[str, FileRecord], dict[str, Content]]:
@@ -441,6 +462,7 @@ class Project:
             raise
         with suppress(OSError):
             self.checkpoint.clear()
+            self.step_log.clear()
 
     def accept(self) -> Project:
         """Commit the task that waits; the caller holds the lock.

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treelora_cli.errors import DamagedError, ProjectError
+from treelora_cli.project.answers import ANSWERS
 from treelora_cli.project.commit import to_json, tree_files
 from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock
 from treelora_cli.project.pending import PENDING
 from treelora_cli.project.project import STATE, Project
 from treelora_cli.project.state import State, parse_state
+from treelora_cli.project.steps import STEPS
 from treelora_cli.project.store import record_of, write_file
 from treelora_cli.project.watch import WATCH
 from treelora_cli.score_matrix import ScoreMatrix
@@ -89,6 +91,10 @@ def repair(project: Project) -> tuple[Project, Repair]:
         damaged -= set(_BANDIT)
         report.dropped += [name for name in _BANDIT if name in project.state.files]
         report.notes.append("What the last task's search pulled is gone; the next task starts its own search.")
+    for name in sorted(one for one in damaged if one == ANSWERS or one.endswith(f"/{STEPS}")):
+        damaged.discard(name)
+        report.dropped.append(name)
+        report.notes.append(f"{name} only told how training and scoring went.")
     if WATCH in damaged:
         damaged.discard(WATCH)
         report.dropped.append(WATCH)
