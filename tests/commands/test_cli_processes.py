@@ -178,7 +178,7 @@ def test_export_over_an_earlier_one_needs_force(cli: Cli, learned_project: Path,
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+    "number", [signal.SIGKILL, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGTERM))]
 )
 def test_interrupted_training_resumes_to_the_same_hashes(
     cli: Cli, project: Path, tmp_path: Path, number: signal.Signals

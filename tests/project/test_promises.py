@@ -184,6 +184,7 @@ def test_the_same_seed_gives_the_same_hashes_and_another_does_not(
     assert found[0][name] != found[2][name]
 
 
+@pytest.mark.slow  # quick: test_trust.py flips one bit in each file of the bookkeeping
 def test_one_flipped_bit_or_a_cut_anywhere_in_any_file_is_noticed(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
