@@ -1,6 +1,6 @@
 """Every seed that is derived from another, by name, so that who must draw the same numbers asks the same function.
 
-All are whole numbers; torch takes any below 2**63. The factors are primes or nearly so, and part of what a project's
+All are whole numbers; torch takes any below 2**64. The factors are primes or nearly so, and part of what a project's
 hashes depend on: a changed one makes other adapters of the same data.
 """
 
@@ -24,9 +24,14 @@ def of_probe(task_seed: int, number: int = 0) -> int:
 
 def of_step(task_seed: int, step: int) -> int:
     """Seed of what is drawn within a training step, such as dropout."""
-    return task_seed * 1_000_003 + step
+    return (task_seed * 1_000_003 + step) % (1 << 64)
 
 
 def of_layer(seed: int, layer: int) -> int:
     """Seed of what is drawn for an adapted layer, from 0: where its adapter starts, how its gradients are sketched."""
     return (seed * 1_000_003 + layer) % (1 << 63)
+
+
+def of_blocks(seed: int) -> int:
+    """Seed of the random features that grown blocks compute, apart from those of the head."""
+    return seed + 1

@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from treelora_cli import seeds
+
 # Larger gradients have their order drawn again each time rather than kept in memory.
 _CACHED_ENTRIES = 1 << 20
 
@@ -174,8 +176,7 @@ def _order_and_signs(spec: SketchSpec, layer_index: int, entries: int) -> tuple[
 
 def _draw(spec: SketchSpec, layer_index: int, entries: int) -> tuple[Tensor, Tensor]:
     """Draw on the CPU, whose generator gives the same numbers whatever the accelerator."""
-    mixed = (spec.seed * 1_000_003 + layer_index) % (1 << 63)
-    generator = torch.Generator().manual_seed(mixed)
+    generator = torch.Generator().manual_seed(seeds.of_layer(spec.seed, layer_index))
     order = torch.randperm(entries, generator=generator)
     signs = torch.randint(0, 2, (entries,), generator=generator).float() * 2.0 - 1.0
     return order, signs

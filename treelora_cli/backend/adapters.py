@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from treelora_cli import seeds
 from treelora_cli.errors import DamagedError, ModelError
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def reference_point(network: nn.Module, layers: Sequence[str], scale: float, see
     """
     down, up = [], []
     for index, (a, b) in enumerate(slot_parameters(network, layers)):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed(seeds.of_layer(seed, index))
         bound = a.shape[1] ** -0.5
         down.append((torch.rand(a.shape, generator=generator) * 2 - 1) * bound)
         up.append(torch.zeros(b.shape))

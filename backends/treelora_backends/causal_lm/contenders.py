@@ -17,6 +17,7 @@ from treelora_backends.causal_lm.memory import describe
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.steps import LmSteps
 from treelora_backends.causal_lm.task import LmTask
+from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
 from treelora_cli.backend.contract import Learned, Memory, Score, TaskMemory
@@ -53,7 +54,7 @@ class PlainLmSession(LmSteps):
         if not self.examples:
             raise DataError("No training examples.")
         lengths = [len(one) for one in self.examples]
-        seed = config.seed * 10_007 + index  # as LmSession's, so that everyone sees the same order
+        seed = seeds.of_task(config.seed, index)
         super().__init__(base, lengths, len(lengths), config.train.batch_size, seed)
         if config.train.grad_checkpointing:
             self.checkpoint_gradients("grad_checkpointing")
@@ -75,7 +76,7 @@ class PlainLmSession(LmSteps):
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield losses of the first mini-batches of one shuffle, without dropout, the same at every call."""
         self.base.network.eval()
-        batches = shuffled_batches(self.lengths, self.steps_per_epoch, self.seed * 7919)
+        batches = shuffled_batches(self.lengths, self.steps_per_epoch, seeds.of_probe(self.seed))
         for places, _ in zip(batches, range(count), strict=False):
             yield self.loss_of(places)
 

@@ -37,6 +37,7 @@ from treelora_backends.causal_lm.steps import LmSteps
 from treelora_backends.causal_lm.task import LmTask
 from treelora_backends.kept import Keeping, KeptRows, each_expected
 from treelora_backends.transfer import sent
+from treelora_cli import seeds
 from treelora_cli.backend.contract import Learned, Memory
 from treelora_cli.config import Config
 from treelora_cli.errors import DataError, UsageError
@@ -65,7 +66,7 @@ class LmSession(LmSteps):
         self.runtime = base.runtime
         self.own = self.runtime.share(list(range(task.train_size)))
         lengths = [len(task.train[index]) for index in self.own]
-        seed = config.seed * 10_007 + len(memory.tasks)
+        seed = seeds.of_task(config.seed, len(memory.tasks))
         super().__init__(base, lengths, task.train_size, config.train.batch_size, seed)
         processes = self.runtime.accelerator.num_processes
         if self.steps_per_epoch > task.train_size // processes:
@@ -175,7 +176,7 @@ class LmSession(LmSteps):
         self.base.network.eval()
         drawn = 0
         while drawn < count:
-            seed = self.seed * 7919 + drawn
+            seed = seeds.of_probe(self.seed, drawn)
             for places in shuffled_batches(self.lengths, self.steps_per_epoch, seed):
                 if drawn == count:
                     return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from treelora_backends.causal_lm.batches import shuffled_batches
+from treelora_cli import seeds
 from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class LmSteps(ABC):
 
     def batches(self, epoch: int) -> Iterator[list[int]]:
         """Yield places in this process's share for each step."""
-        yield from shuffled_batches(self.lengths, self.steps_per_epoch, self.seed * 104_729 + epoch)
+        yield from shuffled_batches(self.lengths, self.steps_per_epoch, seeds.of_order(self.seed, epoch))
 
     def loss(self, batch: list[int]) -> Tensor:
         """Mean cross-entropy over the answers' tokens."""

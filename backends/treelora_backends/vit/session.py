@@ -21,6 +21,7 @@ from treelora_backends.vit.chunks import images_at_once
 from treelora_backends.vit.images import ImageTask, shuffled_views
 from treelora_backends.vit.shared_head import SharedHead, columns_of
 from treelora_backends.vit.single import KINDS, NewImages, extended_statistics, single_network_part
+from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
 from treelora_cli.backend.contract import Learned, Memory
@@ -45,7 +46,7 @@ class VitSession:
         self.device = base.runtime.device
         assert config.train.batch_size is not None and config.seed is not None
         self.batch_size: int = config.train.batch_size
-        self.seed: int = config.seed * 10_007 + len(memory.tasks)
+        self.seed: int = seeds.of_task(config.seed, len(memory.tasks))
         self.config = config
         assert config.head.views is not None
         self.views: int = config.head.views
@@ -125,7 +126,7 @@ class VitSession:
 
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield losses against the class means: cosine, temperature 0.1."""
-        generator = torch.Generator().manual_seed(self.seed * 7919 + self.runtime.accelerator.process_index)
+        generator = torch.Generator().manual_seed(seeds.of_probe(self.seed, self.runtime.accelerator.process_index))
         size = min(self.batch_size, len(self.own), max(_SMALLEST_PROBE, len(self.own) // count))
         order = torch.cat(
             [torch.randperm(len(self.own), generator=generator) for _ in range(1 + count * size // len(self.own))]
@@ -147,7 +148,7 @@ class VitSession:
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of each step, both (B,)."""
-        batches = shuffled_views(len(self.own), self.views, self.steps_per_epoch, self.seed * 104_729 + epoch)
+        batches = shuffled_views(len(self.own), self.views, self.steps_per_epoch, seeds.of_order(self.seed, epoch))
         yield from each_expected(self.kept, batches, lambda batch: batch[0] * self.views + batch[1])
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:

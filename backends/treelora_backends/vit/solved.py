@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from treelora_backends.vit.trunk import fill_classifier, normalised
+from treelora_cli import seeds
 from treelora_cli.heads.gram import Gram
 from treelora_cli.heads.ridge import LinearHead, RidgeStatistics
 
@@ -110,7 +111,7 @@ class SolvedFeatures:
         hidden, width = int(mlp.fc1.out_features), trunk.width
         first = hidden - 2 * width
         count = first + max(0, (random - first) // hidden) * hidden
-        generator = torch.Generator().manual_seed(seed + 1)
+        generator = torch.Generator().manual_seed(seeds.of_blocks(seed))
         projection = torch.randn(count, width, generator=generator) / width**0.5
         device = axes.device
         return cls(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from treelora_backends.vit.images import ImageTask, Pictures, shuffled_views
+from treelora_cli import seeds
 from treelora_cli.backend.arithmetic import try_gradient
 from treelora_cli.backend.contract import Learned, Score
 from treelora_cli.config import Config
@@ -103,7 +104,7 @@ class PlainSession:
         self.own = own
         self.rate = rate
         self.batch_size: int = config.train.batch_size
-        self.seed: int = config.seed * 10_007 + index  # as VitSession's, so that everyone sees the same order
+        self.seed: int = seeds.of_task(config.seed, index)
         self.pictures = _Joined([task.train for task in tasks])
         names = list(dict.fromkeys(label for task in tasks for label in task.labels))
         local = [torch.tensor([names.index(label) for label in task.labels])[task.train.labels] for task in tasks]
@@ -132,7 +133,7 @@ class PlainSession:
 
     def probe_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of those mini-batches, both (B,)."""
-        generator = torch.Generator().manual_seed(self.seed * 7919)
+        generator = torch.Generator().manual_seed(seeds.of_probe(self.seed))
         order = torch.randperm(len(self.pictures), generator=generator)
         for rows in order.split(self.batch_size)[:count]:
             yield rows, torch.zeros_like(rows)
@@ -144,7 +145,7 @@ class PlainSession:
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of each step, both (B,), in the order of ``VitSession``."""
-        seed = self.seed * 104_729 + epoch
+        seed = seeds.of_order(self.seed, epoch)
         yield from shuffled_views(len(self.pictures), VIEWS, self.steps_per_epoch, seed)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
