@@ -65,6 +65,12 @@ class Keeping:
         return "memory" if wanted <= min(limit, _SHARE * _free_in_computer()) else "file"
 
 
+def planned(count: int, shape: Sequence[int], keeping: Keeping) -> dict[str, Any]:
+    """Return place and size, in MiB, of so many rows that would be kept now."""
+    wanted = size_of(count, shape)
+    return {"place": keeping.place(wanted), "mib": round(wanted / _MIB, 1)}
+
+
 def _free_on(device: torch.device) -> int:
     """Return the bytes of a GPU that nothing uses, those that torch holds ready included."""
     free, _ = torch.cuda.mem_get_info(device)

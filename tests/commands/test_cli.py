@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,24 @@ def test_dry_run_learns_nothing(cli: Cli, project: Path, data: Path) -> None:
     assert done.json["steps"] == 6
     assert done.json["labels"] == ["blue", "cyan", "green"]
     assert done.json["adapter_parameters"] == 2 * 4 * (32 + 96)
+    assert (done.json["kept_activations_place"], done.json["kept_activations_mib"]) == ("memory", 0.0)
     assert tree_hash(project) == before
+
+
+def test_what_is_learned_does_not_depend_on_where_activations_are_kept(
+    cli: Cli, project: Path, data: Path, tmp_path: Path
+) -> None:
+    adapters = []
+    for limit, place, said in ((1, "memory", "in memory"), (0, "file", f"in {tempfile.gettempdir()}")):
+        shutil.copytree(project, tmp_path / place)
+        done = cli("-v", "-C", tmp_path / place, "train-task", data / "cold", "--name", "again", "--keep-mib", limit,
+                   "--no-eval", "--device", "cpu")  # fmt: skip
+        assert done.code == 0, done.err
+        assert f"are kept {said}." in done.err
+        (folder,) = (tmp_path / place / "tasks").glob("*-again")
+        assert json.loads((folder / "task.json").read_text())["facts"]["kept"] == {"place": place, "mib": 0.0}
+        adapters.append((folder / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
 
 
 def test_no_eval_leaves_scores_open(cli: Cli, empty_project: Path, data: Path) -> None:

@@ -467,7 +467,11 @@ def rounded_scores(counts: Iterable[int]) -> float:
 
 
 class Base(Protocol):
-    """A loaded frozen model with one LoRA slot."""
+    """A loaded frozen model with one LoRA slot.
+
+    A backend that keeps activations over epochs may say with a method ``kept_plan(task, config)`` where and how many:
+    ``{"place": "device", "memory" or "file", "mib": ...}``; ``train-task --dry-run`` shows it.
+    """
 
     @property
     def network(self) -> nn.Module:

@@ -13,7 +13,7 @@ from treelora_cli.errors import DamagedError, ProjectError, UsageError
 from treelora_cli.locations import lasting
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import Base, DataRequest
+    from treelora_cli.backend.contract import Base, DataRequest, TaskData
     from treelora_cli.config import Config
     from treelora_cli.learning.task import TaskReport
     from treelora_cli.project import Project
@@ -195,6 +195,12 @@ def _interrupted(
     return str(facts["task"]), request, begun_with(facts, flags)
 
 
+def _kept(base: Base, task: TaskData, config: Config) -> dict[str, Any]:
+    """Return what the backend says of activations that it would keep, if it says anything."""
+    plan: dict[str, Any] = getattr(base, "kept_plan", lambda _task, _config: {})(task, config)
+    return {f"kept_activations_{key}": value for key, value in plan.items()}
+
+
 def _show_plan(session: Session, base: Base, request: DataRequest, name: str, config: Config) -> None:
     from treelora_cli.learning.task import check_numbers
 
@@ -213,6 +219,7 @@ def _show_plan(session: Session, base: Base, request: DataRequest, name: str, co
         "steps": -(-task.train_size // train.batch_size) * train.epochs,
         "adapter_parameters": trained,
         "memory_estimate_mib": round((frozen + 16 * trained) / 2**20 + 350),
+        **_kept(base, task, config),
         "sample": task.sample,
         "notes": list(task.notes),
     }

@@ -21,6 +21,7 @@ from treelora_backends.causal_lm.render import Encoder
 from treelora_backends.causal_lm.router import FeatureReader
 from treelora_backends.causal_lm.session import LmSession
 from treelora_backends.causal_lm.task import LmTask, read_lm_task
+from treelora_backends.kept import Keeping, planned
 from treelora_cli.backend import adapters
 from treelora_cli.backend.fingerprint import hash_parameters, identity
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig
@@ -108,6 +109,14 @@ class CausalLmBase(LoadedLm):
     def session(self, task: TaskData, memory: Memory, config: Config) -> LmSession:
         """Open a task for learning."""
         return LmSession(self, cast("LmTask", task), memory, config)
+
+    def kept_plan(self, task: TaskData, config: Config) -> dict[str, Any]:
+        """Return place and size of the activations that learning the task would keep; nothing where none are."""
+        if not self.lm.cut:
+            return {}
+        tokens = sum(len(one) for one in self.runtime.share(cast("LmTask", task).train))
+        width = int(self.lm.model.config.get_text_config().hidden_size)
+        return planned(tokens, [width], Keeping.of(self.lm.device, config.train.keep_mib))
 
     def predictor(self, memory: Memory, inference: str) -> LmPredictor:
         """Return a predictor over everything in ``memory``."""

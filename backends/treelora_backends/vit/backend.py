@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from treelora_backends.kept import Keeping, planned
 from treelora_backends.vit.contenders.heads import make_contender
 from treelora_backends.vit.export import check_export, write_adapter, write_merged
 from treelora_backends.vit.images import ImageTask, Preprocessing, make_preprocessing, read_image_task
@@ -99,6 +100,15 @@ class VitBase(LoadedVit):
     def session(self, task: TaskData, memory: Memory, config: Config) -> VitSession:
         """Open a task for learning."""
         return VitSession(self, cast("ImageTask", task), memory, config)
+
+    def kept_plan(self, task: TaskData, config: Config) -> dict[str, Any]:
+        """Return place and size of the activations that learning the task would keep."""
+        assert config.head.views is not None
+        with torch.no_grad():
+            image = torch.zeros(1, 3, *self.preprocessing.size, device=self.runtime.device)
+            shape = self.trunk.before(image).tokens.shape[1:]
+        own = len(self.runtime.share(list(range(task.train_size))))
+        return planned(own * config.head.views, shape, Keeping.of(self.runtime.device, config.train.keep_mib))
 
     def predictor(self, memory: Memory, inference: str) -> VitPredictor:
         """Return a predictor over everything in ``memory``.
