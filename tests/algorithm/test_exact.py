@@ -8,11 +8,13 @@ import torch
 
 from treelora_cli.algorithm.arms import SearchArms, search_arms
 from treelora_cli.algorithm.bandit import TreeBandit, _where_adequate, pull_summary
+from treelora_cli.algorithm.budget import merge_to_budget
 from treelora_cli.algorithm.distances import mutual_pairs
 from treelora_cli.algorithm.growth import grow
+from treelora_cli.algorithm.nodes import nodes_from_list
 from treelora_cli.algorithm.pull import soft_threshold_
 from treelora_cli.algorithm.signature import SketchSpec, sketch_layer
-from treelora_cli.algorithm.split import _TIE, halve, median_l1_cut
+from treelora_cli.algorithm.split import _TIE, halve, median_l1_cut, principal_gap_cut
 from treelora_cli.algorithm.tree import Tree, build_tree
 
 
@@ -149,11 +151,35 @@ def test_halving_by_hand() -> None:
     assert odd.threshold == pytest.approx(1.0 * 14 / 3)
 
 
-def test_distances_tie_when_they_differ_by_less_than_a_share_of_the_largest() -> None:
-    little = _TIE / 10  # moves the mean, and so makes the distances of the other two differ
-    cut = median_l1_cut(np.array([[little], [-1.0], [1.0]], dtype=np.float32))
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_distances_tie_when_they_differ_by_less_than_a_share_of_the_largest(scale: float) -> None:
+    little = _TIE / 10  # moves the mean, and so makes distances differ that would be equal
+    cut = median_l1_cut(np.array([[little], [-1.0], [1.0]], dtype=np.float32) * np.float32(scale))
     assert cut is not None
     assert (cut.left.tolist(), cut.right.tolist()) == ([0], [1, 2])
+    cut = median_l1_cut(np.array([[3.0], [-3.0], [1.0], [-1.0], [little]], dtype=np.float32) * np.float32(scale))
+    assert cut is not None
+    assert (cut.left.tolist(), cut.right.tolist()) == ([2, 3, 4], [0, 1])
+
+
+def test_the_widest_gap_is_cut_in_its_middle() -> None:
+    cut = principal_gap_cut(np.array([[0.0], [1.0], [10.0], [12.0]], dtype=np.float32), np.arange(4))
+    assert cut is not None
+    assert (cut.left.tolist(), cut.right.tolist()) == ([0, 1], [2, 3])
+    assert cut.threshold == pytest.approx(-0.25)  # deviations from the mean 5.75: between -4.75 and 4.25
+
+
+def test_a_stored_leaf_holds_no_task_beyond_the_last() -> None:
+    records = build_tree(on_a_line(5, 5), 1).to_dict()["nodes"]
+    assert [node.members for node in nodes_from_list(records, 2, 1, 1)] == [(0, 1)]
+    with pytest.raises(ValueError, match="tree node 0: task 1, but 1 tasks"):
+        nodes_from_list(records, 1, 1, 1)
+
+
+def test_groups_that_are_merged_again_are_one_group() -> None:
+    tree = build_tree(on_a_line(0, 1, 8, 9), 2)
+    groups = merge_to_budget(tree, ["a", "b", "c", "d"], lambda task: str(task), 1, lambda pair, _: "+".join(pair))
+    assert [(group.members, group.adapter) for group in groups] == [((0, 1, 2, 3), "0+1+2+3")]
 
 
 # -- signatures and the pull ------------------------------------------------------------------------------
