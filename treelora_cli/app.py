@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -119,6 +120,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not {"-v", "--verbose", "--debug"} & set(given):
         quiet_libraries()
     terminate_like_interrupt()
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be text, nor a terminal know every sign
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run_command(given))
 
 

@@ -98,3 +98,31 @@ def test_a_folder_and_a_list_are_answered_image_by_image(cli: Cli, project: Path
     (tmp_path / "list.jsonl").write_text(json.dumps({"path": str(folder / "03.png")}))
     listed = cli("-C", project, "predict", tmp_path / "list.jsonl", "--json", "--device", "cpu")
     assert listed.json["predictions"] == done.json["predictions"][3:4]
+
+
+def test_a_task_name_keeps_its_capitals_and_is_compared_without(cli: Cli, empty_project: Path, data: Path) -> None:
+    train = ("-C", empty_project, "train-task", data / "warm", "--device", "cpu", "--name")
+    assert cli(*train, "Warm-Colours").code == 0
+    assert (empty_project / "tasks" / "001-Warm-Colours").is_dir()
+    check_error(cli(*train, "warm-colours"), 2, r"Task 'Warm-Colours' exists \(001\)\. Choose another --name")
+    scored = cli("-C", empty_project, "eval", "--tasks", "WARM-colours", "--json", "--device", "cpu")
+    assert list(scored.json["tasks"]) == ["Warm-Colours"]
+    assert cli("-C", empty_project, "rollback", "warm-COLOURS").code == 0
+    assert cli("-C", empty_project, "status", "--json").json["tasks"] == []
+
+
+def test_status_counts_all_that_is_on_disk(cli: Cli, project: Path) -> None:
+    found = cli("-C", project, "status", "--json").json
+    on_disk = sum(path.stat().st_size for path in project.rglob("*") if path.is_file())
+    assert found["project_bytes"] + found["history_bytes"] <= found["disk_bytes"] <= on_disk
+    text = cli("-C", project, "status").out
+    assert "earlier states" in text.splitlines()[-1]
+
+
+def test_the_sample_shows_the_path_as_it_is_said_from_here(
+    cli: Cli, empty_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_images(tmp_path / "data" / "birds", ["red", "blue"])
+    monkeypatch.chdir(tmp_path)
+    done = cli("-C", empty_project, "train-task", "p/../data/../data/birds", "--dry-run", "--json", "--device", "cpu")
+    assert done.json["sample"].startswith("data/birds/train/blue/00.png -> 3x16x16, label 'blue'")

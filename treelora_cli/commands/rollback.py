@@ -34,6 +34,7 @@ def rollback(
         return
     assert task is not None
     with project.lock(f"rollback {task}") as project:
+        task = project.entry(task).name
         names = [entry.name for entry in project.state.tasks]
         gone = names[names.index(project.entry(task).name) :]
         project.history.before(project.state, task)

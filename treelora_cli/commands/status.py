@@ -9,7 +9,7 @@ from rich.table import Table
 
 from treelora_cli.commands.context import session_of
 from treelora_cli.errors import DamagedError
-from treelora_cli.project import history_bytes, trash
+from treelora_cli.project import disk_bytes, history_bytes, trash
 from treelora_cli.views.scores import percent, summary
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def status(context: typer.Context) -> None:
         "adapter_bytes": project.adapter_bytes(),
         "project_bytes": project.total_bytes(),
         "history_bytes": history_bytes(project),
+        "disk_bytes": disk_bytes(project),
         "rollback": reach,
         "trash": [list(entry.tasks) for entry in undone],
         "waiting": None if waiting is None else {"task": waiting.task, "reason": waiting.reason},
@@ -76,8 +77,11 @@ def status(context: typer.Context) -> None:
         step = f"treelora train-task --resume   ('{interrupted['task']}' stopped after step {interrupted['step']})"
     if waiting is not None:
         step = "treelora train-task --accept, or --drop"
-    size = f"{project.total_bytes() / 2**20:.1f} MiB, adapters {project.adapter_bytes() / 2**20:.2f} MiB"
     kept = f"{history_bytes(project) / 2**20:.1f} MiB"
+    size = (
+        f"{disk_bytes(project) / 2**20:.1f} MiB (this state {project.total_bytes() / 2**20:.1f}, of it adapters"
+        f" {project.adapter_bytes() / 2**20:.2f}; earlier states {history_bytes(project) / 2**20:.1f})"
+    )
     lines = [f"Can be rolled back: {', '.join(reach)} (earlier states: {kept})."] if reach else []
     if waiting is not None:
         lines.append(f"Learned but not committed: '{waiting.task}', for {waiting.reason}.")

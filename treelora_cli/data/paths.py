@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def is_address(name: str) -> bool:
 def is_pattern(name: str) -> bool:
     """Return whether a name is a pattern such as ``*.png``, and no file is called so."""
     return glob.has_magic(name) and not Path(name).exists()
+
+
+def shown(name: str) -> str:
+    """Return a path as short as it can be said from here, without ``..`` in its middle; other names as they are."""
+    if not os.path.isabs(name):
+        return name
+    return min(os.path.relpath(name), os.path.normpath(name), key=len)
 
 
 def paths_of(request: DataRequest) -> list[Path]:

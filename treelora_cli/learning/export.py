@@ -122,7 +122,7 @@ def write_export(project: Project, base: Base, request: ExportRequest, inference
     memory = project.memory()
     task = None
     if request.kind == "adapter":
-        task = request.task or project.state.tasks[-1].name
+        task = project.state.tasks[-1].name if request.task is None else project.entry(request.task).name
     out = request.out.resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ def plan_stream(request: StreamRequest) -> tuple[PlannedTask, ...]:
     tasks = stream_tasks(recipe.stream, data, seed, request.recipe.name)
     for number, task in enumerate(tasks):
         check_task_name(task.name)
-        if task.name in {earlier.name for earlier in tasks[:number]}:
+        if task.name.lower() in {earlier.name.lower() for earlier in tasks[:number]}:
             raise ConfigError(f"{request.recipe.name}: task '{task.name}' is listed twice.")
 
     def planned(task: StreamTask) -> PlannedTask:

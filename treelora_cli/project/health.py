@@ -89,5 +89,15 @@ def history_bytes(project: Project) -> int:
     return project.store.object_bytes(_needed(project, project.history.earlier(project.state)))
 
 
+def disk_bytes(project: Project) -> int:
+    """Return the bytes of all files below the project's directory, contents that several names share counted once."""
+    found = {}
+    for path in project.root.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            facts = path.stat()
+            found[facts.st_dev, facts.st_ino] = facts.st_size
+    return sum(found.values())
+
+
 def _needed(project: Project, states: Sequence[bytes]) -> set[str]:
     return project.store.needed(project.state.files, (parse_state(data).files for data in states))

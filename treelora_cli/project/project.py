@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_TASK_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,63}$")
+_TASK_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt") for n in range(10))}
 _CONFIG = "treelora.yaml"
 STATE = "state.json"
@@ -62,12 +62,10 @@ def check_task_name(name: str) -> str:
     """Return a safe task name.
 
     Raises:
-        UsageError: Not lower-case letters, digits, ``.``, ``_``, ``-``, starting with a letter or digit, at most 64.
+        UsageError: Not letters, digits, ``.``, ``_``, ``-``, starting with a letter or digit, at most 64.
     """
-    if not _TASK_NAME.fullmatch(name) or name.split(".")[0] in _DEVICE_NAMES or name.endswith("."):
-        raise UsageError(
-            f"Task name {name!r} is not allowed: use lower-case letters, digits, '.', '_' and '-', at most 64."
-        )
+    if not _TASK_NAME.fullmatch(name) or name.lower().split(".")[0] in _DEVICE_NAMES or name.endswith("."):
+        raise UsageError(f"Task name {name!r} is not allowed: use letters, digits, '.', '_' and '-', at most 64.")
     return name
 
 
@@ -300,9 +298,10 @@ class Project:
     def check_free(self, name: str) -> None:
         """Raise ``UsageError`` when a task of this name exists."""
         for number, task in enumerate(self.state.tasks, start=1):
-            if task.name == name:
+            if task.name.lower() == name.lower():  # folders of some systems do not tell case apart
                 raise UsageError(
-                    f"Task '{name}' exists ({number:03d}). Choose another --name, or treelora rollback {name}."
+                    f"Task '{task.name}' exists ({number:03d})."
+                    f" Choose another --name, or treelora rollback {task.name}."
                 )
 
     def check_decided(self) -> None:

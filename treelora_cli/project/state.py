@@ -62,8 +62,8 @@ class State:
         return hashlib.sha256(self.to_json()).hexdigest()
 
     def task(self, name: str) -> TaskEntry | None:
-        """Return the task called ``name``."""
-        return next((task for task in self.tasks if task.name == name), None)
+        """Return the task called ``name``, whatever its case."""
+        return next((task for task in self.tasks if task.name.lower() == name.lower()), None)
 
 
 def seal(record: dict[str, Any]) -> bytes:

@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from treelora_cli.views.fitting import fitted
 
 T = TypeVar("T")
 
@@ -33,10 +36,10 @@ class Output:
         self.verbose = verbose
         self.silent = silent
         self.documents = 0
-        self.out = Console(soft_wrap=True, highlight=False)
+        self.out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
         if not self.out.is_terminal and "COLUMNS" not in os.environ:
             self.out.width = _PIPE_WIDTH
-        self.err = Console(stderr=True, soft_wrap=True, highlight=False)
+        self.err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
     def result(self, document: dict[str, Any], *views: RenderableType) -> None:
         """Print the JSON document, or its views for people."""
@@ -47,7 +50,11 @@ class Output:
             sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
             return
         for view in views:
-            self.out.print(view, markup=False)
+            if isinstance(view, Table):
+                for part in fitted(view, self.out):
+                    self.out.print(part, soft_wrap=False)
+            else:
+                self.out.print(view)
 
     def line(self, text: str) -> None:
         """Write one line of a result that comes in lines, as it is, at once."""
@@ -58,7 +65,7 @@ class Output:
     def note(self, message: str) -> None:
         """Print one line beside the result."""
         if not (self.quiet or self.silent):
-            self.err.print(message, markup=False)
+            self.err.print(message)
 
     def detail(self, message: str) -> None:
         """Print one line beside the result where details are wanted."""
@@ -67,7 +74,7 @@ class Output:
 
     def error(self, message: str, exit_code: int) -> None:
         """Print an error line, and with ``--json`` its document unless a result was printed already."""
-        self.err.print(f"Error: {message}", markup=False, style="red")
+        self.err.print(f"Error: {message}", style="red")
         if self.as_json and not (self.silent or self.documents):
             sys.stdout.write(json.dumps({"error": message, "exit_code": exit_code}) + "\n")
 

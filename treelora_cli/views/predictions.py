@@ -85,7 +85,7 @@ def prediction_table(rows: Sequence[Sequence[str]], shape: Shape) -> Table:
     """All predictions as one table."""
     table = Table()
     for heading in shape.columns:
-        table.add_column(heading)
+        table.add_column(heading, justify="right" if heading in ("confidence", "margin") else "left")
     for row in rows:
         table.add_row(*row)
     return table

@@ -29,7 +29,7 @@ def percent(value: float | None) -> str:
 def standing_table(standing: Standing, routed: Mapping[str, float | None]) -> Table:
     """Each task when it was learned, before the last task, and now."""
     table = Table(title="Scores in percent, no task identity given")
-    for heading in ("task", "when learned", "before", "now", "change", "own adapter"):
+    for heading in ("task", "when learned", "before", "now", "change", "routed to it"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     rows = zip(standing.tasks, standing.learned, standing.before, standing.now, strict=True)
     for task, learned, before, now in rows:

@@ -18,6 +18,7 @@ from treelora_cli.backend.contract import Change, DataRequest
 from treelora_cli.backend.runtime import Reporter
 from treelora_cli.data.held_out import content_hash
 from treelora_cli.data.images import ImageItem, list_images
+from treelora_cli.data.paths import shown
 from treelora_cli.data.pixels import open_image
 from treelora_cli.errors import DataError, UsageError
 
@@ -184,7 +185,11 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
     if not request.test_only and len(train.labels.unique()) < len(listing.labels):
         raise DataError(f"{request.path}: a class has no readable training image left.")
     height, width = preprocessing.size
-    sample = f"{listing.train[0].name} -> 3x{height}x{width}, label '{listing.train[0].label}'" if listing.train else ""
+    sample = (
+        f"{shown(listing.train[0].name)} -> 3x{height}x{width}, label '{listing.train[0].label}'"
+        if listing.train
+        else ""
+    )
     digits = digest.hexdigest()
     return ImageTask(listing.labels, train, test, digits, notes, sample, listing.change, numbered=listing.numbered)
 
