@@ -169,12 +169,25 @@ def _read_text(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
 def _read_jsonl(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
     text = decode(data, path, notes, western=False)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if lines and not _is_json(lines[0][1]):
-        return _read_json(data, path, [])  # a record or a list over several lines
     if len(lines) == 1 and lines[0][1].lstrip().startswith("[{"):
         return _read_json(data, path, [])
-    places = ((line, f"{path.name}:{number}") for number, line in lines)
-    return (_record(_parse_json(line, where), where) for line, where in places)
+    places = [(line, f"{path.name}:{number}") for number, line in lines]
+    try:
+        return iter([_record(_parse_json(line, where), where) for line, where in places])
+    except DataError as error:
+        return _over_lines(data, path, error, whole_line=_is_json(lines[0][1]))
+
+
+def _over_lines(data: bytes, path: Path, error: DataError, *, whole_line: bool) -> Iterator[Row]:
+    """Read records, or a list of them, that are written over several lines each.
+
+    Raises:
+        DataError: They are not; ``error`` where the first line was a record.
+    """
+    try:
+        return iter(list(_read_json(data, path, [])))
+    except DataError as other:
+        raise (error if whole_line else other) from other
 
 
 def _is_json(line: str) -> bool:
