@@ -169,23 +169,24 @@ def _read_text(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
 def _read_jsonl(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
     text = decode(data, path, notes, western=False)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if len(lines) == 1 and lines[0][1].lstrip().startswith("[{"):
-        return _read_json(data, path, [])
     places = [(line, f"{path.name}:{number}") for number, line in lines]
     try:
         return iter([_record(_parse_json(line, where), where) for line, where in places])
     except DataError as error:
-        return _over_lines(data, path, error, whole_line=_is_json(lines[0][1]))
+        return _over_lines(text, path, error, whole_line=_is_json(lines[0][1]))
 
 
-def _over_lines(data: bytes, path: Path, error: DataError, *, whole_line: bool) -> Iterator[Row]:
+def _over_lines(text: str, path: Path, error: DataError, *, whole_line: bool) -> Iterator[Row]:
     """Read records, or a list of them, that are written over several lines each.
 
     Raises:
-        DataError: They are not; ``error`` where the first line was a record.
+        DataError: They are not; ``error`` where the first line was whole.
     """
     try:
-        return iter(list(_read_json(data, path, [])))
+        values = _json_values(text, path.name)
+        if len(values) == 1 and isinstance(values[0][0], list) and values[0][0]:
+            return iter([_record(one, f"{path.name} record {index + 1}") for index, one in enumerate(values[0][0])])
+        return iter([_record(value, f"{path.name}:{line}") for value, line in values])
     except DataError as other:
         raise (error if whole_line else other) from other
 
@@ -206,9 +207,7 @@ def _read_json(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
     content = values[0][0] if values else None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
-        if len(lists) != 1 and table_suffix(path) != ".json":
-            content = [content]
-        elif len(lists) == 1:
+        if len(lists) == 1:
             content = lists[0]
     if not isinstance(content, list):
         raise DataError(f"{path.name}: expected a list of records.")
