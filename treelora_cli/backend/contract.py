@@ -539,7 +539,8 @@ class Backend(Protocol):
     """A model family, registered on the entry-point group ``treelora.backends``.
 
     A class attribute ``gpu_dtype`` names the type in which a new project's base is held on a GPU where the user says
-    nothing; without it, and on a CPU, the backend's usual type.
+    nothing; without it, and on a CPU, the backend's usual type. A method ``recognises(model)`` says that a model which
+    the user named without a backend is of this family; without it, a project has to name the backend.
     """
 
     name: str

@@ -7,11 +7,29 @@ from treelora_cli.entry_points import registered
 from treelora_cli.errors import ModelError, UsageError, suggest
 
 GROUP = "treelora.backends"
+_USUAL = "vit"
 
 
 def backend_names() -> list[str]:
     """Names registered by any installed distribution, sorted, without importing a backend."""
     return sorted(registered(GROUP, "Backend"))
+
+
+def backend_for(model: str | None) -> str:
+    """Return the family of a model that the user named without a backend: the first that recognises it, else ``vit``.
+
+    A backend recognises models by an attribute ``recognises``, a function of the name, path or hub id.
+    """
+    if model is None:
+        return _USUAL
+    for name in backend_names():
+        try:
+            recognises = getattr(load_backend(name), "recognises", None)
+        except (UsageError, ModelError):
+            continue  # a backend that is broken is said when it is asked for
+        if recognises is not None and recognises(model):
+            return name
+    return _USUAL
 
 
 def load_backend(name: str) -> Backend:

@@ -10,7 +10,7 @@ from typing import Any
 
 from treelora_cli.backend.contract import Backend, Base
 from treelora_cli.backend.members import require
-from treelora_cli.backend.registry import load_backend
+from treelora_cli.backend.registry import backend_for, load_backend
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
 from treelora_cli.errors import ConfigError, ModelError, ProjectError, UsageError
@@ -40,7 +40,7 @@ def make_project(root: Path, flags: Config, recipe_text: str | None, source: str
     check_new_directory(root)
     recipe = parse_config(recipe_text, source) if recipe_text is not None else Config()
     given = overlay(flags, recipe)
-    backend = load_backend(given.backend or "vit")
+    backend = load_backend(given.backend or backend_for(given.base.model))
     config = resolve(flags, recipe, backend.defaults())
     _check_method(config)
     resolved = held_in(backend, backend.resolve_base(config.base, offline=runtime.offline), runtime)

@@ -14,7 +14,14 @@ from torch import nn
 from treelora_backends.causal_lm.contenders import make_contender
 from treelora_backends.causal_lm.export import check_export, load_line, write_adapter, write_merged
 from treelora_backends.causal_lm.loaded import LoadedLm
-from treelora_backends.causal_lm.loading import choose_layers, files_of, load_model, load_tokenizer, resolve
+from treelora_backends.causal_lm.loading import (
+    choose_layers,
+    files_of,
+    is_language_model,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.render import Encoder
@@ -51,6 +58,10 @@ class CausalLmBackend:
             train=TrainConfig(epochs=2, lr=2e-3, batch_size=4, reg=0.5),
             head=HeadConfig(width=512),
         )
+
+    def recognises(self, model: str) -> bool:
+        """Tell a language model by its GGUF file or ``config.json``, without loading anything."""
+        return is_language_model(model)
 
     def resolve_base(self, base: BaseConfig, *, offline: bool) -> BaseConfig:
         """Check the user's choice of model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,32 @@ def _local(path: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{path.name} needs the gguf package. Run: pip install 'treelora[gguf]'")
     return lasting(path)
+
+
+def is_language_model(model: str) -> bool:
+    """Return whether a path or cached hub id is a causal language model, by its GGUF file or ``config.json``."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return path.is_file()
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.is_file():
+            return any(path.glob("*.gguf"))
+    elif model.count("/") == 1 and not path.exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model, "config.json")
+        if not isinstance(cached, str):
+            return False
+        config = Path(cached)
+    else:
+        return False
+    try:
+        written = json.loads(config.read_text(encoding="utf-8-sig"))
+        declared = [str(name) for name in written.get("architectures") or ()]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False
+    return any("CausalLM" in name or name.endswith("LMHeadModel") for name in declared)
 
 
 def _is_cached(hub_id: str) -> bool:

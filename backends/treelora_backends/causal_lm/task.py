@@ -14,6 +14,8 @@ from treelora_cli.data.examples import TextExample
 from treelora_cli.data.text import TextListing, hash_of_text, list_texts
 from treelora_cli.errors import DataError
 
+_AFTER_END = 3
+"""Learned tokens at the end of an answer among which its end is looked for."""
 _SHOWN = 600
 """Characters of the sample that are shown."""
 
@@ -116,6 +118,7 @@ def read_lm_task(request: DataRequest, encoder: Encoder, reporter: Reporter) -> 
         *reading.notes(),
         *_cut_notes(train, encoder),
         *_template_notes(used, len(wanted), encoder),
+        *_end_notes(train, encoder),
     )
     first = pairs[0][0] if pairs else None
     sample = "" if first is None else _shortened(encoder.show(first, listing.style, listing.labels))
@@ -170,6 +173,18 @@ def _cut_notes(train: Sequence[Encoded], encoder: Encoder) -> list[str]:
             cut = f"{count} of {len(train)} training examples: {done} to fit {encoder.max_length} tokens"
             notes.append(f"{cut} (--max-length, or the model's context).")
     return notes
+
+
+def _end_notes(train: Sequence[Encoded], encoder: Encoder) -> list[str]:
+    """Return a line where answers are learned without a token at which generation stops."""
+    whole = [one for one in train if one.cut != "answer" and one.places]
+    stops = set(encoder.stop_ids)
+    # a template may write a line break after its end
+    endless = sum(not stops & {int(one.answer[place]) for place in one.places[-_AFTER_END:]} for one in whole)
+    if not endless:
+        return []
+    reason = "the template writes none that is learned" if encoder.end_ids else "the tokenizer names no end token"
+    return [f"{endless} of {len(train)} training answers have no end ({reason}): what is generated runs to its limit."]
 
 
 def _template_notes(listing: TextListing, records: int, encoder: Encoder) -> list[str]:
