@@ -14,13 +14,17 @@ from xml.etree import ElementTree
 import pytest
 from conftest import Cli, check_error, run_python, tree_hash
 
+from treelora_cli.project.answers import TaskAnswers
+from treelora_cli.project.watch import WatchSet
 from treelora_cli.report.charts import shade, ticks
 from treelora_cli.report.drawing import Drawing, plain, short
 from treelora_cli.report.figures import CELLS, curves_figure, matrix_figure, overall_figure
+from treelora_cli.report.training import class_figures, watch_figure
 from treelora_cli.score_matrix import ScoreMatrix
 
 _VOID = {"meta", "br", "link", "img", "input"}
 FIGURES = {"matrix", "overall", "curves", "tree", "pulls", "time", "disk"}
+FIGURES |= {"loss", "selections", "classes", "confusion", "routes"}
 
 
 class Balance(HTMLParser):
@@ -180,6 +184,19 @@ def test_a_thousand_tasks_are_bounded() -> None:
     assert sum(sizes) < 700_000
     assert drawn[0] is not None
     assert f"mean of about {1000 // CELLS} tasks" in drawn[0].description
+
+
+def test_watch_sets_are_drawn_with_their_reference() -> None:
+    drawn = watch_figure([WatchSet("acceptance", {}, "accuracy", 8, 0.5, {"a": 0.6, "b": 0.4})], ["a", "b"])
+    assert drawn is not None
+    assert "acceptance, reference" in drawn.svg()
+    assert watch_figure([], ["a"]) is None
+
+
+def test_shares_of_confusion_are_by_row() -> None:
+    answers = {"t": TaskAnswers({("a", "a"): 3, ("a", "b"): 1, ("b", "b"): 2}, {"t": 6})}
+    _, confusion = class_figures(answers)
+    assert "a, b: 25.0%" in confusion.svg() and "b, b: 100.0%" in confusion.svg()
 
 
 def test_names_cannot_break_out_of_the_page() -> None:

@@ -14,7 +14,14 @@ from treelora_cli.errors import UsageError
 if TYPE_CHECKING:
     from treelora_cli.algorithm.tree import Tree
     from treelora_cli.project import Project
+    from treelora_cli.project.answers import TaskAnswers
+    from treelora_cli.project.steps import Step
+    from treelora_cli.project.watch import WatchSet
     from treelora_cli.score_matrix import ScoreMatrix
+
+
+_LOSSES = 8
+"""Tasks, the last ones, whose training steps are drawn."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,9 @@ class ReportFacts:
         matrix: Scores of every task after every task.
         tree: Tree over all tasks.
         pulls: The last search; ``None`` after the first task.
+        answers: What was answered when tasks were last scored, by task; empty in older projects.
+        watch: Watch sets and their scores.
+        steps: Training steps of the last tasks, by task; empty in older projects.
         project_bytes: Bytes of all recorded files.
         written_by: Version that committed last.
     """
@@ -84,6 +94,9 @@ class ReportFacts:
     matrix: ScoreMatrix
     tree: Tree
     pulls: Pulls | None
+    answers: Mapping[str, TaskAnswers]
+    watch: tuple[WatchSet, ...]
+    steps: Mapping[str, tuple[Step, ...]]
     project_bytes: int
     written_by: str
 
@@ -112,6 +125,9 @@ def read_facts(project: Project) -> ReportFacts:
         matrix=project.matrix(),
         tree=tree,
         pulls=_pulls(project),
+        answers=project.answers(),
+        watch=project.watch(),
+        steps={one.name: steps for one in state.tasks[-_LOSSES:] if (steps := project.steps(one.name))},
         project_bytes=project.total_bytes(),
         written_by=state.written_by,
     )

@@ -9,6 +9,7 @@ import numpy as np
 from treelora_cli.report.charts import Line, bar_chart, heat_map, line_chart
 from treelora_cli.report.drawing import Drawing, short
 from treelora_cli.report.facts import Pulls, ReportFacts, TaskFacts
+from treelora_cli.report.training import class_figures, loss_figure, routes_figure, selections_figure, watch_figure
 from treelora_cli.score_matrix import ScoreMatrix
 
 CELLS = 100
@@ -25,6 +26,10 @@ def figures(facts: ReportFacts) -> list[Drawing]:
     found.append(tree_figure(facts))
     if facts.pulls is not None:
         found.append(pulls_figure(facts.pulls))
+    last = facts.tasks[-1].name
+    names = [task.name for task in facts.tasks]
+    found += [loss_figure(facts.steps), selections_figure(last, facts.steps.get(last, ()), names)]
+    found += [*class_figures(facts.answers), routes_figure(facts.answers), watch_figure(facts.watch, names)]
     found += [time_figure(facts.tasks), disk_figure(facts.tasks)]
     return [one for one in found if one is not None]
 

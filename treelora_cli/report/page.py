@@ -33,8 +33,10 @@ th:first-child,td.text{text-align:left}summary{cursor:pointer;padding:6px 0;font
 """
 _WIDE = {"matrix", "tree", "confusion", "routes"}
 _SECTIONS = (
-    ("scores", "Scores", ("matrix", "overall", "curves")),
-    ("tree-and-search", "Tree and search", ("tree", "pulls")),
+    ("scores", "Scores", ("matrix", "overall", "curves", "watch")),
+    ("answers", "Answers", ("classes", "routes", "confusion")),
+    ("tree-and-search", "Tree and search", ("tree", "pulls", "selections")),
+    ("training", "Training", ("loss",)),
     ("cost", "Time and space", ("time", "disk")),
 )
 

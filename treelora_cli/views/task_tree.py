@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from treelora_cli.algorithm.tree import Tree, l1_distance
 _MANY = 30
 """Tasks beyond which neither a line that names all of them nor a table with a column for each can be read."""
 _NAMED = 8
+_FIRST = 3
+_LINE = 44
+"""Characters of names on one line: beside the branches of a deep tree they fit into 80 columns."""
 
 
 def tree_view(tree: Tree, names: Sequence[str], layers: Sequence[str], max_depth: int | None) -> RichTree:
@@ -33,16 +37,21 @@ def tree_view(tree: Tree, names: Sequence[str], layers: Sequence[str], max_depth
 
 def _node_line(tree: Tree, index: int, names: Sequence[str], layers: Sequence[str]) -> str:
     node = tree.nodes[index]
-    members = ", ".join(names[task] for task in node.members)
+    members = _wrapped([names[task] for task in node.members])
     if not node.children:
         inside = "" if len(node.members) == 1 else f"  (spread {tree.spreads[index].mean():.3f})"
         return f"● {members}{inside}"
-    if len(node.members) > _MANY:  # the leaves below name them all
-        members = ", ".join(names[task] for task in node.members[:_NAMED]) + ", ..."
+    if len(node.members) > _NAMED:  # the leaves below name them all
+        members = ", ".join(names[task] for task in node.members[:_FIRST]) + ", ..."
     return (
         f"{len(node.members)} tasks: {members}\n"
         f"split on {layers[node.layer]} at {node.threshold:.3f}, spread {tree.spreads[index, node.layer]:.3f}"
     )
+
+
+def _wrapped(names: Sequence[str]) -> str:
+    """Join names, as many on a line as can be read beside the branches."""
+    return "\n".join(textwrap.wrap(", ".join(names), _LINE, break_long_words=False, break_on_hyphens=False))
 
 
 def tree_document(tree: Tree, names: Sequence[str], layers: Sequence[str]) -> dict[str, Any]:
