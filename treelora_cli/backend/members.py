@@ -1,11 +1,14 @@
-"""Whether an object has the members that a protocol of the contract names, and takes what they are given."""
+"""Whether what a backend returns has the members that the contract names, and is what was asked for."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treelora_cli.errors import BackendError
+
+if TYPE_CHECKING:
+    from treelora_cli.backend.contract import DataRequest, TaskData
 
 
 def missing_members(thing: object, protocol: type[Any], without: tuple[str, ...] = ()) -> list[str]:
@@ -45,3 +48,19 @@ def require(thing: object, protocol: type[Any], backend: str, without: tuple[str
             f"Backend '{backend}': its {protocol.__name__} lacks {lacking[0]}."
             f" Check all of it with: treelora doctor --backend {backend} --data DATA"
         )
+
+
+def check_honoured(request: DataRequest, task: TaskData) -> None:
+    """Raise ``BackendError`` when a backend read something else than ``request`` asks for, in silence."""
+    ignored = []
+    if request.classes is not None and not set(task.labels) <= set(request.classes):
+        ignored.append("--classes")
+    groups = max(1, len(task.labels))
+    for option, limit, size in (
+        ("--train-limit", request.train_limit, task.train_size),
+        ("--test-limit", request.test_limit, task.test_size),
+    ):
+        if limit is not None and size > limit * groups:
+            ignored.append(option)
+    if ignored:
+        raise BackendError(f"The backend ignored {' and '.join(ignored)}; nothing was learned. Leave the option out.")

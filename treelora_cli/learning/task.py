@@ -22,7 +22,7 @@ from treelora_cli.algorithm.tree import Tree, extend_tree
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic
 from treelora_cli.backend.contract import Base, DataRequest, Learned, Memory, Score, Session, TaskData, TaskMemory
-from treelora_cli.backend.members import require
+from treelora_cli.backend.members import check_honoured, require
 from treelora_cli.backend.runtime import Runtime, return_free_memory
 from treelora_cli.config import Config, to_dict
 from treelora_cli.errors import CheckError, DataError
@@ -271,6 +271,7 @@ def learn_task(
 
 def _read(base: Base, request: DataRequest, runtime: Runtime) -> TaskData:
     data = base.read_task(request)
+    check_honoured(request, data)
     for note in data.notes:
         runtime.reporter.note(note)
     if data.sample:
