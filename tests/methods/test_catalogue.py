@@ -33,8 +33,8 @@ def register(monkeypatch: pytest.MonkeyPatch, *pairs: tuple[str, str]) -> None:
 
 @pytest.fixture
 def anchor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a package with ``examples/anchor.py`` in it were installed."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    """As if a package with ``examples/anchor`` in it were installed."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "anchor")
     register(monkeypatch, ("anchor", "anchor:ANCHOR"))
 
 
@@ -152,7 +152,7 @@ def test_without_the_package_the_project_can_be_read_but_not_taught(
 ) -> None:
     root, name = tmp_path / "p", STREAM[0][0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "examples")
+        patch.syspath_prepend(Path(__file__).parents[1] / "examples" / "anchor")
         register(patch, ("anchor", "anchor:ANCHOR"))
         assert cli("init", root, *init_options, "--method", "anchor").code == 0
         assert cli("-C", root, "train-task", data / name, *OPTIONS).code == 0

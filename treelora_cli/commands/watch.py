@@ -59,8 +59,6 @@ def add(
         project.check_decided()
         check_new(project.watch(), name)
         base = open_base(project, config, runtime)
-        if project.state.tasks:
-            runtime.compute_as(project.task_record(project.state.tasks[-1].name))
         new = register(base, project.memory(), name, request, str(config.inference))
         if runtime.is_main:
             project.set_watch((*project.watch(), new))

@@ -103,7 +103,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-Checkpoint = Callable[[int, dict[str, Tensor]], None]
+SaveStep = Callable[[int, dict[str, Tensor]], None]
 Log = Callable[[Sequence[Step]], None]
 
 
@@ -157,7 +157,7 @@ class Trainer:
         """True where one kernel steps all parameters; it keeps its count of steps on the device."""
         return self.runtime.device.type == "cuda"
 
-    def run(self, save: Checkpoint, log: Log = lambda _steps: None) -> TrainReport:
+    def run(self, save: SaveStep, log: Log = lambda _steps: None) -> TrainReport:
         """Train to the end.
 
         Args:
@@ -248,7 +248,7 @@ class Trainer:
         if steps:
             log(steps)
 
-    def _after(self, stop: StopRequest, save: Checkpoint, log: Log, epoch_loss: Tensor) -> None:
+    def _after(self, stop: StopRequest, save: SaveStep, log: Log, epoch_loss: Tensor) -> None:
         done = self.step >= self.total
         ends_epoch = self.step % self.session.steps_per_epoch == 0
         if (ends_epoch or self.step % _CHECK_EVERY == 0) and not bool(torch.isfinite(epoch_loss)):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
-from treelora_cli.learning.trainer import Checkpoint, Log, Trainer, TrainReport, TrainSettings
+from treelora_cli.learning.trainer import Log, SaveStep, Trainer, TrainReport, TrainSettings
 from treelora_cli.methods.base import TaskContext
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def train_session(
     *,
     begun: Callable[[], None] = lambda: None,
     resume: Callable[[Trainer], None] = lambda _trainer: None,
-    save: Checkpoint = lambda _step, _tensors: None,
+    save: SaveStep = lambda _step, _tensors: None,
     log: Log = lambda _steps: None,
 ) -> TrainReport:
     """Train a prepared session from the method's ``begin`` to its ``end``; leaves the trained adapter in the slot.

@@ -22,7 +22,7 @@ from treelora_backends.vit.chunks import images_at_once
 from treelora_backends.vit.images import ImageTask, Pictures
 from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_names, class_of_column, columns_of
 from treelora_backends.vit.single import SingleNetwork
-from treelora_backends.vit.trunk import Cut
+from treelora_backends.vit.trunk import Entering
 from treelora_cli.backend import adapters
 from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score, Turn
 from treelora_cli.data.names import label_key
@@ -33,11 +33,11 @@ from treelora_cli.heads.ridge import LinearHead
 if TYPE_CHECKING:
     from treelora_backends.vit.loaded import LoadedVit
 
-_LEAF_ROWS = 16
+_ADAPTER_ROWS = 16
 """Adapters see multiples of this: kernels are compiled, and kept, for each number of rows that occurs."""
 ANCHOR_SHARPNESS = 16.0
 """Factor on ridge scores, which lie between about 0 and 1, before the softmax."""
-LEAF_SHARE = 0.25
+ADAPTER_SHARE = 0.25
 """Weight of the adapter's log-probabilities beside the anchor's, within a task."""
 TASKS_ASKED = 2
 """Adapters run for each image: those of its likeliest tasks."""
@@ -160,10 +160,10 @@ class VitPredictor:
         asked = log_tasks.topk(min(TASKS_ASKED, log_tasks.shape[1]), dim=1).indices
         for task in asked.unique().tolist():
             rows = (asked == task).any(dim=1).nonzero().squeeze(1)
-            self._ask_leaf(int(task), rows, plain, log_columns, log_tasks)
+            self._ask_adapter(int(task), rows, plain, log_columns, log_tasks)
         return self._by_group(log_columns, self.class_of, len(self.names)), asked[:, 0]
 
-    def _anchor_scores(self, images: Tensor) -> tuple[Cut, Tensor]:
+    def _anchor_scores(self, images: Tensor) -> tuple[Entering, Tensor]:
         """Return the activations before the cut and the anchor's scores of one view, (B, K)."""
         features, solved = self._anchor
         with self.base.runtime.autocast():
@@ -171,18 +171,18 @@ class VitPredictor:
             seen = self.base.trunk.after(cut)
         return cut, solved(features(seen))
 
-    def _ask_leaf(self, task: int, rows: Tensor, cut: Cut, log_columns: Tensor, log_tasks: Tensor) -> None:
+    def _ask_adapter(self, task: int, rows: Tensor, cut: Entering, log_columns: Tensor, log_tasks: Tensor) -> None:
         """Multiply the adapter's opinion into the task's columns of the given rows, in place."""
         tensors = self.memory.tasks[task].tensors()
         adapters.write_slot(self.base.network, self.memory.tasks[task].adapter())
         weight, bias = tensors["head.weight"].to(self.device), tensors["head.bias"].to(self.device)
         with self.base.runtime.autocast():
-            filled = torch.cat([rows, rows.new_zeros(-len(rows) % _LEAF_ROWS)])
+            filled = torch.cat([rows, rows.new_zeros(-len(rows) % _ADAPTER_ROWS)])
             pooled = self.base.trunk.pooled(cut.tokens[filled])[: len(rows)]
         own = (self.task_of == task).nonzero().squeeze(1)
         anchor = log_columns[rows][:, own] - log_tasks[rows, task][:, None]
-        leaf = (pooled @ weight.T + bias).log_softmax(dim=1)
-        fused = (anchor + LEAF_SHARE * leaf).log_softmax(dim=1)
+        opinion = (pooled @ weight.T + bias).log_softmax(dim=1)
+        fused = (anchor + ADAPTER_SHARE * opinion).log_softmax(dim=1)
         log_columns[rows[:, None], own[None, :]] = fused + log_tasks[rows, task][:, None]
 
     @staticmethod

@@ -20,7 +20,7 @@ from treelora_cli.heads.ridge import LinearHead
 
 
 @dataclass(frozen=True)
-class Cut:
+class Entering:
     """Activations before the first adapted block.
 
     Attributes:
@@ -49,12 +49,6 @@ class Features:
 
 FEATURE_LIMIT = 3072
 """Features F up to which blocks are added; the head's statistics grow with their square."""
-
-
-def classifiers(vit: nn.Module) -> list[nn.Linear]:
-    """Return a model's linear heads: one, or the two of a distilled model, whose scores it averages."""
-    found = cast("Any", vit).get_classifier()
-    return list(found) if isinstance(found, tuple) else [found]
 
 
 def normalised(tokens: Tensor) -> Tensor:
@@ -107,7 +101,7 @@ class Trunk:
     def _token_features(self) -> int:
         return self.width if self.has_class_token else 0
 
-    def before(self, images: Tensor) -> Cut:
+    def before(self, images: Tensor) -> Entering:
         """Run everything before the cut: (B, 3, H, W) -> tokens (B, L, C)."""
         if self._block_arguments is None:
             self._block_arguments = self._record_block_arguments(images[:1])
@@ -131,9 +125,9 @@ class Trunk:
             for hook in hooks:
                 hook.remove()
         features = torch.cat(early, dim=1) if early else images.new_zeros(len(images), 0)
-        return Cut(reached[0], features.float())
+        return Entering(reached[0], features.float())
 
-    def after(self, cut: Cut) -> Features:
+    def after(self, cut: Entering) -> Features:
         """Run the adapted blocks and pool."""
         assert self._block_arguments is not None, "before() runs first"
         tokens, late = cut.tokens, []
@@ -211,9 +205,3 @@ def fill_classifier(vit: nn.Module, solved: LinearHead) -> None:
     for layer in found if isinstance(found, tuple) else (found,):
         layer.weight.copy_(solved.weight)
         layer.bias.copy_(solved.bias)
-
-
-def classifier_names(vit: nn.Module) -> list[str]:
-    """Return the names of the classifier's layers."""
-    names = cast("Any", vit).pretrained_cfg["classifier"]
-    return list(names) if isinstance(names, tuple | list) else [str(names)]

@@ -1,7 +1,7 @@
 """A method of one's own, in one file: a new adapter starts where the last one ended, and is held near it.
 
-What CONTRIBUTING's "Add a method" asks for, followed to the letter; the tests run it through a whole project. The
-entry point of the package it would be in: ``anchor = "anchor:ANCHOR"`` in the group ``treelora.methods``.
+What CONTRIBUTING asks for under "Add a method", to the letter; the tests run it through a whole project, and the
+``pyproject.toml`` beside it registers it.
 """
 
 from __future__ import annotations
