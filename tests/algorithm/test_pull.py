@@ -31,6 +31,22 @@ def test_penalty_by_hand() -> None:
     assert float(value) == pytest.approx(0.4 * (0.5 + 1.5))
 
 
+@given(seed=st.integers(0, 1000), given_norms=st.booleans())
+def test_all_layers_at_once_are_the_sum_of_each(seed: int, given_norms: bool) -> None:
+    torch.manual_seed(seed)
+    shapes = [[(2, 3), (4, 2)], [(1,)], [(3, 3), (2,)]]
+    current = [[torch.randn(shape, requires_grad=True) for shape in layer] for layer in shapes]
+    target = [[torch.randn(shape) for shape in layer] for layer in shapes]
+    norms = [normaliser(layer) for layer in target] if given_norms else None
+    value = penalty(current, target, torch.tensor(2.0), 0.5, 0.25, norms)
+    each = [deviation(ours, theirs) / normaliser(theirs) for ours, theirs in zip(current, target, strict=True)]
+    wanted = 2.0 * 0.5 * 0.25 * torch.stack(each).sum()
+    torch.testing.assert_close(value, wanted)
+    parts = [part for layer in current for part in layer]
+    for one, other in zip(torch.autograd.grad(value, parts), torch.autograd.grad(wanted, parts), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_update_by_hand() -> None:
     # w - a * (grad loss + grad penalty), loss = w^2 at 3, target 4: normaliser 4
     weight = torch.tensor([3.0], requires_grad=True)

@@ -67,6 +67,7 @@ class TreeLora(Unprotected):
         self.bandit: TreeBandit | None = None
         self._parent: int | None = None
         self._on_device: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._norms: dict[tuple[int, int], Tensor] = {}
         self._selected: dict[int, np.ndarray[Any, Any]] = {}
         self._behind: State | None = None
 
@@ -104,7 +105,9 @@ class TreeLora(Unprotected):
         chosen = self.selected(self.bandit, view)  # without a pull too: the record shows what the search found
         if self.settings.reg == 0 or self.settings.update != "penalty":
             return None
-        return regularizer.penalty(view.slot, self._targets(chosen, view), loss, self.settings.reg, _ramp(view))
+        targets = self._targets(chosen, view)
+        norms = [self._norms[int(task), layer] for layer, task in enumerate(chosen)]
+        return regularizer.penalty(view.slot, targets, loss, self.settings.reg, _ramp(view), norms)
 
     def after_step(self, view: StepView) -> None:
         """With ``update = prox``: draw entries that hardly moved back onto the selected task's, exactly."""
@@ -146,6 +149,7 @@ class TreeLora(Unprotected):
         if key not in self._on_device:
             weights = self.past.adapter(task)
             self._on_device[key] = (weights.down[layer].to(device), weights.up[layer].to(device))
+            self._norms[key] = regularizer.normaliser(self._on_device[key])
         return self._on_device[key]
 
     def found(self) -> Found:
