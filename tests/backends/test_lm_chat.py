@@ -1,6 +1,7 @@
 """Chats as models' templates write them: what is read, what is learned, where an answer ends."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -222,30 +223,34 @@ def written(path, *records):
     return path
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [("a\ud800b", "d.jsonl:2: the tokenizer refuses this text"), ("a <|call|>", r"d.jsonl:2: holds '<\|call\|>'")],
-)
-def test_text_that_the_tokenizer_refuses_is_named(tmp_path, prompt, message):
+def narrow_encoder():
+    """An encoder for a model that does not embed the tokenizer's last token, ``<|call|>``."""
     tokenizer = tokenizer_of(None)
     embedded = len(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
-    encoder = Encoder(tokenizer, 64, [tokenizer.eos_token_id], vocabulary=embedded)
-    rows = [{"prompt": "hi", "answer": f"word {n}"} for n in range(3)]
-    rows[1]["prompt"] = prompt
+    return Encoder(tokenizer, 64, [tokenizer.eos_token_id], vocabulary=embedded)
+
+
+def test_text_that_the_tokenizer_refuses_is_named():
+    with pytest.raises(DataError, match=r"d.jsonl:2: the tokenizer refuses this text \(TypeError"):
+        encoder_of(None).encode(TextExample("d.jsonl:2", "a\ud800b", "x"), "plain", ())
+
+
+def test_a_token_that_the_model_does_not_embed_is_named(tmp_path):
+    rows = [{"prompt": "a <|call|>" if n == 1 else "hi", "answer": f"word {n}"} for n in range(3)]
     path = written(tmp_path / "d.jsonl", *rows)
-    with pytest.raises(DataError, match=message):
-        read_lm_task(DataRequest(path, held_out=0.0), encoder, Silent())
-    task = read_lm_task(DataRequest(path, held_out=0.0, skip_bad=True), encoder, Silent())
+    with pytest.raises(DataError, match=r"d.jsonl:2: holds '<\|call\|>', token \d+; the model embeds \d+"):
+        read_lm_task(DataRequest(path, held_out=0.0), narrow_encoder(), Silent())
+    task = read_lm_task(DataRequest(path, held_out=0.0, skip_bad=True), narrow_encoder(), Silent())
     assert (len(task.train), len(task.listing.train)) == (2, 2)
     assert task.notes[0].startswith("1 bad examples were skipped")
 
 
 def test_a_held_out_text_that_is_refused_is_named_before_training(tmp_path):
     good = written(tmp_path / "train.jsonl", *[{"prompt": "hi", "answer": f"word {n}"} for n in range(3)])
-    bad = written(tmp_path / "val.jsonl", {"prompt": "\ud800", "answer": "word"})
-    with pytest.raises(DataError, match=r"val.jsonl:1: the tokenizer refuses"):
-        read_lm_task(DataRequest(good, val=bad), encoder_of(None), Silent())
+    bad = written(tmp_path / "val.jsonl", {"prompt": "<|call|>", "answer": "word"})
+    with pytest.raises(DataError, match=r"val.jsonl:1: holds '<\|call\|>'"):
+        read_lm_task(DataRequest(good, val=bad), narrow_encoder(), Silent())
 
 
 def test_messages_that_the_template_refuses_are_named(tmp_path):
@@ -375,3 +380,72 @@ def test_a_dry_run_shows_the_first_example_token_by_token(project, capsys):
     found = json.loads(capsys.readouterr().out)
     assert "".join(one["text"] for one in found["tokens"] if one["learned"]) in ("red<|end|>", "green<|end|>")
     assert found["sample"].startswith("<|system|>Be kind.<|end|><|user|>")
+
+
+# -- data of other kinds that is learned or refused ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A project of one task: a colour for each of four prompts."""
+    root = tmp_path_factory.mktemp("plain")
+    model = save_model(root / "m", "llama")
+    rows = [{"prompt": f"What colour is {word}?", "answer": f"it is red {n}"} for n, word in enumerate("abcd")]
+    written(root / "first.jsonl", *rows)
+    assert run("init", root / "p", "--backend", "causal-lm", "--model", model, "--epochs", "1", "--blocks", "0") == 0
+    assert run("-C", root / "p", "train-task", root / "first.jsonl", "--no-eval") == 0
+    return root
+
+
+def test_the_same_prompts_with_other_answers_are_reported(plain, tmp_path, capsys):
+    rows = [{"prompt": f"What colour is {word}?", "answer": f"it is green {n}"} for n, word in enumerate("abx")]
+    same = [{"prompt": f"What colour is {word}?", "answer": f"it is red {n}"} for n, word in enumerate("ab")]
+    for name, records, told in (("other", rows, True), ("same", same, False)):
+        project = tmp_path / name
+        shutil.copytree(plain / "p", project)
+        capsys.readouterr()
+        path = written(tmp_path / f"{name}.jsonl", *records)
+        assert run("-C", project, "train-task", path, "--no-eval", "--val", path) == 0
+        shown = capsys.readouterr().err
+        assert ("2 inputs are those of task 'first', with other answers" in shown) is told
+
+
+def test_a_task_of_one_example_is_learned(plain, tmp_path, capsys):
+    project = shutil.copytree(plain / "p", tmp_path / "p")
+    path = written(tmp_path / "one.jsonl", {"prompt": "Who?", "answer": "Ann was it"})
+    assert run("-C", project, "train-task", path) == 0
+    capsys.readouterr()
+    assert run("--json", "-C", project, "predict", "Who?") == 0
+    assert json.loads(capsys.readouterr().out)["predictions"][0]["task"] in ("one", "first", None)
+
+
+def test_an_empty_answer_is_refused_with_its_line(plain, tmp_path, capsys):
+    path = written(tmp_path / "d.jsonl", {"prompt": "Who?", "answer": "Ann"}, {"prompt": "Who?", "answer": ""})
+    assert run("-C", plain / "p", "train-task", path) == 4
+    assert "d.jsonl:2: empty answer" in capsys.readouterr().err
+
+
+def test_an_answer_longer_than_the_context_is_cut_without_an_end_and_counted(plain):
+    base = load(plain / "m")
+    path = written(plain / "long.jsonl", *[{"prompt": "Why?", "answer": f"{n} red" * 300} for n in range(2)])
+    task = base.read_task(DataRequest(path, held_out=0.0))
+    assert all(len(one) == base.context for one in task.train)
+    assert not any(one.answer[-1] in base.encoder.end_ids for one in task.train)
+    assert "2 of 2 training examples: answer cut to fit 128 tokens" in task.notes[-1]
+
+
+def test_a_prompt_that_is_split_into_bytes_is_read_and_written_whole():
+    encoder = encoder_of(None)
+    one = encoder.encode(TextExample("", "今天怎么样 🐝", "很好 🐝"), "plain", ())
+    assert len(one.prompt) > len("今天怎么样 🐝")
+    assert encoder.decode(one.answer.tolist()) == "很好 🐝"
+
+
+def test_a_base_without_an_end_token_is_said(tmp_path):
+    tokenizer = small_tokenizer()
+    tokenizer.eos_token = None
+    encoder = Encoder(tokenizer, 64, [])
+    path = written(tmp_path / "d.jsonl", *[{"prompt": "Why?", "answer": f"word {n}"} for n in range(3)])
+    task = read_lm_task(DataRequest(path, held_out=0.0), encoder, Silent())
+    assert "names no token that ends an answer" in task.notes[-1]
+    assert encoder.tokenizer.decode(task.train[0].answer.tolist()) == f" {task.listing.train[0].answer}"

@@ -22,6 +22,7 @@ from treelora_backends.causal_lm.loading import (
     load_tokenizer,
     resolve,
 )
+from treelora_backends.causal_lm.memory import clashes
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.render import Encoder
@@ -119,6 +120,8 @@ class CausalLmBase(LoadedLm):
 
     def session(self, task: TaskData, memory: Memory, config: Config) -> LmSession:
         """Open a task for learning."""
+        for line in clashes(memory, cast("LmTask", task)):
+            self.runtime.reporter.note(line)
         return LmSession(self, cast("LmTask", task), memory, config)
 
     def kept_plan(self, task: TaskData, config: Config) -> dict[str, Any]:

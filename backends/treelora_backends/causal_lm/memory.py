@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,22 +14,53 @@ from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
 from treelora_cli.backend.contract import Memory, TaskMemory
-from treelora_cli.data.examples import STYLES, shared_system
+from treelora_cli.data.examples import STYLES, TextExample, shared_system
 
+_MOST_SEEN = 1024
+"""Inputs of a task whose hashes are kept."""
 _MARGIN, _FREE_TEXT = 8, 64
 """Tokens generated beyond the longest answer seen, and in all where there is no answer's end to see."""
 
 
 def describe(task: LmTask) -> dict[str, Tensor]:
-    """Return a task's style, longest answer, source and common system prompt as tensors."""
+    """Return a task's style, longest answer, source, hashes of inputs and common system prompt as tensors."""
     longest = max((one.longest for one in task.train), default=0)
     system = shared_system(task.listing.train) if task.style == "chat" else ""
     return {
         "style": torch.tensor(STYLES.index(task.style)),
         "answer.tokens": torch.tensor(_FREE_TEXT if task.style == "text" else longest + _MARGIN),
         "source": torch.frombuffer(bytearray.fromhex(task.source), dtype=torch.uint8),
+        "seen": prompts_seen(task.listing.train),
         **({"system": torch.frombuffer(bytearray(system.encode()), dtype=torch.uint8)} if system else {}),
     }
+
+
+def prompts_seen(examples: Sequence[TextExample]) -> Tensor:
+    """Return 8 bytes of the hash of each input and of its answer, (k, 2); of many the inputs of the least hashes."""
+    pairs = {_short_hash(one.system, one.prompt): _short_hash(one.answer.strip()) for one in examples if one.prompt}
+    kept = sorted(pairs.items())[:_MOST_SEEN]
+    return torch.tensor(kept, dtype=torch.int64).reshape(-1, 2)
+
+
+def clashes(memory: Memory, task: LmTask) -> list[str]:
+    """Say which earlier tasks have this one's very inputs with other answers: nothing can tell them apart."""
+    own = {_short_hash(one.system, one.prompt): _short_hash(one.answer.strip()) for one in task.listing.train}
+    lines = []
+    for earlier in memory.tasks:
+        seen = earlier.tensors().get("seen", torch.zeros(0, 2)).tolist()
+        count = sum(prompt in own and own[prompt] != answer for prompt, answer in seen)
+        if count:
+            least = "at least " if len(seen) == _MOST_SEEN else ""
+            lines.append(
+                f"{least}{count} inputs are those of task '{earlier.name}', with other answers: nothing tells the two"
+                " apart, so each gets one task's answer. A system prompt or another wording would."
+            )
+    return lines
+
+
+def _short_hash(*texts: str) -> int:
+    content = hashlib.sha256("\0".join(texts).encode(errors="surrogatepass"))
+    return int.from_bytes(content.digest()[:8], "big", signed=True)
 
 
 def system_of(task: TaskMemory) -> str:
