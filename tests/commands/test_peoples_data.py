@@ -125,4 +125,5 @@ def test_the_sample_shows_the_path_as_it_is_said_from_here(
     make_images(tmp_path / "data" / "birds", ["red", "blue"])
     monkeypatch.chdir(tmp_path)
     done = cli("-C", empty_project, "train-task", "p/../data/../data/birds", "--dry-run", "--json", "--device", "cpu")
+    assert "memory_estimate_mib" not in done.json, "nobody measured it"
     assert done.json["sample"].startswith("data/birds/train/blue/00.png -> 3x16x16, label 'blue'")

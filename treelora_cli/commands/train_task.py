@@ -66,7 +66,7 @@ def train_task(
     abandon: Annotated[bool, typer.Option("--abandon", help="Give up another task that was interrupted.")] = False,
     accept: Annotated[bool, typer.Option("--accept", help="Commit the task that its gate refused.")] = False,
     drop: Annotated[bool, typer.Option("--drop", help="Delete the task that its gate refused.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, sample and memory; learn nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and sample; learn nothing.")] = False,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Score every task afterwards.")] = True,
 ) -> None:
     """Learn one more task from DATA and commit it. The earlier tasks' data is not needed.
@@ -209,7 +209,6 @@ def _show_plan(session: Session, base: Base, request: DataRequest, name: str, co
     train = config.train
     assert train.batch_size is not None and train.epochs is not None
     trained = sum(parameter.numel() for parameter in base.network.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() * parameter.element_size() for parameter in base.network.parameters())
     document: dict[str, Any] = {
         "task": name,
         "train_examples": task.train_size,
@@ -218,7 +217,6 @@ def _show_plan(session: Session, base: Base, request: DataRequest, name: str, co
         "metric": task.metric,
         "steps": -(-task.train_size // train.batch_size) * train.epochs,
         "adapter_parameters": trained,
-        "memory_estimate_mib": round((frozen + 16 * trained) / 2**20 + 350),
         **_kept(base, task, config),
         "sample": task.sample,
         "notes": list(task.notes),
