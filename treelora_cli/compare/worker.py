@@ -19,10 +19,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from treelora_cli.learning.trainer import TrainReport
     from treelora_cli.methods.base import Method
 
+T = TypeVar("T")
 _NOT_TRAINING = ("read", "evaluate")
 
 
@@ -155,6 +156,8 @@ class Contest:
 
     def learn(self, tasks: Sequence[PlannedTask], config: Config) -> None:
         """Learn tasks, several of them as one, and score everything seen."""
+        names = ", ".join(task.name for task in tasks)
+        self.runtime.reporter.note(f"Task {len(self.digests) + 1}: {names}")
         with self._phase("read"):
             data = [self.base.read_task(task.data) for task in tasks]
         self._held_out |= {task.name: dataclasses.replace(task.data, test_only=True) for task in tasks}
@@ -256,18 +259,41 @@ def contender_config(run: Run, config: Config, head: str) -> Config:
 # -- the process -----------------------------------------------------------------------------------
 
 
-class _Log(Silent):
-    """A reporter whose notes go to the run's log; nobody watches its progress."""
+_TELL_EVERY = 10.0
+"""Seconds between two lines of progress."""
+
+
+class LogReporter(Silent):
+    """A reporter whose notes go to the run's log, and every few seconds how far the work is.
+
+    Args:
+        every: Seconds between two lines of progress.
+    """
+
+    def __init__(self, every: float = _TELL_EVERY) -> None:
+        self.every = every
 
     def note(self, message: str) -> None:
         """Write one line."""
         print(message, file=sys.stderr, flush=True)
 
+    def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+        """Yield ``items``; say now and then how many are done and what time is left."""
+        started = told = time.perf_counter()
+        for count, item in enumerate(items, start=1):
+            yield item
+            now = time.perf_counter()
+            if now - told < self.every:
+                continue
+            told = now
+            left = "" if total is None else f" of {total}, {(now - started) / count * (total - count):.0f} s left"
+            self.note(f"  {description}: {count}{left}")
+
 
 def perform(run: Run) -> None:
     """Do a run and write its result."""
     started = time.perf_counter()
-    runtime = open_runtime(run.device, offline=run.offline, reporter=_Log())
+    runtime = open_runtime(run.device, offline=run.offline, reporter=LogReporter())
     request = StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False)
     if runs_in_project(run.variant.method):
         _clear(request.root)
