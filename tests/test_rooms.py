@@ -26,7 +26,7 @@ ROOMS: dict[str, str] = {
     "config": "algorithm errors fields",
     "settings": "config errors fields",
     "setting_names": "config errors fields",
-    "backend": "config entry_points errors fields seeds",
+    "backend": "algorithm.kinds config entry_points errors fields seeds",
     "heads": "backend.runtime seeds",
     "data": "backend errors",
     "methods": "algorithm backend config entry_points errors",
@@ -42,7 +42,7 @@ ROOMS: dict[str, str] = {
     "app": "backend commands errors project version views",
     "__main__": "app",
     "backends": "backend errors",
-    "vit": "backend backends config data errors heads locations seeds",
+    "vit": "algorithm.kinds backend backends config data errors heads locations seeds",
     "causal_lm": "backend backends config data errors heads locations seeds",
 }
 _FAMILIES = "vit", "causal_lm"

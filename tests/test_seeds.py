@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
         (seeds.of_layer(3, 5), 3_000_014),
         (seeds.of_layer(2**62, 1), (2**62 * 1_000_003 + 1) % 2**63),
         (seeds.of_blocks(3), 4),
+        (seeds.of_kept_out(30_025), 464_963_036_575),
     ],
 )
 def test_a_derived_seed_is_what_it_always_was(derived: int, value: int) -> None:
@@ -36,6 +37,7 @@ def test_torch_takes_the_largest_seeds_there_are() -> None:
     for seed in (
         seeds.of_order(task, 9999),
         seeds.of_probe(task, 63),
+        seeds.of_kept_out(task),
         seeds.of_layer(2**63 - 1, 10**6),
         seeds.of_step(task, 10**9),
     ):
@@ -43,6 +45,6 @@ def test_torch_takes_the_largest_seeds_there_are() -> None:
 
 
 def test_no_other_file_derives_a_seed() -> None:
-    factors = re.compile(r"10_007|10007|104_729|104729|1_000_003|1000003|\b7919\b")
+    factors = re.compile(r"10_007|10007|104_729|104729|1_000_003|1000003|\b7919\b|15_485_863")
     files = [path for package in ("treelora_cli", "backends") for path in (ROOT / package).rglob("*.py")]
     assert [path.name for path in files if factors.search(path.read_text(encoding="utf-8"))] == ["seeds.py"]

@@ -69,6 +69,17 @@ class TreeConfig:
         "how similar tasks are found; cold, as published: without the probe's distances to all as first pulls",
         choices=("lcb", "cold", "flat", "exhaustive", "random"),
     )
+    branch: str | None = _setting(
+        None,
+        "which tasks share an adapter and a feature space: auto, those of a kind, where images kept out of its training"
+        " gain by it; first: all, the first task's; always: none; never: adapters only re-rank answers",
+        choices=("auto", "first", "always", "never"),
+    )
+    branch_adapter: str | None = _setting(
+        None,
+        "the adapter of a branch; random, as a control: of the same norm, nothing learned",
+        choices=("trained", "random"),
+    )
     width: str | None = _setting(
         None, "confidence width: observed spread, or sigma = 1", choices=("observed", "literal")
     )
@@ -190,7 +201,14 @@ DEFAULTS = Config(
     history=3,
     adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0, targets="auto"),
     tree=TreeConfig(
-        depth=5, split="principal-gap", signature_width=512, probe_batches=12, search="lcb", width="observed"
+        depth=5,
+        split="principal-gap",
+        signature_width=512,
+        probe_batches=12,
+        search="lcb",
+        branch="never",
+        branch_adapter="trained",
+        width="observed",
     ),
     train=TrainConfig(
         epochs=3,

@@ -32,6 +32,11 @@ def of_layer(seed: int, layer: int) -> int:
     return (seed * 1_000_003 + layer) % (1 << 63)
 
 
+def of_kept_out(task_seed: int) -> int:
+    """Seed of the choice of images that are kept out of a branch adapter's training."""
+    return (task_seed * 15_485_863) % (1 << 63)
+
+
 def of_blocks(seed: int) -> int:
     """Seed of the random features that grown blocks compute, apart from those of the head."""
     return seed + 1

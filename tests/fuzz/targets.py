@@ -52,6 +52,8 @@ def _use(project: Project) -> None:
     for one in memory.tasks:
         one.adapter()
         one.tensors()
+        if one.branch is not None:
+            memory.branch(one.branch)
     json.dumps({"tasks": [project.task_record(task.name)["metric"] for task in project.state.tasks]})
 
 
@@ -86,7 +88,7 @@ def targets(root: Path) -> tuple[dict[str, Target], dict[str, list[bytes]]]:
         return run
 
     last = project.state.tasks[-1].directory
-    names = [name for name in project.whole if "/" not in name or name.startswith((last, "metrics"))]
+    names = [name for name in project.whole if "/" not in name or name.startswith((last, "metrics", "branches"))]
     for name in names:
         if name.endswith("adapter_config.json"):
             continue  # written for peft, never read

@@ -212,6 +212,18 @@ def reference_point(network: nn.Module, layers: Sequence[str], scale: float, see
     return AdapterWeights(tuple(layers), tuple(down), tuple(up), scale)
 
 
+def random_like(weights: AdapterWeights, seed: int) -> AdapterWeights:
+    """Return an adapter drawn at random whose updates have the norms of another's, layer by layer: a control."""
+    generator = torch.Generator().manual_seed(seed)
+    down, up = [], []
+    for index, (a, b) in enumerate(zip(weights.down, weights.up, strict=True)):
+        drawn = torch.randn(a.shape, generator=generator), torch.randn(b.shape, generator=generator)
+        size = float(weights.update(index).norm()) / max(float((weights.scale * drawn[1] @ drawn[0]).norm()), 1e-12)
+        down.append(drawn[0] * size**0.5)
+        up.append(drawn[1] * size**0.5)
+    return AdapterWeights(weights.layers, tuple(down), tuple(up), weights.scale)
+
+
 def mean_update(adapters: Sequence[AdapterWeights]) -> AdapterWeights:
     """Return an adapter of rank N r whose update is exactly the mean of the N adapters' updates."""
     first, count = adapters[0], len(adapters)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from treelora_cli.algorithm.kinds import TokenMoments
     from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.backend.runtime import Runtime
     from treelora_cli.config import BaseConfig, Config
@@ -220,7 +221,8 @@ def layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:
 class TaskMemory:
     """What is kept of one learned task; tensors are read from disk when first asked for.
 
-    ``layout`` is that of ``stored()`` when the task was committed; ``None`` where it is not known.
+    ``layout`` is that of ``stored()`` when the task was committed; ``None`` where it is not known. ``branch`` names the
+    branch that the task belongs to, ``None`` where it has none.
     """
 
     name: str
@@ -229,6 +231,7 @@ class TaskMemory:
     adapter: Callable[[], AdapterWeights]
     tensors: Callable[[], Tensors]
     layout: Layout | None = None
+    branch: str | None = None
 
     def stored(self) -> Tensors:
         """Return everything stored for this task: its tensors, and the adapter's under PEFT's names."""
@@ -243,16 +246,61 @@ class Memory:
         tasks: The tasks.
         shared: Reads the statistics, anew at each call: whoever asks may use them up.
         layout: Returns that of ``shared`` when the last task was committed; ``None`` where it is not known.
+        branch: Reads the statistics of a branch, by its name, anew at each call.
     """
 
     tasks: tuple[TaskMemory, ...]
     shared: Callable[[], Tensors]
     layout: Callable[[], Layout | None] = lambda: None
+    branch: Callable[[str], Tensors] = lambda _name: {}
 
-    def with_task(self, task: TaskMemory, shared: Callable[[], Tensors]) -> Memory:
-        """Return the memory after one more task, which this process learned: it is as it was handed over."""
+    def with_task(
+        self, task: TaskMemory, shared: Callable[[], Tensors], branch: Callable[[], Tensors] | None = None
+    ) -> Memory:
+        """Return the memory after one more task, which this process learned: it is as it was handed over.
+
+        Args:
+            task: The task.
+            shared: As the attribute.
+            branch: Reads the statistics of the task's branch; those of the others stay.
+        """
         task = replace(task, layout=layout_of(task.stored()))
-        return Memory((*self.tasks, task), shared, lambda: layout_of(shared()))
+        before = self.branch
+
+        def read(name: str) -> Tensors:
+            return branch() if branch is not None and name == task.branch else before(name)
+
+        return Memory((*self.tasks, task), shared, lambda: layout_of(shared()), read)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What images kept out of an adapter's training said of it.
+
+    Attributes:
+        gain: What they gained by it, in nats each.
+        asked: What was asked of it.
+        count: Images.
+    """
+
+    gain: float
+    asked: float
+    count: int
+
+
+@dataclass(frozen=True)
+class BranchLearned:
+    """What a session that branches hands over beside the rest.
+
+    Attributes:
+        name: The branch that the task belongs to; ``None`` where no branch pays.
+        tensors: Reads the branch's statistics, this task included; replaces the former.
+        trial: Where an adapter was tried and could be judged.
+    """
+
+    name: str | None
+    tensors: Callable[[], Tensors]
+    trial: Trial | None
 
 
 @dataclass(frozen=True)
@@ -263,11 +311,13 @@ class Learned:
         tensors: Kept with the task (``head.safetensors``).
         shared: Reads the statistics shared by all tasks, this one included, as in ``Memory``; replaces the former.
         facts: JSON-able facts for ``task.json``.
+        branch: Of a session that branches.
     """
 
     tensors: Tensors
     shared: Callable[[], Tensors]
     facts: dict[str, Any]
+    branch: BranchLearned | None = None
 
 
 @dataclass(frozen=True)
@@ -390,6 +440,20 @@ class Session(Protocol):
 
     def finish(self) -> Learned:
         """Collect what later predictions need, with the trained adapter in the slot."""
+
+
+@runtime_checkable
+class BranchSession(Protocol):
+    """A session that can share one adapter among tasks of a kind; the core asks for it where ``tree.branch`` does."""
+
+    def token_moments(self) -> TokenMoments:
+        """Return sums over the task's tokens in the frozen network, after ``prepare``."""
+
+    def open_branch(self, name: str, *, ask: bool) -> None:
+        """Try a branch of this name; with ``ask`` only if images kept out of the training gain by it."""
+
+    def join_branch(self, name: str | None) -> None:
+        """Belong to a branch, or to the frozen features, and train nothing; the branch's adapter is in the slot."""
 
 
 class Predictor(Protocol):

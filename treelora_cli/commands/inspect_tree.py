@@ -46,9 +46,15 @@ def inspect_tree(
             views.append(task_tree.distance_table(tree, names, layer, layers))
     if as_json and layer is not None:
         document["layer"] = {"name": layers[layer], "distances": task_tree.distances(tree, layer).tolist()}
+    merged = project.fixed["tree.branch"] == "never"
     shared = [f"{task.name} uses {task.adapter}" for task in project.state.tasks if task.adapter != task.directory]
-    if shared:
+    if shared and merged:
         views.append("Merged adapters: " + "; ".join(shared))
+    branches = task_tree.branch_document([project.task_record(name) for name in names])
+    if branches is not None:
+        document["branches"] = branches
+        views.insert(0, task_tree.branch_view(branches))
+        views.append(branches["reason"])
     if bandit:
         facts, view = _bandit(project)
         document["bandit"] = facts

@@ -16,6 +16,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples per step, over all
 Reg = Annotated[float | None, typer.Option(help="Lambda of eq. 3: pull towards the similar task; 0 for none.")]
 WarmStart = Annotated[str | None, typer.Option(help="Where a new adapter starts: nearest, latest or none.")]
 Search = Annotated[str | None, typer.Option(help="How similar tasks are found: lcb, cold, flat, exhaustive or random.")]
+Branch = Annotated[str | None, typer.Option(help="Which tasks share an adapter: auto, first, always or never.")]
 Update = Annotated[str | None, typer.Option(help="Eq. 3 as a subgradient term or a proximal step: penalty or prox.")]
 Precision = Annotated[str | None, typer.Option(help="auto (measured), fp32 or bf16.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]

@@ -33,6 +33,7 @@ def run(
     reg: options.Reg = None,
     warm_start: options.WarmStart = None,
     search: options.Search = None,
+    branch: options.Branch = None,
     update: options.Update = None,
     inference: options.Inference = None,
     budget: options.Budget = None,
@@ -63,6 +64,7 @@ def run(
         gate__max_forgetting=max_forgetting,
         gate__fail_under=fail_under,
         gate__task_under=task_under,
+        tree__branch=branch,
         train__epochs=epochs,
         train__lr=lr,
         train__batch_size=batch_size,
@@ -90,6 +92,8 @@ def run_and_report(session: Session, request: Any, device: str | None) -> tuple[
         origin = f"from '{report.parent}'" if report.parent else "anew"
         total = sum(report.seconds.values())
         session.output.note(f"  {report.name}: {origin}, {total:.1f} s, {summary(report.matrix.standing())}")
+        if report.branch_reason is not None:
+            session.output.note(f"  {report.branch_reason}")
 
     return run_stream(request, session.runtime(device), learned), reports
 
@@ -107,6 +111,8 @@ def show_stream(session: Session, project: Project, reports: list[TaskReport], *
                 "task": report.name,
                 "warm_start_from": report.parent,
                 "nearest": report.nearest,
+                "branch": report.branch,
+                "branch_reason": report.branch_reason,
                 "seconds": report.seconds,
             }
             for report in reports

@@ -35,6 +35,8 @@ def status(context: typer.Context) -> None:
             "train_examples": record["train_examples"],
             "nearest": record["nearest"],
             "adapter": entry.adapter,
+            "branch": record.get("branch"),
+            "branch_reason": record.get("branch_reason"),
             "learned": learned,
             "now": now,
             "bytes": sizes[entry.name],
@@ -70,6 +72,7 @@ def status(context: typer.Context) -> None:
             percent(task["now"]),
             f"{task['bytes'] / 1024:.1f}",
         )
+    lines = [str(tasks[-1]["branch_reason"])] if tasks and tasks[-1]["branch_reason"] else []
     if tasks:
         table.caption = summary(standing)
     step = "treelora train-task DATA"
@@ -82,7 +85,7 @@ def status(context: typer.Context) -> None:
         f"{disk_bytes(project) / 2**20:.1f} MiB (this state {project.total_bytes() / 2**20:.1f}, of it adapters"
         f" {project.adapter_bytes() / 2**20:.2f}; earlier states {history_bytes(project) / 2**20:.1f})"
     )
-    lines = [f"Can be rolled back: {', '.join(reach)} (earlier states: {kept})."] if reach else []
+    lines += [f"Can be rolled back: {', '.join(reach)} (earlier states: {kept})."] if reach else []
     if waiting is not None:
         lines.append(f"Learned but not committed: '{waiting.task}', for {waiting.reason}.")
     if undone:

@@ -237,6 +237,8 @@ def show_report(session: Session, report: TaskReport) -> None:
         "task": report.name,
         "nearest": report.nearest,
         "warm_start_from": report.parent,
+        "branch": report.branch,
+        "branch_reason": report.branch_reason,
         "steps": report.steps,
         "seconds": report.seconds,
         "peak_mib": round(report.peak_bytes / 2**20),
@@ -252,6 +254,7 @@ def show_report(session: Session, report: TaskReport) -> None:
     session.output.result(
         document,
         f"Task '{report.name}' is committed: {report.steps} steps, {origin}{nearest}.",
+        *([] if report.branch_reason is None else [report.branch_reason]),
         seconds_line(report.seconds),
         standing_table(report.matrix.standing(), {name: score.routed for name, score in report.scores.items()}),
         *([watch_table(report.watch)] if report.watch else []),

@@ -33,7 +33,7 @@ from treelora_cli.backend.registry import load_backend
 from treelora_cli.backend.runtime import Runtime, Silent, open_runtime
 from treelora_cli.compare.results import write_result
 from treelora_cli.compare.runs import Run
-from treelora_cli.config import AdapterConfig, Config, TrainConfig, load_config, overlay, resolve
+from treelora_cli.config import AdapterConfig, Config, TrainConfig, TreeConfig, load_config, overlay, resolve
 from treelora_cli.errors import UsageError
 from treelora_cli.learning.opening import held_in, load_base
 from treelora_cli.learning.provenance import peak_bytes, versions
@@ -253,7 +253,8 @@ def contender_config(run: Run, config: Config, head: str) -> Config:
     assert config.train.lr is not None
     lr = config.train.lr if own.train.lr is not None else config.train.lr * entry.lr_share.get(head, 1.0)
     blocks = 0 if config.adapter.blocks is None else config.adapter.blocks
-    return overlay(Config(adapter=AdapterConfig(blocks=blocks), train=TrainConfig(lr=lr)), config)
+    alone = TreeConfig(branch="never")  # which layers are adapted is otherwise the branches' choice
+    return overlay(Config(adapter=AdapterConfig(blocks=blocks), train=TrainConfig(lr=lr), tree=alone), config)
 
 
 # -- the process -----------------------------------------------------------------------------------

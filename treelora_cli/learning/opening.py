@@ -204,6 +204,8 @@ def fixed_settings(config: Config, backend: Backend) -> dict[str, Any]:
         "adapter.targets": config.adapter.targets,
         "adapter.blocks": config.adapter.blocks,
         "tree.signature_width": config.tree.signature_width,
+        "tree.branch": config.tree.branch,
+        "tree.branch_adapter": config.tree.branch_adapter,
         "head.width": config.head.width,
         "head.blocks": config.head.blocks,
         "head.merged": config.head.merged,

@@ -26,6 +26,7 @@ from treelora_cli.backend.members import check_honoured, require
 from treelora_cli.backend.runtime import Runtime, return_free_memory
 from treelora_cli.config import Config, to_dict
 from treelora_cli.errors import CheckError, DataError
+from treelora_cli.learning.branches import BranchPlan
 from treelora_cli.learning.evaluation import HeldOut, blamed, read_held_out, score_tasks
 from treelora_cli.learning.gate import check_gate, refusal
 from treelora_cli.learning.opening import check_base, recorded_arithmetic
@@ -67,6 +68,8 @@ class TaskReport:
         peak_bytes: Largest resident memory of the process.
         notes: Lines for the user.
         watch: Watch sets with their scores after the task.
+        branch: The branch that the task belongs to; ``None`` where it has none.
+        branch_reason: One sentence that says why it joined or opened one; ``None`` where tasks never do.
     """
 
     name: str
@@ -80,6 +83,8 @@ class TaskReport:
     peak_bytes: int
     notes: tuple[str, ...]
     watch: tuple[WatchSet, ...] = ()
+    branch: str | None = None
+    branch_reason: str | None = None
 
 
 def check_numbers(task: TaskData, known: Mapping[str, Sequence[str]]) -> None:
@@ -177,6 +182,7 @@ class Trained:
         learned: What later predictions need.
         found: What the method found out about the earlier tasks.
         report: What the loop did.
+        branches: Its branch; ``None`` where tasks never share adapters.
     """
 
     adapter: AdapterWeights
@@ -184,6 +190,12 @@ class Trained:
     learned: Learned
     found: Found
     report: TrainReport
+    branches: BranchPlan | None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is kept with the task."""
+        return self.learned.tensors if self.branches is None else self.branches.with_kind(self.learned.tensors)
 
 
 def learn_task(
@@ -266,6 +278,7 @@ def learn_task(
         peak_bytes=peak_bytes(),
         notes=data.notes,
         watch=watch,
+        **({} if trained.branches is None else trained.branches.record()),
     )
 
 
@@ -305,6 +318,10 @@ def train_task(new: NewTask, clock: _Clock, *, resume: bool) -> Trained:
     clock.lap("probe")
     earlier, checkpoint, identity = new.memory.tasks, new.project.checkpoint, _identity(new)
     context = replace(context, past=Past(new.tree, probe.queries, lambda index: earlier[index].adapter()))
+    plan = BranchPlan.of(new.config, new.name, new.memory)
+    if plan is not None:
+        plan.choose(session, context.seed)
+        context = replace(context, config=plan.config)
 
     def save(step: int, tensors: dict[str, torch.Tensor]) -> None:
         if new.runtime.is_main:
@@ -316,22 +333,32 @@ def train_task(new: NewTask, clock: _Clock, *, resume: bool) -> Trained:
         if new.runtime.is_main:
             new.project.step_log.begin(trainer.step)
 
+    def begun() -> None:
+        if plan is not None and plan.joins:
+            adapters.write_slot(new.base.network, earlier[plan.home_index()].adapter())
+        clock.lap("search")
+
     report = train_session(
         session,
         method,
         context,
         new.runtime,
-        begun=lambda: clock.lap("search"),
+        begun=begun,
         resume=resumed,
         save=save,
         log=lambda steps: new.project.step_log.add(steps) if new.runtime.is_main else None,
     )
     clock.lap("train")
     adapter = adapters.read_slot(new.base.network, new.base.layers, context.scale)
+    if plan is not None and plan.draws_adapter:
+        adapter = adapters.random_like(adapter, context.seed)
+        adapters.write_slot(new.base.network, adapter)
     with blamed(new.memory):
         learned = session.finish()
+    if plan is not None:
+        plan.settle(learned)
     clock.lap("statistics")
-    return Trained(adapter, probe.signature, learned, method.found(), report)
+    return Trained(adapter, probe.signature, learned, method.found(), report, plan)
 
 
 def _choose_arithmetic(new: NewTask, session: Session, context: TaskContext, *, resume: bool) -> None:
@@ -384,13 +411,17 @@ def extended_tree(new: NewTask, signature: np.ndarray[Any, Any]) -> Tree:
 
 
 def _with_new(new: NewTask, trained: Trained) -> Memory:
-    learned = trained.learned
-    task = TaskMemory(new.name, new.data.labels, new.data.metric, _constant(trained.adapter), lambda: learned.tensors)
-    return new.memory.with_task(task, learned.shared)
+    learned, tensors = trained.learned, trained.tensors
+    task = TaskMemory(new.name, new.data.labels, new.data.metric, _constant(trained.adapter), lambda: tensors)
+    if learned.branch is None:
+        return new.memory.with_task(task, learned.shared)
+    return new.memory.with_task(replace(task, branch=learned.branch.name), learned.shared, learned.branch.tensors)
 
 
 def within_budget(new: NewTask, memory: Memory, tree: Tree) -> tuple[Memory, Merged]:
     """Merge the nearest adapters until no more than the budget are kept; say which."""
+    if new.config.tree.branch != "never":
+        return memory, {}  # no more branches than the budget are opened
     homes = [task.adapter for task in new.project.state.tasks] + [f"new/{new.name}"]
     groups = merge_to_budget(
         tree, homes, lambda index: memory.tasks[index].adapter(), new.config.budget or 0, adapters.merge
@@ -430,13 +461,14 @@ def commit_of(new: NewTask, trained: Trained, clock: _Clock, tree: Tree, matrix:
         record=_record(new, trained, clock),
         labels=new.data.labels,
         adapter_files=adapter_files(network, model, trained.adapter),
-        tensors=trained.learned.tensors,
+        tensors=trained.tensors,
         shared=trained.learned.shared(),
         tree=tree,
         bandit_arrays={key: np.ascontiguousarray(value) for key, value in arrays.items()},
         bandit_meta=searched if facts else {},
         matrix=matrix,
         merged={newest: (names, adapter_files(network, model, weights)) for newest, (names, weights) in merged.items()},
+        **({} if trained.branches is None else trained.branches.commit_part(trained.learned)),
     )
 
 
@@ -460,6 +492,7 @@ def _record(new: NewTask, trained: Trained, clock: _Clock) -> dict[str, Any]:
         "trained_parameters": trained.report.trained_parameters,
         "seconds": dict(clock.seconds),
         "cpu_seconds": dict(clock.cpu_seconds),
+        **({} if trained.branches is None else trained.branches.record()),
         "facts": trained.learned.facts,
         "versions": versions(),
     }

@@ -47,6 +47,8 @@ class Commit:
         watch: Watch sets, this task's scores included.
         steps: The task's step log, as JSON lines.
         answers: What was answered when tasks were scored, by task; ``None`` when nothing was.
+        branches: Statistics of the branches that this task changed, by name.
+        home: Earlier task whose adapter this one uses; its own where ``None``.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Commit:
     watch: tuple[WatchSet, ...] = ()
     steps: bytes = b""
     answers: Mapping[str, TaskAnswers] | None = None
+    branches: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    home: str | None = None
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -78,7 +82,7 @@ def check_finite(change: Commit) -> None:
     from safetensors.torch import load
 
     weights = [files["adapter_model.safetensors"] for files in (change.adapter_files, *_merged_files(change))]
-    for tensors in (change.tensors, change.shared, *map(load, weights)):
+    for tensors in (change.tensors, change.shared, *change.branches.values(), *map(load, weights)):
         for name, tensor in tensors.items():
             if not all_finite(tensor):
                 raise TreeLoraError(
@@ -123,7 +127,9 @@ def contents_of(change: Commit, directory: str) -> dict[str, Content]:
     from safetensors.numpy import save as save_arrays
     from safetensors.torch import save as save_tensors
 
-    contents: dict[str, Content] = {f"{directory}/{name}": data for name, data in change.adapter_files.items()}
+    own = {} if change.home is not None else change.adapter_files
+    contents: dict[str, Content] = {f"{directory}/{name}": data for name, data in own.items()}
+    contents |= {branch_file(name): tensor_file(tensors) for name, tensors in change.branches.items()}
     contents |= {
         f"{directory}/head.safetensors": save_tensors(change.tensors),
         f"{directory}/labels.json": to_json(list(change.labels)),
@@ -142,6 +148,11 @@ def contents_of(change: Commit, directory: str) -> dict[str, Content]:
         contents["bandit.safetensors"] = save_arrays(change.bandit_arrays)
         contents["bandit.json"] = to_json(change.bandit_meta)
     return contents
+
+
+def branch_file(name: str) -> str:
+    """Return where the statistics of a branch lie, by the name of the task that opened it."""
+    return f"branches/{name}.safetensors"
 
 
 def _layouts(change: Commit) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from treelora_cli.project.checkpoint import Checkpoint
 from treelora_cli.project.commit import (
     Commit,
     all_finite,
+    branch_file,
     check_finite,
     contents_of,
     place_merged,
@@ -52,7 +53,7 @@ STATE = "state.json"
 """The file that says what a project is made of."""
 _WRITTEN = ("history", "trash", "run", "pending")
 _OWN = (STATE, *(f".treelora/{name}" for name in ("objects", *_WRITTEN)))
-_FIXED_LATER = {"method": "treelora"}
+_FIXED_LATER = {"method": "treelora", "tree.branch": "never", "tree.branch_adapter": "trained"}
 """What a project is made with that says nothing of it: one from before the setting existed."""
 _ADAPTERS_AT_HAND = 32
 """Adapters kept in memory after they were read and verified; a prediction switches between a few."""
@@ -263,6 +264,9 @@ class Project:
             for key in ("name", "metric", "precision", "device"):
                 if type(record[key]) is not str:
                     raise TypeError(key)
+            for key in ("branch", "branch_reason"):
+                if type(record.get(key)) not in (str, type(None)):
+                    raise TypeError(key)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedError(f"{where} is malformed ({error}). Run treelora doctor.") from error
         return cast("dict[str, Any]", record)
@@ -335,7 +339,7 @@ class Project:
         # not cached: of a thousand features or more, it is the largest thing in memory
         shared = functools.partial(self._read_tensors, "head.safetensors")
         layout = stored_layout(self.task_record(tasks[-1].name), "shared")
-        return Memory(tasks, shared, lambda: layout)
+        return Memory(tasks, shared, lambda: layout, lambda name: self._read_tensors(branch_file(name)))
 
     def _task_memory(self, entry: TaskEntry, adapter_of: Callable[[str], AdapterWeights]) -> TaskMemory:
         from treelora_cli.backend.contract import TaskMemory
@@ -348,6 +352,7 @@ class Project:
             adapter=functools.partial(adapter_of, entry.name),
             tensors=functools.cache(lambda: self._read_tensors(f"{entry.directory}/head.safetensors")),
             layout=stored_layout(record, "task"),
+            branch=record.get("branch"),
         )
 
     def adapter(self, name: str) -> AdapterWeights:
@@ -439,7 +444,8 @@ class Project:
         """Return tasks, kept files and new contents of the state after ``change``."""
         check_finite(change)
         directory = f"tasks/{len(self.state.tasks) + 1:03d}-{change.name}"
-        tasks = (*self.state.tasks, TaskEntry(change.name, directory, directory))
+        home = directory if change.home is None else self.entry(change.home).adapter
+        tasks = (*self.state.tasks, TaskEntry(change.name, directory, home))
         return place_merged(tasks, self.state.files, contents_of(change, directory), change.merged)
 
     def propose(self, change: Commit, reason: str) -> None:

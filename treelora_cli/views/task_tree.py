@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,37 @@ def tree_document(tree: Tree, names: Sequence[str], layers: Sequence[str]) -> di
         for node in tree.nodes
     ]
     return {"tasks": list(names), "height": tree.height, "nodes": nodes, "distances": distances(tree, None).tolist()}
+
+
+def branch_document(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The branches for ``--json``: tasks of each, and why the newest task joined or opened one.
+
+    Args:
+        records: ``task.json`` of each task in order of arrival.
+
+    Returns:
+        ``None`` where tasks never share adapters.
+    """
+    if not records or records[-1].get("branch_reason") is None:
+        return None
+    members: dict[str, list[str]] = {}
+    frozen: list[str] = []
+    for record in records:
+        branch = record["branch"]
+        (frozen if branch is None else members.setdefault(branch, [])).append(record["name"])
+    return {"members": members, "frozen": frozen, "reason": records[-1]["branch_reason"]}
+
+
+def branch_view(branches: Mapping[str, Any]) -> RichTree:
+    """Draw the branches: tasks that share an adapter and a feature space."""
+    count = len(branches["members"])
+    root = RichTree(Text(f"{count} branch{'' if count == 1 else 'es'}: tasks that share an adapter"))
+    for name, tasks in branches["members"].items():
+        joined = ", ".join(task for task in tasks if task != name)
+        root.add(Text(f"{name}" + (f", joined by {joined}" if joined else "")))
+    if branches["frozen"]:
+        root.add(Text(f"frozen features only: {', '.join(branches['frozen'])}"))
+    return root
 
 
 def distances(tree: Tree, layer: int | None) -> np.ndarray[Any, Any]:

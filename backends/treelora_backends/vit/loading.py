@@ -145,15 +145,24 @@ def _misfit(model: str, error: Exception) -> str:
     return f"{model}: weights do not fit the architecture ({detail[:160]}). Check --model-arg."
 
 
+_EVERY = "every"
+"""Targets of a branch's adapter: all linear layers that an adapter acts on."""
+
+
 def choose_layers(vit: Any, config: Config) -> tuple[str, ...]:
-    """Return the modules to adapt, in network order, in the chosen blocks."""
+    """Return the modules to adapt, in network order: of a branch all linear layers, unless told otherwise."""
     count = len(vit.blocks)
-    wanted = -(-count // 6) if config.adapter.blocks is None else config.adapter.blocks or count
+    branches = config.tree.branch != "never"
+    fewest = count if branches else -(-count // 6)
+    wanted = fewest if config.adapter.blocks is None else config.adapter.blocks or count
     if wanted > count:
         raise UsageError(f"--blocks {wanted}: {config.base.model} has {count} blocks.")
+    targets = str(config.adapter.targets)
+    if targets == "auto" and branches:
+        targets = _EVERY
     chosen = []
     for index in range(count - wanted, count):
-        chosen += [f"blocks.{index}.{name}" for name in _block_targets(vit.blocks[index], str(config.adapter.targets))]
+        chosen += [f"blocks.{index}.{name}" for name in _block_targets(vit.blocks[index], targets)]
     if not chosen:
         raise UsageError(f"--targets {config.adapter.targets}: no such linear layer in {config.base.model}.")
     return tuple(chosen)
@@ -163,10 +172,12 @@ def _block_targets(block: nn.Module, targets: str) -> list[str]:
     linear = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     if targets == "all-linear":
         return linear
-    if targets != "auto":
+    if targets not in ("auto", _EVERY):
         wanted = [target.strip() for target in targets.split(",")]
         return [name for name in linear if any(name == w or name.endswith(f".{w}") for w in wanted)]
-    attention = [name for name in linear if name.split(".")[-1] in ("qkv", "q_proj", "k_proj", "v_proj", "proj")]
     reads_weight_only = getattr(getattr(block, "attn", None), "q_bias", None) is not None
     # such attention multiplies by qkv.weight itself and would pass an adapter by
-    return [name for name in attention if not (reads_weight_only and name.endswith("qkv"))]
+    usable = [name for name in linear if not (reads_weight_only and name.endswith("qkv"))]
+    if targets == _EVERY:
+        return usable
+    return [name for name in usable if name.split(".")[-1] in ("qkv", "q_proj", "k_proj", "v_proj", "proj")]

@@ -2,7 +2,8 @@
 
 ``routed``: the anchor, a ridge head on frozen features, says how likely each (task, class) column is; the
 adapters of the likeliest tasks then say which of their own classes it is, and both opinions are
-multiplied. ``latest`` and ``merged``: one network, one linear head.
+multiplied. Where tasks share adapters, those of the likeliest branches say it (``branch_answers``).
+``latest`` and ``merged``: one network, one linear head.
 
 Symbols: ``B`` images, ``K`` columns, ``C`` width.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from treelora_backends.vit.branch_answers import BranchAnswers, Seen
 from treelora_backends.vit.chunks import images_at_once
 from treelora_backends.vit.images import ImageTask, Pictures
 from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_names, class_of_column, columns_of
@@ -154,22 +156,34 @@ class VitPredictor:
     def _routed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with adapters.base_only(self.base.network):
             plain, scores = self._anchor_scores(images)
-            _, mirrored = self._anchor_scores(images.flip(-1))
+            other, mirrored = self._anchor_scores(images.flip(-1))
         log_columns = (ANCHOR_SHARPNESS * (scores + mirrored) / 2).log_softmax(dim=1)  # (B, K)
+        if self._branches is not None:
+            by_branch = self._by_group(log_columns, self._branches.group_of, len(self._branches.names))
+            self._branches.refine_(log_columns, by_branch, (plain, other))
         log_tasks = self._by_group(log_columns, self.task_of, len(self.memory.tasks))
+        if self._branches is not None:
+            return self._by_group(log_columns, self.class_of, len(self.names)), log_tasks.argmax(dim=1)
         asked = log_tasks.topk(min(TASKS_ASKED, log_tasks.shape[1]), dim=1).indices
         for task in asked.unique().tolist():
             rows = (asked == task).any(dim=1).nonzero().squeeze(1)
-            self._ask_adapter(int(task), rows, plain, log_columns, log_tasks)
+            self._ask_adapter(int(task), rows, plain.cut, log_columns, log_tasks)
         return self._by_group(log_columns, self.class_of, len(self.names)), asked[:, 0]
 
-    def _anchor_scores(self, images: Tensor) -> tuple[Entering, Tensor]:
-        """Return the activations before the cut and the anchor's scores of one view, (B, K)."""
+    @cached_property
+    def _branches(self) -> BranchAnswers | None:
+        """The heads of the branches; ``None`` where tasks share no adapters."""
+        if self.base.config.tree.branch == "never":
+            return None
+        return BranchAnswers(self.base, self.memory, self.task_of)
+
+    def _anchor_scores(self, images: Tensor) -> tuple[Seen, Tensor]:
+        """Return what the frozen network sees and the anchor's scores of one view, (B, K)."""
         features, solved = self._anchor
         with self.base.runtime.autocast():
             cut = self.base.trunk.before(images)
             seen = self.base.trunk.after(cut)
-        return cut, solved(features(seen))
+        return Seen(cut, seen.layered), solved(features(seen))
 
     def _ask_adapter(self, task: int, rows: Tensor, cut: Entering, log_columns: Tensor, log_tasks: Tensor) -> None:
         """Multiply the adapter's opinion into the task's columns of the given rows, in place."""

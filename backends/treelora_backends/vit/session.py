@@ -10,6 +10,8 @@ Symbols: ``n`` images, ``V`` views, ``L`` tokens, ``C`` width, ``k`` classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,18 +19,28 @@ from torch import Tensor, nn
 
 from treelora_backends.kept import Keeping, KeptRows, each_expected
 from treelora_backends.transfer import sent
+from treelora_backends.vit.branching import Branching
 from treelora_backends.vit.chunks import images_at_once
 from treelora_backends.vit.images import ImageTask, shuffled_views
 from treelora_backends.vit.shared_head import SharedHead, columns_of
-from treelora_backends.vit.single import KINDS, NewImages, extended_statistics, single_network_part
+from treelora_backends.vit.single import (
+    COVARIANCE_RIDGE,
+    KINDS,
+    NewImages,
+    extended_statistics,
+    single_network_part,
+)
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
-from treelora_cli.backend.contract import Learned, Memory
+from treelora_cli.backend.contract import BranchLearned, Learned, Memory, Trial
 from treelora_cli.config import Config
+from treelora_cli.heads.gaussians import ClassStatistics
 
 if TYPE_CHECKING:
     from treelora_backends.vit.loaded import LoadedVit
+    from treelora_cli.algorithm.kinds import TokenMoments
+    from treelora_cli.backend.contract import Tensors
 
 _TEMPERATURE = 0.1
 _SMALLEST_PROBE = 8
@@ -59,12 +71,13 @@ class VitSession:
         shared = memory.shared()
         self.shared_head = SharedHead.restore(shared, base.trunk, config, self.runtime)
         self.carried = single_network_part(shared)
-        self._at_once = images_at_once(self.device)
-        self._keeping = Keeping.of(self.device, config.train.keep_mib)
+        self.at_once = images_at_once(self.device)
+        self.keeping = Keeping.of(self.device, config.train.keep_mib)
         self.kept: KeptRows
         """Tokens before the cut, (L, C), of every view of this process's images, views side by side."""
         self.prototypes: Tensor
         self.centre: Tensor
+        self.branching = None if config.tree.branch == "never" else Branching(self)
 
     # -- before training ------------------------------------------------------------------------------
 
@@ -77,7 +90,7 @@ class VitSession:
 
     def try_forward(self) -> None:
         """Do a part of the frozen pass."""
-        images = self._first_images(self._at_once)
+        images = self._first_images(self.at_once)
         with torch.no_grad(), self.runtime.autocast():
             self.base.trunk.after(self.base.trunk.before(images))
 
@@ -89,7 +102,7 @@ class VitSession:
         """Run the frozen pass."""
         pooled_sum = torch.zeros(len(self.task.labels), self.base.trunk.width, device=self.device)
         order = torch.randperm(len(self.own), generator=torch.Generator().manual_seed(self.seed))
-        chunks = order.split(self._at_once)
+        chunks = order.split(self.at_once)
         self.shared_head.open_task(len(self.task.labels))
         with adapters.base_only(self.base.network):
             for rows in self.runtime.reporter.track(chunks, "Frozen pass", len(chunks)):
@@ -102,17 +115,23 @@ class VitSession:
         pixels = sent(self.task.train.pixels[self.own[rows]], self.device)
         plain, labels = self.base.preprocessing.normalise(pixels), self.labels[sent(rows, self.device)]
         for view, images in enumerate((plain, plain.flip(-1))[: self.views]):
-            with self.runtime.autocast():
+            with self._counting(labels), self.runtime.autocast():
                 cut = self.base.trunk.before(images)
                 features = self.base.trunk.after(cut)
+            if self.branching is not None:
+                self.branching.keep(rows, view, features.layered)
             if not hasattr(self, "kept"):
-                self.kept = KeptRows(len(self.own) * self.views, cut.tokens.shape[1:], self._keeping)
+                self.kept = KeptRows(len(self.own) * self.views, cut.tokens.shape[1:], self.keeping)
                 self.runtime.reporter.detail(str(self.kept))
             self.kept.write(rows * self.views + view, cut.tokens)
             pooled_sum.index_add_(0, labels, features.pooled)
             self.shared_head.add(features, labels)
 
-    def _entering(self, rows: Tensor, views: Tensor) -> Tensor:
+    def _counting(self, labels: Tensor) -> AbstractContextManager[None]:
+        """Sum the tokens of what passes, where branches ask for the kind of data."""
+        return nullcontext() if self.branching is None else self.branching.moments.listening(labels)
+
+    def entering(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return the tokens before the cut of chosen views, (B, L, C)."""
         return self.kept.read(rows * self.views + views).float()
 
@@ -133,7 +152,7 @@ class VitSession:
         )
         for index in range(count):
             rows = order[index * size : (index + 1) * size]
-            tokens = self._entering(rows, torch.zeros_like(rows))
+            tokens = self.entering(rows, torch.zeros_like(rows))
             with self.runtime.autocast():
                 pooled = self.base.trunk.pooled(tokens)
             cosine = nn.functional.normalize(pooled - self.centre, dim=1) @ self.prototypes.T
@@ -144,17 +163,27 @@ class VitSession:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass."""
-        return -(-self.task.train_size // self.batch_size)
+        return -(-(self.task.train_size - self._kept_out) // self.batch_size)
+
+    @property
+    def _kept_out(self) -> int:
+        """Images of all processes that are kept out of the training."""
+        if self.branching is None:
+            return 0
+        own = self.branching.kept_out.sum().to(self.device, torch.float64)
+        return int(self.runtime.sum(own[None]))
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of each step, both (B,)."""
-        batches = shuffled_views(len(self.own), self.views, self.steps_per_epoch, seeds.of_order(self.seed, epoch))
+        trained = torch.arange(len(self.own)) if self.branching is None else (~self.branching.kept_out).nonzero()[:, 0]
+        shuffled = shuffled_views(len(trained), self.views, self.steps_per_epoch, seeds.of_order(self.seed, epoch))
+        batches = ((trained[rows], views) for rows, views in shuffled)
         yield from each_expected(self.kept, batches, lambda batch: batch[0] * self.views + batch[1])
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the task's own classes."""
         rows, views = batch
-        tokens = self._entering(rows, views)
+        tokens = self.entering(rows, views)
         with self.runtime.autocast():
             pooled = self.base.trunk.pooled(tokens)
         return nn.functional.cross_entropy(self.head(pooled), self.labels[sent(rows, self.device)])
@@ -175,20 +204,58 @@ class VitSession:
         new = NewImages(self.pooled, self.labels, len(self.task.labels), self.seed)
         kinds = KINDS[:1] if self.shared_head.carries_blocks else KINDS
         own = extended_statistics(self.base, self.memory, new, trained, self.carried, kinds)
+        branch = self._finish_branch(tensors, own)
         facts: dict[str, Any] = {
             "classes": len(self.task.labels),
             "columns": len(columns_of(self.memory)) + len(self.task.labels),
             "kept": self.kept.facts(),
         }
         head = self.shared_head
-        return Learned(tensors | head.task_tensors(), lambda: {**own, **head.to_tensors()}, facts)
+        shared = partial(_shared, own, head)
+        return Learned(tensors | head.task_tensors(), shared, facts, branch)
+
+    def _finish_branch(self, tensors: Tensors, statistics: Tensors) -> BranchLearned | None:
+        """Count the task into its branch; a task that trained nothing gets the linear head of its class statistics."""
+        branching = self.branching
+        if branching is None:
+            return None
+        if not branching.trains:
+            every = ClassStatistics.from_tensors(statistics, "latest", self.device).discriminant(COVARIANCE_RIDGE)
+            count = len(self.task.labels)
+            tensors |= {"head.weight": every.weight[-count:].cpu(), "head.bias": every.bias[-count:].cpu()}
+        name, stored, columns = branching.finish()
+        tensors |= columns
+        judged = branching.judgement
+        trial = None if judged is None else Trial(judged.gain, judged.asked, judged.count)
+        return BranchLearned(name, lambda: stored, trial)
+
+    # -- branches -------------------------------------------------------------------------------------
+
+    def token_moments(self) -> TokenMoments:
+        """Return the sums of the frozen tokens, by which the kind of data is known."""
+        assert self.branching is not None
+        return self.branching.token_moments()
+
+    def open_branch(self, name: str, *, ask: bool) -> None:
+        """Try a branch of this name; ``ask`` the images kept out of the training whether it pays."""
+        assert self.branching is not None
+        self.branching.open(name, ask)
+
+    def join_branch(self, name: str | None) -> None:
+        """Belong to a branch, or to the frozen features, and train nothing."""
+        assert self.branching is not None
+        self.branching.join(name)
 
     @torch.no_grad()
     def pooled(self, rows: Tensor) -> Tensor:
         """Return the pooled features of some of this process's images by the network as it is, (n, C)."""
         parts = []
-        for chunk in rows.split(self._at_once):
-            tokens = self._entering(chunk, torch.zeros_like(chunk))
+        for chunk in rows.split(self.at_once):
+            tokens = self.entering(chunk, torch.zeros_like(chunk))
             with self.runtime.autocast():
                 parts.append(self.base.trunk.pooled(tokens))
         return torch.cat(parts)
+
+
+def _shared(own: Tensors, head: SharedHead) -> Tensors:
+    return {**own, **head.to_tensors()}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from treelora_backends.vit.loaded import LoadedVit
 
 KINDS = ("latest", "merged")
-_COVARIANCE_RIDGE = 0.01
+COVARIANCE_RIDGE = 0.01
 """Share of the mean variance added to the common covariance."""
 _DRIFT_IMAGES = 1024
 """Images on which the change of features is measured; a linear map needs no more."""
@@ -121,7 +121,7 @@ def latest_head(base: LoadedVit, memory: Memory) -> tuple[list[str], LinearHead]
 def _carried_head(base: LoadedVit, memory: Memory, kind: str, members: Tensor, classes: int) -> LinearHead:
     """Solve the head from statistics carried over to the present network; ``members`` is each column's class."""
     statistics = ClassStatistics.from_tensors(memory.shared(), kind, base.runtime.device)
-    return statistics.by_class(members, classes).discriminant(_COVARIANCE_RIDGE)
+    return statistics.by_class(members, classes).discriminant(COVARIANCE_RIDGE)
 
 
 class SingleNetwork(nn.Module):

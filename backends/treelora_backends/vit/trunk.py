@@ -94,6 +94,11 @@ class Trunk:
         return self._block_features * (len(self.blocks) - self.first_feature) + self._token_features
 
     @property
+    def early_width(self) -> int:
+        """Features of blocks before the cut, which an adapter leaves as they are."""
+        return self._block_features * max(0, self.cut - self.first_feature)
+
+    @property
     def _block_features(self) -> int:
         return 2 * self.width
 

@@ -1,0 +1,109 @@
+"""P(class | image) = P(branch | image) P(class | branch, image): the second factor, from solved heads.
+
+The shared head says how likely each branch is. The heads of the likeliest say which of their classes it is, with
+adapter; the shared head's own opinion inside the branch is multiplied in with a smaller weight.
+
+Symbols: ``B`` images, ``K`` columns, ``F`` features of a view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from treelora_backends.vit.branch import BranchHead, BranchSettings
+from treelora_backends.vit.trunk import Entering
+from treelora_cli.backend import adapters
+from treelora_cli.heads.ridge import LinearHead
+from treelora_cli.heads.two_views import TwoViews
+
+if TYPE_CHECKING:
+    from treelora_backends.vit.loaded import LoadedVit
+    from treelora_cli.backend.contract import Memory
+
+_BRANCHES_ASKED = 2
+"""Branches whose adapters run for an image, at most."""
+_UNLIKELY = 0.01
+"""Branches less likely than this are not asked."""
+_FROZEN_SHARE = 0.25
+"""Weight of the shared head's log-probabilities inside a branch: 0.7 points of OP on three kinds of nine tasks."""
+_ROWS = 16
+"""Adapters see multiples of this; see ``predictor``."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One view of images through the frozen network: tokens before the cut, and features (B, F)."""
+
+    cut: Entering
+    layered: Tensor
+
+
+@dataclass(frozen=True)
+class _Solved:
+    adapter: adapters.AdapterWeights
+    views: TwoViews
+    head: LinearHead
+    sharpness: float
+
+
+class BranchAnswers:
+    """Heads of every branch in a memory, solved when first asked.
+
+    Args:
+        base: The loaded network.
+        memory: Everything learned.
+        task_of: Task of each column, (K,).
+    """
+
+    def __init__(self, base: LoadedVit, memory: Memory, task_of: Tensor) -> None:
+        self.base = base
+        self.memory = memory
+        self.names = list(dict.fromkeys(task.branch for task in memory.tasks))
+        place = torch.tensor([self.names.index(task.branch) for task in memory.tasks], device=task_of.device)
+        self.group_of = place[task_of]
+        self._solved = lru_cache(maxsize=None)(self._solve)
+
+    def _solve(self, name: str) -> _Solved:
+        """Solve a branch's head and take its adapter."""
+        settings = BranchSettings.of(self.base.trunk, self.base.config)
+        head = BranchHead.restore(self.memory.branch(name), settings, self.base.runtime)
+        assert head.views is not None
+        opener = next(task for task in self.memory.tasks if task.branch == name)
+        return _Solved(opener.adapter(), head.views, head.solve_(self.memory, name), head.sharpness)
+
+    def refine_(self, log_columns: Tensor, log_branches: Tensor, seen: tuple[Seen, ...]) -> None:
+        """Put the branches' opinions in place of the shared head's.
+
+        Args:
+            log_columns: Log-probabilities of the shared head, (B, K); changed in place.
+            log_branches: Theirs summed by branch, (B, len(names)).
+            seen: The views of the images.
+        """
+        top = log_branches.topk(min(_BRANCHES_ASKED, len(self.names)), dim=1)
+        likely = top.values.exp() >= _UNLIKELY
+        for index, name in enumerate(self.names):
+            rows = ((top.indices == index) & likely).any(dim=1).nonzero().squeeze(1)
+            if name is None or not len(rows):
+                continue
+            own = (self.group_of == index).nonzero().squeeze(1)
+            inside = log_columns[rows][:, own] - log_branches[rows, index][:, None]
+            fused = (self._opinion(name, rows, seen) + _FROZEN_SHARE * inside).log_softmax(dim=1)
+            log_columns[rows[:, None], own[None, :]] = fused + log_branches[rows, index][:, None]
+
+    def _opinion(self, name: str, rows: Tensor, seen: tuple[Seen, ...]) -> Tensor:
+        """Return log-probabilities of a branch's classes for some images, (n, classes)."""
+        solved, trunk = self._solved(name), self.base.trunk
+        adapters.write_slot(self.base.network, solved.adapter)
+        filled = torch.cat([rows, rows.new_zeros(-len(rows) % _ROWS)])
+        scores = torch.zeros(len(rows), len(solved.head.bias), device=rows.device)
+        for view in seen:
+            frozen = view.layered[filled]
+            with self.base.runtime.autocast():
+                adapted = trunk.after(Entering(view.cut.tokens[filled], view.cut.early[filled])).layered
+            scores += solved.head(solved.views(torch.cat([frozen, adapted], dim=1)))[: len(rows)] / len(seen)
+        return (solved.sharpness * scores).log_softmax(dim=1)

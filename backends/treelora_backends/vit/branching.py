@@ -1,0 +1,209 @@
+"""What a session does for branches: kind of its data, images kept out, and the branch's sums.
+
+Symbols as in ``session``; ``B`` blocks, ``F`` features of a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treelora_backends.kept import KeptRows
+from treelora_backends.vit.branch import BranchHead, BranchSettings
+from treelora_backends.vit.trunk import Entering, Features
+from treelora_cli import seeds
+from treelora_cli.algorithm.kinds import TokenMoments
+from treelora_cli.heads.ridge import ridge_share
+from treelora_cli.heads.two_views import Examples, Judgement, judge
+
+if TYPE_CHECKING:
+    from treelora_backends.kept import Keeping
+    from treelora_backends.vit.images import ImageTask
+    from treelora_backends.vit.loaded import LoadedVit
+    from treelora_backends.vit.shared_head import SharedHead
+    from treelora_backends.vit.trunk import Trunk
+    from treelora_cli.backend.contract import Memory, Tensors
+    from treelora_cli.backend.runtime import Runtime
+    from treelora_cli.config import Config
+
+_KEPT_OUT = 5
+"""One image of a class in so many is kept out of a branch adapter's training."""
+_FEWEST_KEPT_OUT = 8
+"""With fewer images kept out nothing is judged."""
+_MOST_JUDGED = 2000
+"""Images that take part in a judgement, at most: it solves a system as large."""
+
+
+class MomentSums:
+    """Sums of a task's frozen tokens by class, after every block; see ``kinds.TokenMoments``.
+
+    Args:
+        trunk: The network.
+        classes: Of the task.
+        device: Of the network.
+    """
+
+    def __init__(self, trunk: Trunk, classes: int, device: torch.device) -> None:
+        self.trunk = trunk
+        shape = (classes, len(trunk.blocks), trunk.width)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(classes, dtype=torch.float64, device=device)
+
+    @contextmanager
+    def listening(self, labels: Tensor) -> Iterator[None]:
+        """Count in what passes through the blocks meanwhile, images of these labels (n,)."""
+
+        def counted(index: int, tokens: Tensor) -> None:
+            patches = tokens.detach()[:, self.trunk.prefix_tokens :].float()  # (n, L, C)
+            self.sums[:, index].index_add_(0, labels, patches.sum(dim=1).double())
+            self.squares[:, index].index_add_(0, labels, patches.square().sum(dim=1).double())
+            if index == 0:
+                self.counts.index_add_(0, labels, torch.full_like(labels, patches.shape[1], dtype=torch.float64))
+
+        hooks = [
+            block.register_forward_hook(lambda _m, _i, out, index=index: counted(index, out))
+            for index, block in enumerate(self.trunk.blocks)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class OwnImages(Protocol):
+    """What a session lends: its images, and what it knows of them; see ``VitSession``."""
+
+    base: LoadedVit
+    task: ImageTask
+    memory: Memory
+    runtime: Runtime
+    device: torch.device
+    config: Config
+    seed: int
+    views: int
+    own: Tensor
+    labels: Tensor
+    shared_head: SharedHead
+    at_once: int
+    keeping: Keeping
+
+    def entering(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Return the tokens before the cut of chosen views, (B, L, C)."""
+
+
+class Branching:
+    """The branch of one task while it is learned.
+
+    Args:
+        session: The task's.
+    """
+
+    def __init__(self, session: OwnImages) -> None:
+        self.session = session
+        self.trunk = session.base.trunk
+        self.settings = BranchSettings.of(self.trunk, session.config)
+        self.moments = MomentSums(self.trunk, len(session.task.labels), session.device)
+        self.kept_out = torch.zeros(len(session.own), dtype=torch.bool)
+        self.name: str | None = None
+        self.asks = False
+        self.joined = False
+        self.judgement: Judgement | None = None
+        self._frozen: KeptRows | None = None
+
+    def keep(self, rows: Tensor, view: int, layered: Tensor) -> None:
+        """Keep the frozen features of one view of some images, (n, F)."""
+        views = self.session.views
+        if self._frozen is None:
+            self._frozen = KeptRows(len(self.session.own) * views, layered.shape[1:], self.session.keeping)
+        self._frozen.write(rows * views + view, layered)
+
+    def token_moments(self) -> TokenMoments:
+        """Return the sums over all processes."""
+        total = self.session.runtime.sum
+        sums = (total(self.moments.sums), total(self.moments.squares), total(self.moments.counts))
+        return TokenMoments(*(np.asarray(one.cpu().numpy(), dtype=np.float64) for one in sums))
+
+    @property
+    def trains(self) -> bool:
+        """Whether the task trains an adapter."""
+        return not self.joined
+
+    def open(self, name: str, ask: bool) -> None:
+        """Try a branch: keep one image in five of each class out of its adapter's training, which are asked."""
+        self.name, self.asks = name, ask
+        generator = torch.Generator().manual_seed(seeds.of_kept_out(self.session.seed))
+        labels = self.session.labels.cpu()
+        for one in labels.unique().tolist():
+            rows = (labels == one).nonzero().squeeze(1)
+            chosen = rows[torch.randperm(len(rows), generator=generator)[: len(rows) // _KEPT_OUT]]
+            self.kept_out[chosen] = True
+
+    def join(self, name: str | None) -> None:
+        """Train nothing: the task belongs to a branch, or to the frozen features."""
+        self.name, self.joined = name, True
+
+    @torch.no_grad()
+    def finish(self) -> tuple[str | None, Tensors, Tensors]:
+        """Count the task into its branch, with the branch's adapter in the slot.
+
+        Returns:
+            The branch's name, what it stores and what the task stores; `None` and nothing without a branch.
+        """
+        if self.name is None:
+            return None, {}, {}
+        features, labels = self._both_views()
+        classes = len(self.session.task.labels)
+        if self.joined:
+            head = BranchHead.restore(self.session.memory.branch(self.name), self.settings, self.session.runtime)
+        else:
+            head = BranchHead(self.settings, self.session.runtime)
+            head.standardise(features)
+            self.judgement = self._judged(head, features, classes)
+            if self.asks and (self.judgement is None or not self.judgement.pays):
+                return None, {}, {}
+            if self.judgement is not None:
+                head.sharpness = self.judgement.sharpness
+        head.learn(features, labels, classes)
+        return self.name, head.to_tensors(), head.task_tensors()
+
+    def _both_views(self) -> tuple[Tensor, Tensor]:
+        """Return frozen and adapted features side by side of every view, plain views first, (V n, 2F), and labels."""
+        session, parts = self.session, []
+        rows = torch.arange(len(session.own))
+        for view in range(session.views):
+            for chunk in rows.split(session.at_once):
+                seen, frozen = self._adapted(chunk, torch.full_like(chunk, view))
+                parts.append(torch.cat([frozen, seen.layered], dim=1))
+        return torch.cat(parts), session.labels.repeat(session.views)
+
+    def _adapted(self, rows: Tensor, views: Tensor) -> tuple[Features, Tensor]:
+        assert self._frozen is not None
+        frozen = self._frozen.read(rows * self.session.views + views).float()
+        tokens = self.session.entering(rows, views)
+        with self.session.runtime.autocast():
+            return self.trunk.after(Entering(tokens, frozen[:, : self.trunk.early_width])), frozen
+
+    def _judged(self, head: BranchHead, features: Tensor, classes: int) -> Judgement | None:
+        """Judge by the plain views; `None` with too few images kept out, as where classes have hardly any."""
+        session, runtime = self.session, self.session.runtime
+        generator = torch.Generator().manual_seed(session.seed)
+        most = min(len(session.own), _MOST_JUDGED // runtime.accelerator.num_processes)
+        chosen = torch.randperm(len(session.own), generator=generator)[: runtime.smallest(most)]
+        some = chosen.to(features.device)
+        out = runtime.concatenate(self.kept_out[chosen].to(features.device).float()) > 0
+        if int(out.sum()) < _FEWEST_KEPT_OUT or bool(out.all()):
+            return None
+        assert head.views is not None
+        both, labels = runtime.concatenate(features[some]), runtime.concatenate(session.labels[some])
+        plain = cast("Any", session.shared_head.features).plain
+        frozen = plain(both[:, : self.trunk.feature_width])
+        count = float((~out).sum())
+        ridges = (ridge_share(self.settings.ridge, frozen.shape[1], count), self.settings.share(count))
+        return judge(Examples(frozen, labels, out), Examples(head.views(both), labels, out), ridges, classes)
