@@ -17,7 +17,7 @@ from conftest import Cli, check_error, run_python, tree_hash
 from treelora_cli.project.answers import TaskAnswers
 from treelora_cli.project.watch import WatchSet
 from treelora_cli.report.charts import shade, ticks
-from treelora_cli.report.drawing import Drawing, plain, short
+from treelora_cli.report.drawing import COLOURS, STYLE, Drawing, plain, short
 from treelora_cli.report.figures import CELLS, curves_figure, matrix_figure, overall_figure
 from treelora_cli.report.training import class_figures, watch_figure
 from treelora_cli.score_matrix import ScoreMatrix
@@ -206,6 +206,20 @@ def test_names_cannot_break_out_of_the_page() -> None:
     assert "<script>" not in drawing.svg()
     assert plain("\x00&") == "\N{REPLACEMENT CHARACTER}&amp;"
     assert short("a" * 40, 10) == "aaaaaa…aaa"
+
+
+@pytest.mark.parametrize(("part", "ground"), [(0, "#ffffff"), (1, "#14181d")])
+def test_every_colour_stands_out_from_its_ground(part: int, ground: str) -> None:
+    def luminance(colour: str) -> float:
+        shares = [int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+        linear = [one / 12.92 if one <= 0.03928 else ((one + 0.055) / 1.055) ** 2.4 for one in shares]
+        return sum(weight * one for weight, one in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    colours = dict(re.findall(r"\.(f\d|ink|soft|note|leaf)\{fill:(#\w{6})", STYLE.split("@media")[part]))
+    assert len(colours) == COLOURS + 4
+    for name, colour in colours.items():
+        low, high = sorted((luminance(colour), luminance(ground)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, name
 
 
 def test_ticks_are_round_and_enclose() -> None:
