@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from treelora_cli.methods.base import Entry, Unprotected
+from treelora_cli.methods.base import Entry, Found, Unprotected
 
 
 class Anchor(Unprotected):
@@ -16,7 +16,7 @@ class Anchor(Unprotected):
 
     def begin(self, task):
         """Start where the last task ended."""
-        self.reg, self.last = task.config.train.reg, None
+        self.reg, self.last, self.index = task.config.train.reg, None, task.index
         if task.index == 0:
             return task.fresh
         self.last = task.past.adapter(task.index - 1)
@@ -28,6 +28,10 @@ class Anchor(Unprotected):
             return None
         pairs = zip(view.slot, self.last.down, self.last.up, strict=True)
         return self.reg * torch.stack([((d - a) ** 2).sum() + ((u - b) ** 2).sum() for (d, u), a, b in pairs]).sum()
+
+    def found(self):
+        """Return the task whose adapter was started from."""
+        return Found(parent=self.index - 1 if self.index else None)
 
 
 ANCHOR = Entry(Anchor, in_project=True)
