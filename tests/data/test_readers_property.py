@@ -110,7 +110,10 @@ def test_a_csv_is_read_as_the_library_reads_it(
     path.write_bytes(gzip.compress(content) if packed else content)
     wanted = list(csv.DictReader(io.StringIO(sink.getvalue(), newline=""), delimiter=sign))
     found = outcome(lambda: [row.values for row in read_table(path, None, {})])
-    assert found == wanted if wanted else found is None
+    if found is None:  # a head of one column does not tell what divides columns
+        assert not wanted or len(names) == 1
+    else:
+        assert found == wanted
 
 
 @examples
