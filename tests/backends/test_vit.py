@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -276,14 +277,15 @@ def test_preprocessing_equals_timms_own(name: str, overrides: dict[str, Any]) ->
     ours = make_preprocessing(vit, overrides)
     assert ours.size == (16, 16)
     for image in _pictures():
-        pixels = torch.from_numpy(ours.to_pixels(image))[None]
+        image.save(stored := BytesIO(), "png")
+        pixels = torch.from_numpy(ours.to_pixels(stored.getvalue(), "x.png"))[None]
         torch.testing.assert_close(ours.normalise(pixels)[0], steps(image), atol=1e-6, rtol=1e-5)
 
 
 def test_preprocessing_refuses_unknown_settings() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **ARGUMENTS)
     with pytest.raises(
-        UsageError, match=r"--preprocess size: known are crop_mode, crop_pct, interpolation, mean, std\."
+        UsageError, match=r"--preprocess size: known are crop_mode, crop_pct, interpolation, mean, range, std\."
     ):
         make_preprocessing(vit, {"size": 3})
     with pytest.raises(UsageError, match=r"--preprocess: "):

@@ -32,7 +32,9 @@ def memory(task: dict[str, torch.Tensor], shared: dict[str, torch.Tensor], *, kn
     """One task that was committed with ``a`` of two numbers, and shared statistics ``s`` of three."""
     own = {"a": ("float32", (2,)), **ADAPTER} if known else None
     of_all = {"s": ("float64", (3,))} if known else None
-    return Memory((TaskMemory("birds", (), "accuracy", adapter, lambda: task, own),), lambda: shared, lambda: of_all)
+    return Memory(
+        (TaskMemory("birds", (), "accuracy", adapter, lambda: task, lambda: own),), lambda: shared, lambda: of_all
+    )
 
 
 WHOLE = ({"a": torch.zeros(2)}, {"s": torch.zeros(3, dtype=torch.float64)})
@@ -101,7 +103,7 @@ def test_a_task_that_this_process_learned_is_as_it_was_handed_over() -> None:
     tensors = {"b": torch.zeros(4)}
     grown = memory(*WHOLE).with_task(TaskMemory("fish", (), "accuracy", adapter, lambda: tensors), lambda: tensors)
     assert grown.layout() == {"b": ("float32", (4,))}
-    assert grown.tasks[-1].layout == {"b": ("float32", (4,)), **ADAPTER}
+    assert grown.tasks[-1].layout() == {"b": ("float32", (4,)), **ADAPTER}
     with pytest.raises(BackendError), blamed(grown):
         fail(KeyError("a"))
 

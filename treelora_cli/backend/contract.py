@@ -221,8 +221,8 @@ def layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:
 class TaskMemory:
     """What is kept of one learned task; tensors are read from disk when first asked for.
 
-    ``layout`` is that of ``stored()`` when the task was committed; ``None`` where it is not known. ``branch`` names the
-    branch that the task belongs to, ``None`` where it has none.
+    ``layout`` returns that of ``stored()`` when the task was committed; ``None`` where it is not known. ``branch``
+    names the branch that the task belongs to, ``None`` where it has none.
     """
 
     name: str
@@ -230,7 +230,7 @@ class TaskMemory:
     metric: str
     adapter: Callable[[], AdapterWeights]
     tensors: Callable[[], Tensors]
-    layout: Layout | None = None
+    layout: Callable[[], Layout | None] = lambda: None
     branch: str | None = None
 
     def stored(self) -> Tensors:
@@ -264,7 +264,8 @@ class Memory:
             shared: As the attribute.
             branch: Reads the statistics of the task's branch; those of the others stay.
         """
-        task = replace(task, layout=layout_of(task.stored()))
+        stored = task.stored
+        task = replace(task, layout=lambda: layout_of(stored()))
         before = self.branch
 
         def read(name: str) -> Tensors:

@@ -87,7 +87,7 @@ def _written_out(stored: Project, inputs: Sequence[str]) -> list[str]:
     from treelora_cli.data.inputs import image_inputs, text_inputs
 
     takes_images = "input_size" in stored.state.base["facts"]
-    return (image_inputs if takes_images else text_inputs)(inputs, sys.stdin.buffer.read)
+    return (image_inputs if takes_images else text_inputs)(inputs, lambda: sys.stdin.buffer.read())
 
 
 def _asked(inputs: Sequence[str], messages: Path | None, system: str | None) -> Sequence[str | Sequence[Turn]]:

@@ -146,7 +146,7 @@ def blamed(memory: Memory) -> Iterator[None]:
 
 def _misfit(memory: Memory) -> tuple[str, bool]:
     """Return the first stored tensor that is not as it was committed, or nothing, and whether all commits are known."""
-    parts = [(f"task '{task.name}'", task.stored, task.layout) for task in memory.tasks]
+    parts = [(f"task '{task.name}'", task.stored, task.layout()) for task in memory.tasks]
     if memory.tasks:
         parts.append(("the shared statistics", memory.shared, memory.layout()))
     for where, read, layout in parts:

@@ -345,13 +345,14 @@ class Project:
         from treelora_cli.backend.contract import TaskMemory
 
         record = self.task_record(entry.name)
+        layout = stored_layout(record, "task")
         return TaskMemory(
             name=entry.name,
             labels=self.labels(entry.name),
             metric=record["metric"],
             adapter=functools.partial(adapter_of, entry.name),
             tensors=functools.cache(lambda: self._read_tensors(f"{entry.directory}/head.safetensors")),
-            layout=stored_layout(record, "task"),
+            layout=lambda: layout,
             branch=record.get("branch"),
         )
 
