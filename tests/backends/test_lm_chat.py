@@ -447,5 +447,5 @@ def test_a_base_without_an_end_token_is_said(tmp_path):
     encoder = Encoder(tokenizer, 64, [])
     path = written(tmp_path / "d.jsonl", *[{"prompt": "Why?", "answer": f"word {n}"} for n in range(3)])
     task = read_lm_task(DataRequest(path, held_out=0.0), encoder, Silent())
-    assert "names no token that ends an answer" in task.notes[-1]
+    assert "have no end (the tokenizer names no end token)" in task.notes[-1]
     assert encoder.tokenizer.decode(task.train[0].answer.tolist()) == f" {task.listing.train[0].answer}"

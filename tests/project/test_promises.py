@@ -92,7 +92,8 @@ def test_of_two_train_tasks_at_once_the_second_ends_with_8(cli: Cli, project: Pa
     finally:
         first.kill()
         first.wait()
-    assert cli("-C", project, "train-task", two, "--device", "cpu").code == 0
+    check_error(cli("-C", project, "train-task", two, "--device", "cpu"), 3, "Task 'one' was interrupted after step")
+    assert cli("-C", project, "train-task", two, "--device", "cpu", "--abandon").code == 0
 
 
 _READ_ONLY = """

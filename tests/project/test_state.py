@@ -29,7 +29,7 @@ def test_task_entries_that_escape_are_refused(learned_project: Path, change: dic
 @example("a\n")
 @example("nul.txt")
 def test_task_names_that_pass_are_plain(name: str) -> None:
-    allowed = set(string.ascii_lowercase + string.digits + "._-")
+    allowed = set(string.ascii_letters + string.digits + "._-")
     try:
         assert check_task_name(name) == name
     except UsageError:

@@ -50,7 +50,7 @@ def inspect_tree(
     shared = [f"{task.name} uses {task.adapter}" for task in project.state.tasks if task.adapter != task.directory]
     if shared and merged:
         views.append("Merged adapters: " + "; ".join(shared))
-    branches = task_tree.branch_document([project.task_record(name) for name in names])
+    branches = None if merged else _branches(project, names)
     if branches is not None:
         document["branches"] = branches
         views.insert(0, task_tree.branch_view(branches))
@@ -62,6 +62,16 @@ def inspect_tree(
     session.output.result(document, *views)
     if svg is not None:
         _write_svg(svg, views)
+
+
+def _branches(project: Project, names: list[str]) -> dict[str, Any] | None:
+    """Return the branches; ``None`` where a task's record is damaged, which the tree does not need."""
+    from treelora_cli.views.task_tree import branch_document
+
+    try:
+        return branch_document([project.task_record(name) for name in names])
+    except DamagedError:
+        return None
 
 
 def _bandit(project: Project) -> tuple[dict[str, Any] | None, RenderableType]:

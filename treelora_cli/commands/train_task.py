@@ -138,7 +138,7 @@ def train_task(
     project.check_free(chosen)
     if not dry_run:
         project.check_decided()
-        if not abandon:
+        if not abandon and project.lock_holder() is None:  # else the task is in training, which the lock says
             project.check_uninterrupted(chosen)
     config = project_config(project, flags)
     runtime = session.runtime(device)

@@ -238,33 +238,34 @@ def learn_task(
     check_numbers(data, project.labels_by_task())
     new = NewTask(name, request, data, project, base, config, runtime, project.memory(), project.tree())
     clock.lap("read")
-    trained = train_task(new, clock, resume=resume)
-    tree = extended_tree(new, trained.signature)
-    clock.lap("tree")
-    memory, merged = within_budget(new, _with_new(new, trained), tree)
-    found = _scores(new, memory) if evaluate else {}
-    scores, watch = of_tasks(found), after_task(project.watch(), name, found)
-    matrix = project.matrix().with_row(
-        name, [scores[one.name].value if one.name in scores else None for one in memory.tasks]
-    )
-    clock.lap("evaluate")
-    reason = refusal(config.gate, matrix, for_gate(project.watch(), watch, name)) if evaluate else None
-    if runtime.is_main:
-        change = replace(
-            commit_of(new, trained, clock, tree, matrix, merged),
-            watch=watch,
-            steps=project.step_log.read(),
-            answers={one: _counted(score.answers) for one, score in scores.items() if score.answers is not None},
+    with project.logging_steps():
+        trained = train_task(new, clock, resume=resume)
+        tree = extended_tree(new, trained.signature)
+        clock.lap("tree")
+        memory, merged = within_budget(new, _with_new(new, trained), tree)
+        found = _scores(new, memory) if evaluate else {}
+        scores, watch = of_tasks(found), after_task(project.watch(), name, found)
+        matrix = project.matrix().with_row(
+            name, [scores[one.name].value if one.name in scores else None for one in memory.tasks]
         )
-        if reason is None:
-            project.commit(change)
-        else:
-            project.propose(change, reason)
-    if reason is not None:
-        raise CheckError(
-            f"Task '{name}' is learned but not committed: {reason}."
-            " Accept it with treelora train-task --accept, or drop it with --drop."
-        )
+        clock.lap("evaluate")
+        reason = refusal(config.gate, matrix, for_gate(project.watch(), watch, name)) if evaluate else None
+        if runtime.is_main:
+            change = replace(
+                commit_of(new, trained, clock, tree, matrix, merged),
+                watch=watch,
+                steps=project.step_log.read(),
+                answers={one: _counted(score.answers) for one, score in scores.items() if score.answers is not None},
+            )
+            if reason is None:
+                project.commit(change)
+            else:
+                project.propose(change, reason)
+        if reason is not None:
+            raise CheckError(
+                f"Task '{name}' is learned but not committed: {reason}."
+                " Accept it with treelora train-task --accept, or drop it with --drop."
+            )
     clock.lap("commit")
     return TaskReport(
         name=name,

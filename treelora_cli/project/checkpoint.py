@@ -53,6 +53,10 @@ class Checkpoint:
             if facts is None or path.name != facts["file"]:
                 path.unlink(missing_ok=True)
 
+    def exists(self) -> bool:
+        """True when a task was interrupted, whether or not its checkpoint is whole."""
+        return (self.directory / _FACTS).exists()
+
     def facts(self) -> dict[str, Any] | None:
         """Return what was saved with the tensors, ``None`` when there is no checkpoint.
 

@@ -82,6 +82,17 @@ class Project:
         self.step_log = StepLog(root / ".treelora" / "run" / STEPS)
         self.pending = Pending(root / ".treelora" / "pending")
 
+    @contextmanager
+    def logging_steps(self) -> Iterator[None]:
+        """While a task is learned: the log of its steps goes with a failure that no checkpoint continues."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done and not self.checkpoint.exists():
+                self.step_log.clear()
+
     # -- open and create ------------------------------------------------------------------------------
 
     @staticmethod
