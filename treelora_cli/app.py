@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from treelora_cli.backend.runtime import quiet_libraries
+from treelora_cli.backend.runtime import quiet_libraries, yield_while_waiting
 from treelora_cli.commands.compare import compare
 from treelora_cli.commands.context import Session
 from treelora_cli.commands.data import data
@@ -119,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = hoist_globals(sys.argv[1:] if arguments is None else arguments)
     if not {"-v", "--verbose", "--debug"} & set(given):
         quiet_libraries()
+    yield_while_waiting()
     terminate_like_interrupt()
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text, nor a terminal know every sign
         if isinstance(stream, io.TextIOWrapper):

@@ -13,7 +13,7 @@ from conftest import plain_runtime
 
 from treelora_cli.backend.arithmetic import bf16_multiplies_well, choose_arithmetic, measure_precision
 from treelora_cli.backend.contract import Session
-from treelora_cli.backend.runtime import Runtime, Silent, open_runtime
+from treelora_cli.backend.runtime import Runtime, Silent, open_runtime, usable_processors, yield_while_waiting
 from treelora_cli.errors import UsageError
 
 
@@ -176,3 +176,20 @@ def test_a_gpu_with_bf16_units_computes_in_bf16_without_a_trial(
     assert tried == ([] if chosen == "bf16" else ["trial", "trial"])
     choose_arithmetic(runtime, "fp32", session, [])
     assert runtime.precision == "fp32", "what is asked for is done"
+
+
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    yield_while_waiting()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    yield_while_waiting()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_no_more_threads_than_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: {0, 1, 2}, raising=False)
+    limits = {"300000 100000": 3, "150000 100000": 2, "20000 100000": 1, "max 100000": 3}
+    for text, processors in limits.items():
+        monkeypatch.setattr("pathlib.Path.read_text", lambda _path, text=text, **_kind: text)
+        assert usable_processors() == processors

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from treelora_cli.errors import UsageError
@@ -150,9 +152,11 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
     Raises:
         UsageError: The device is unknown or not present.
     """
+    import torch
     from accelerate import Accelerator
 
     kind = _present_kind(device)
+    torch.set_num_threads(min(torch.get_num_threads(), usable_processors()))
     _map_large_blocks()
     for name in _COMPILED_KERNELS:
         os.environ.setdefault(name, "32")  # read when the first is compiled
@@ -241,9 +245,27 @@ def return_free_memory() -> None:
         trim(0)
 
 
+def yield_while_waiting() -> None:
+    """Have threads that wait for others sleep: on a busy machine threads that spin take four times as long.
+
+    Read by OpenMP when torch is first imported; a user's own setting stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def usable_processors() -> int:
+    """Return how many processors this process may use: its affinity, within the share of its control group."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(count, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return count  # no control group, or one without a limit
+
+
 def quiet_libraries() -> None:
     """Keep libraries' warnings off the terminal unless asked for."""
-    import os
     import warnings
 
     warnings.filterwarnings("ignore")
