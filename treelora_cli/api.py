@@ -27,8 +27,9 @@ from treelora_cli.setting_names import from_names
 
 if TYPE_CHECKING:
     from treelora_cli.algorithm.tree import Tree
-    from treelora_cli.backend.contract import Base, Prediction, Predictor, Score, Turn
+    from treelora_cli.backend.contract import Base, Predictor
     from treelora_cli.backend.runtime import Reporter, Runtime
+    from treelora_cli.backend.values import Prediction, Score, Turn
     from treelora_cli.config import Config
     from treelora_cli.learning.evaluation import HeldOut
     from treelora_cli.learning.export import ExportReport, ExportRequest
@@ -240,7 +241,7 @@ class Project:
         Raises:
             TreeLoraError: Bad data, no memory, another writer, ...; the project is as before.
         """
-        from treelora_cli.backend.contract import DataRequest
+        from treelora_cli.backend.values import DataRequest
         from treelora_cli.learning.naming import task_name
         from treelora_cli.learning.task import learn_task
 
@@ -410,7 +411,7 @@ class Project:
             UsageError: Unknown kind or task, or ``out`` is in use.
             ResourceError: The disk is full.
         """
-        from treelora_cli.backend.contract import ExportOptions
+        from treelora_cli.backend.values import ExportOptions
         from treelora_cli.learning.export import ExportRequest
 
         options = ExportOptions(dtype=dtype)

@@ -16,7 +16,7 @@ import torch
 from conftest import MODEL, MODEL_ARGS, Cli, check_error, make_images
 from tiny_lm import save_model
 
-from treelora_cli.backend.contract import Learned
+from treelora_cli.backend.values import Learned
 
 FOLDER = Path(__file__).parents[1] / "examples" / "toy_backend"
 sys.path.insert(0, str(FOLDER))

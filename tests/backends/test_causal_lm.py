@@ -23,8 +23,9 @@ from treelora_backends.causal_lm.router import TaskRouter, left_out_scores
 from treelora_cli.app import run_command
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
-from treelora_cli.backend.contract import Backend, DataRequest, Memory, TaskMemory
+from treelora_cli.backend.contract import Backend
 from treelora_cli.backend.runtime import Silent, open_runtime
+from treelora_cli.backend.values import DataRequest, Memory, TaskMemory
 from treelora_cli.config import BaseConfig, Config, TrainConfig, resolve
 from treelora_cli.data.examples import TextExample
 from treelora_cli.errors import DataError, ModelError, UsageError

@@ -15,8 +15,8 @@ from treelora_backends.kept import Keeping, KeptRows, each_expected
 from treelora_backends.vit.chunks import images_at_once
 
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import DataRequest, Memory
 from treelora_cli.backend.runtime import Runtime, Silent, open_runtime
+from treelora_cli.backend.values import DataRequest, Memory
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig, resolve
 
 pytestmark = [

@@ -13,7 +13,7 @@ from treelora_backends.causal_lm import batches
 from treelora_backends.causal_lm.batches import padded, width_for
 from treelora_backends.causal_lm.network.ahead import mean_cross_entropy, summed_in_parts
 
-from treelora_cli.backend.contract import DataRequest, Memory
+from treelora_cli.backend.values import DataRequest, Memory
 
 CUDA = torch.device("cuda")
 """Only its name is used here."""

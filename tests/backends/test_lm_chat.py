@@ -12,8 +12,8 @@ from treelora_backends.causal_lm.task import read_lm_task
 
 from tests.tiny_lm import TEMPLATE, load, save_model, small_tokenizer
 from treelora_cli.app import run_command
-from treelora_cli.backend.contract import DataRequest, Turn
 from treelora_cli.backend.runtime import Silent
+from treelora_cli.backend.values import DataRequest, Turn
 from treelora_cli.data.examples import TextExample, chat_example
 from treelora_cli.errors import DataError, ModelError
 from treelora_cli.project import Project

@@ -9,7 +9,7 @@ import torch
 from conftest import Cli, check_error
 from tiny_lm import TEMPLATE, save_model
 
-from treelora_cli.backend.contract import ExportCheck, rounded_scores
+from treelora_cli.backend.values import ExportCheck, rounded_scores
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from tiny_lm import assert_same, gradients, labelled_batch, load, opened, tiny_m
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.network.tail import chosen_states, divide
 
-from treelora_cli.backend.contract import DataRequest, Memory
+from treelora_cli.backend.values import DataRequest, Memory
 from treelora_cli.config import TrainConfig
 
 __all__ = ["models"]

@@ -8,8 +8,8 @@ from treelora_backends.vit.shared_head import SharedHead
 from treelora_backends.vit.solved import fits, solved_statistics
 from treelora_backends.vit.trunk import Trunk, normalised
 
-from treelora_cli.backend.contract import Memory, TaskMemory
 from treelora_cli.backend.runtime import Runtime
+from treelora_cli.backend.values import Memory, TaskMemory
 from treelora_cli.config import Config, HeadConfig, resolve
 from treelora_cli.heads.ridge import RidgeStatistics, ridge_share
 

@@ -51,7 +51,7 @@ def equal(bench: Bench) -> None:
     from treelora_backends.vit.backend import VitBackend
 
     from treelora_cli.backend import adapters
-    from treelora_cli.backend.contract import DataRequest, Memory
+    from treelora_cli.backend.values import DataRequest, Memory
     from treelora_cli.config import BaseConfig, Config, TrainConfig, resolve
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -194,7 +194,7 @@ def causal_lm(bench: Bench, section: str, name: str, plans: tuple[tuple[int, boo
     from peft import LoraConfig, get_peft_model
     from treelora_backends.causal_lm.backend import CausalLmBackend
 
-    from treelora_cli.backend.contract import DataRequest
+    from treelora_cli.backend.values import DataRequest
 
     count, prompt = (24, (20, 60)) if bench.dry else (200, (500, 900))
     seconds, model = bench.timed(

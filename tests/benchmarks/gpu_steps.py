@@ -16,7 +16,7 @@ from torch import nn
 
 def learn(bench: Bench, section: str, base: Any, project: Any, data: Path, name: str, config: Any) -> dict[str, float]:
     """Learn a task through the project and show its phases; returns the seconds."""
-    from treelora_cli.backend.contract import DataRequest
+    from treelora_cli.backend.values import DataRequest
     from treelora_cli.learning.task import learn_task
     from treelora_cli.project import Project
 
@@ -75,7 +75,7 @@ def treelora_steps(
     bench: Bench, section: str, base: Any, task: Any, config: Any, most: int
 ) -> tuple[float, float, list[Any]]:
     """Take steps of one task one by one; returns the median, the peak and the batches."""
-    from treelora_cli.backend.contract import Memory
+    from treelora_cli.backend.values import Memory
     from treelora_cli.learning.trainer import Trainer, TrainSettings
     from treelora_cli.methods.base import Unprotected
 

@@ -53,8 +53,8 @@ def row(model: str, data: Path, setting: dict[str, str], examples: int, tests: i
 
     from treelora_cli.backend import adapters
     from treelora_cli.backend.arithmetic import choose_arithmetic
-    from treelora_cli.backend.contract import DataRequest, Memory
     from treelora_cli.backend.runtime import Silent, open_runtime
+    from treelora_cli.backend.values import DataRequest, Memory
     from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig, resolve
     from treelora_cli.learning.trainer import Trainer, TrainSettings
 

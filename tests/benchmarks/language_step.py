@@ -17,8 +17,8 @@ from outside_reference import Peaks, resident
 from treelora_backends.causal_lm.backend import CausalLmBackend
 
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import DataRequest, Memory
 from treelora_cli.backend.runtime import Silent, open_runtime
+from treelora_cli.backend.values import DataRequest, Memory
 from treelora_cli.config import BaseConfig, Config, TrainConfig, resolve
 
 

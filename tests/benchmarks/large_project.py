@@ -31,7 +31,7 @@ from scale import DEPTH, LAYERS, clustered_signatures
 
 from treelora_cli.algorithm.bandit import TreeBandit
 from treelora_cli.algorithm.tree import build_tree
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.project import Commit, Project
 from treelora_cli.project.state import TaskEntry
 from treelora_cli.score_matrix import ScoreMatrix

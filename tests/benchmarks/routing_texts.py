@@ -29,8 +29,8 @@ def main() -> None:
     from treelora_backends.causal_lm.router import TaskRouter
 
     from treelora_cli.backend.adapters import AdapterWeights
-    from treelora_cli.backend.contract import Memory, TaskMemory
     from treelora_cli.backend.runtime import Silent, open_runtime
+    from treelora_cli.backend.values import Memory, TaskMemory
     from treelora_cli.config import BaseConfig, Config, TrainConfig, resolve
     from treelora_cli.data.examples import TextExample
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.images import ImageListing, list_images
 from treelora_cli.data.paths import existing
 from treelora_cli.data.pixels import open_image

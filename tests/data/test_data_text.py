@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.text import list_texts
 from treelora_cli.errors import DataError
 

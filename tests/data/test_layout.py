@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import picture
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.images import ImageListing, list_images
 from treelora_cli.data.names import label_key, part_of, says_no_class
 from treelora_cli.errors import DataError

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.images import list_images
 from treelora_cli.data.pixels import open_image
 from treelora_cli.data.tables import read_table

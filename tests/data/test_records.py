@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from treelora_cli.backend.contract import DataRequest, Turn
+from treelora_cli.backend.values import DataRequest, Turn
 from treelora_cli.data.chats import read_chats
 from treelora_cli.data.examples import shared_system
 from treelora_cli.data.text import list_texts

@@ -14,7 +14,7 @@ import pytest
 from conftest import picture
 from pyarrow import parquet
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.images import ImageListing, list_images
 from treelora_cli.data.tables import Row, check_text, divide_rows, read_table
 from treelora_cli.errors import DataError

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.text import TextListing, list_texts
 from treelora_cli.errors import DataError
 

@@ -37,7 +37,7 @@ class _Crafted(Project):
 def _use(project: Project) -> None:
     """Read everything that commands read."""
     from treelora_cli.algorithm.bandit import pull_summary
-    from treelora_cli.backend.contract import DataRequest
+    from treelora_cli.backend.values import DataRequest
 
     project.tree()
     found = project.bandit()

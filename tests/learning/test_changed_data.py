@@ -10,7 +10,7 @@ from conftest import Cli, check_error, make_images, tree_hash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treelora_cli.backend.contract import DataRequest, Recorded
+from treelora_cli.backend.values import DataRequest, Recorded
 from treelora_cli.data.held_out import content_hash, find_recorded, set_aside, set_aside_by_position
 from treelora_cli.data.images import list_images
 from treelora_cli.data.text import list_texts

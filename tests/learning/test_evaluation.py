@@ -12,7 +12,7 @@ from conftest import Cli, check_error, tree_hash
 from treelora_backends.vit.predictor import VitPredictor
 
 from treelora_cli.backend.adapters import AdapterWeights
-from treelora_cli.backend.contract import Memory, TaskMemory
+from treelora_cli.backend.values import Memory, TaskMemory
 from treelora_cli.errors import BackendError, ProjectError, describe_error
 from treelora_cli.learning.evaluation import blamed
 from treelora_cli.project.commit import to_json

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import Cli
 
-from treelora_cli.backend.contract import ExportCheck
+from treelora_cli.backend.values import ExportCheck
 from treelora_cli.learning.export import ExportReport
 
 

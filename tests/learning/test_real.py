@@ -12,9 +12,9 @@ import torch
 from treelora_cli.algorithm.signature import SignatureAccumulator, SketchSpec
 from treelora_cli.algorithm.tree import build_tree, l1_distance
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import DataRequest, Memory
 from treelora_cli.backend.registry import load_backend
 from treelora_cli.backend.runtime import Silent, open_runtime
+from treelora_cli.backend.values import DataRequest, Memory
 from treelora_cli.config import Config, resolve
 
 ROOT = os.environ.get("TREELORA_REAL_DATA")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from treelora_cli.algorithm.tree import build_tree
 from treelora_cli.backend.adapters import AdapterWeights
-from treelora_cli.backend.contract import Learned
+from treelora_cli.backend.values import Learned
 from treelora_cli.config import Config, TrainConfig, resolve
 from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError
 from treelora_cli.learning.trainer import Trainer, TrainSettings, stop_on_signal

@@ -23,7 +23,8 @@ from treelora_backends.vit.contenders.plain import ClassTable, PlainSession, fea
 from treelora_backends.vit.session import VitSession
 
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import ContenderModel, DataRequest, Memory
+from treelora_cli.backend.contract import ContenderModel
+from treelora_cli.backend.values import DataRequest, Memory
 from treelora_cli.compare.worker import Contest
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig, resolve
 from treelora_cli.errors import UsageError

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from treelora_cli.errors import BackendError
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import DataRequest, TaskData
+    from treelora_cli.backend.contract import TaskData
+    from treelora_cli.backend.values import DataRequest
 
 
 def missing_members(thing: object, protocol: type[Any], without: tuple[str, ...] = ()) -> list[str]:

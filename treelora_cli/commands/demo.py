@@ -21,7 +21,7 @@ def demo(
     device: options.Device = None,
 ) -> None:
     """Learn handwritten digits as five tasks of two classes, show the tree, export and verify. Offline."""
-    from treelora_cli.backend.contract import ExportOptions
+    from treelora_cli.backend.values import ExportOptions
     from treelora_cli.config import Config
     from treelora_cli.data.digits import write_digits
     from treelora_cli.learning.export import ExportRequest, write_export

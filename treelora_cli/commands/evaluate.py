@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from treelora_cli.api import Evaluation
-    from treelora_cli.backend.contract import Score
+    from treelora_cli.backend.values import Score
 
 
 def evaluate(

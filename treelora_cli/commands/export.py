@@ -25,7 +25,7 @@ def export(
     device: options.Device = None,
 ) -> None:
     """Write a model or adapter that timm, transformers or peft loads without treelora."""
-    from treelora_cli.backend.contract import ExportOptions
+    from treelora_cli.backend.values import ExportOptions
     from treelora_cli.learning.export import ExportRequest
     from treelora_cli.views.scores import percent
 

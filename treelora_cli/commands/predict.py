@@ -14,7 +14,7 @@ from treelora_cli.commands.context import Session, session_of
 from treelora_cli.errors import UsageError, suggest
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import Prediction, Turn
+    from treelora_cli.backend.values import Prediction, Turn
     from treelora_cli.project import Project
     from treelora_cli.views.predictions import Shape
 
@@ -92,7 +92,7 @@ def _written_out(stored: Project, inputs: Sequence[str]) -> list[str]:
 
 def _asked(inputs: Sequence[str], messages: Path | None, system: str | None) -> Sequence[str | Sequence[Turn]]:
     """Return what is to be answered: prompts as typed, or chats where a system prompt or messages are given."""
-    from treelora_cli.backend.contract import Turn
+    from treelora_cli.backend.values import Turn
     from treelora_cli.data.chats import read_chats
 
     if not inputs and messages is None:

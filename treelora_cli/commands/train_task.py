@@ -13,7 +13,8 @@ from treelora_cli.errors import DamagedError, ProjectError, UsageError
 from treelora_cli.locations import lasting
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import Base, DataRequest, TaskData
+    from treelora_cli.backend.contract import Base, TaskData
+    from treelora_cli.backend.values import DataRequest
     from treelora_cli.config import Config
     from treelora_cli.learning.task import TaskReport
     from treelora_cli.project import Project
@@ -73,7 +74,7 @@ def train_task(
 
     Example: treelora train-task ~/data/gulls --max-forgetting 2 --fail-under 80
     """
-    from treelora_cli.backend.contract import DataRequest
+    from treelora_cli.backend.values import DataRequest
     from treelora_cli.config import BaseConfig, from_flags
     from treelora_cli.data.paths import existing, paths_of
     from treelora_cli.learning.naming import task_name
@@ -176,7 +177,7 @@ def _interrupted(
     """Return name, data and settings of the interrupted task; what is given again must agree with them."""
     from dataclasses import replace
 
-    from treelora_cli.backend.contract import DataRequest
+    from treelora_cli.backend.values import DataRequest
     from treelora_cli.learning.resuming import begun_with, check_request
 
     facts = project.checkpoint.facts()

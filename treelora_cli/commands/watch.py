@@ -34,7 +34,7 @@ def add(
 
     Example: treelora watch add acceptance ~/data/acceptance
     """
-    from treelora_cli.backend.contract import DataRequest
+    from treelora_cli.backend.values import DataRequest
     from treelora_cli.config import Config
     from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.learning.watching import register

@@ -11,7 +11,6 @@ Nothing here imports a model library; ``worker`` is what runs in the process.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import typing
@@ -26,6 +25,7 @@ from treelora_cli.config import Config, from_flags, overlay, to_dict
 from treelora_cli.errors import UsageError, suggest
 from treelora_cli.fields import coerce
 from treelora_cli.methods.catalogue import check_method, runs_in_project
+from treelora_cli.settings import known_settings
 from treelora_cli.version import __version__
 
 _CONTENDERS_OWN = ("adapter.", "train.", "head.width")
@@ -90,20 +90,8 @@ def _setting_named(key: str, method: str, text: str) -> tuple[str, type]:
 
 def _settings() -> dict[str, type]:
     """Return every scalar setting but those of the stream, the base and the seed, with its type."""
-    found: dict[str, type] = {}
-    for section, hint in typing.get_type_hints(Config).items():
-        if section in ("stream", "base", "seed", "backend", "method"):
-            continue
-        if not dataclasses.is_dataclass(hint):
-            found[section] = _scalar(hint)
-            continue
-        for key, inner in typing.get_type_hints(hint).items():
-            found[f"{section}.{key}"] = _scalar(inner)
-    return found
-
-
-def _scalar(hint: Any) -> type:
-    return next(one for one in (*typing.get_args(hint), hint) if isinstance(one, type) and one is not type(None))
+    without = ("stream", "base", "seed", "backend", "method")
+    return {name: kind for name, kind in known_settings(without).items() if kind is not dict}
 
 
 @dataclass(frozen=True)

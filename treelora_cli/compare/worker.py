@@ -43,7 +43,8 @@ from treelora_cli.methods.catalogue import choose_head, load_method, runs_in_pro
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import Base, ContenderModel, DataRequest, TaskData
+    from treelora_cli.backend.contract import Base, ContenderModel, TaskData
+    from treelora_cli.backend.values import DataRequest
     from treelora_cli.learning.task import TaskReport
     from treelora_cli.learning.trainer import TrainReport
     from treelora_cli.methods.base import Method

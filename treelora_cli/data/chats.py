@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.backend.contract import Turn
+from treelora_cli.backend.values import Turn
 from treelora_cli.data.paths import existing
 from treelora_cli.data.records import read_messages
 from treelora_cli.errors import DataError

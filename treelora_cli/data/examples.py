@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from treelora_cli.backend.contract import Turn
+from treelora_cli.backend.values import Turn
 
 STYLES = ("plain", "labels", "chat", "text")
 """How examples become model input: prompt as it is; sentence with the label names; chat; free text."""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from treelora_cli.backend.contract import Change, Recorded
+from treelora_cli.backend.values import Change, Recorded
 
 T = TypeVar("T")
 

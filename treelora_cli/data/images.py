@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from treelora_cli.backend.contract import Change, DataRequest
+from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.held_out import (
     OTHER_DATA,
     content_hash,

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.errors import DataError, suggest
 
 _ADDRESS = re.compile(r"(?:^|/)(https?|s3|gs|hf|ftp):/{1,2}(.*)")

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from treelora_cli.backend.contract import Turn
+from treelora_cli.backend.values import Turn
 from treelora_cli.data.examples import TextExample, chat_example
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import DataError

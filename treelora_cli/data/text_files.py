@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.files import decode, read_bytes
 from treelora_cli.data.layout import Folder, Labelled, Passed, read_layout, scan, val_unused
 from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, parts_among

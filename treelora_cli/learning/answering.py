@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
-from treelora_cli.backend.contract import Memory, Prediction, Predictor, Turn
+from treelora_cli.backend.contract import Predictor
 from treelora_cli.backend.runtime import Reporter
+from treelora_cli.backend.values import Memory, Prediction, Turn
 from treelora_cli.errors import DataError
 from treelora_cli.learning.evaluation import blamed
 

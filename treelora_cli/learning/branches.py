@@ -13,7 +13,8 @@ from treelora_cli.backend.contract import BranchSession
 from treelora_cli.errors import ProjectError, UsageError
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import BranchLearned, Learned, Memory, Session, Tensors
+    from treelora_cli.backend.contract import Session, Tensors
+    from treelora_cli.backend.values import BranchLearned, Learned, Memory
     from treelora_cli.config import Config
 
 _SIGNATURE = "kind.signature"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.backend.contract import Base, DataRequest, Memory, Recorded, Score, TaskData, layout_of
+from treelora_cli.backend.contract import Base, TaskData
+from treelora_cli.backend.values import DataRequest, Memory, Recorded, Score, layout_of
 from treelora_cli.errors import BackendError, DataError, ProjectError, is_out_of_memory
 from treelora_cli.locations import lasting
 

@@ -8,7 +8,8 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from treelora_cli.backend.contract import Base, ExportCheck, ExportOptions, TaskData
+from treelora_cli.backend.contract import Base, TaskData
+from treelora_cli.backend.values import ExportCheck, ExportOptions
 from treelora_cli.errors import ResourceError, UsageError, suggest
 from treelora_cli.learning.evaluation import HeldOut, blamed, read_held_out, score_tasks
 from treelora_cli.project import Project

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from treelora_cli.backend.contract import DataRequest
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.config import StreamConfig, StreamTask
 from treelora_cli.errors import ConfigError, DataError, suggest
 from treelora_cli.locations import lasting

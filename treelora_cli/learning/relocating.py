@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from treelora_cli.backend.contract import Base, DataRequest, Recorded
+from treelora_cli.backend.contract import Base
+from treelora_cli.backend.values import DataRequest, Recorded
 from treelora_cli.errors import DataError
 from treelora_cli.locations import lasting
 from treelora_cli.project import Project

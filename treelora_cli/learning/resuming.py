@@ -14,7 +14,7 @@ from treelora_cli.config import Config, TrainConfig, TreeConfig, overlay, to_dic
 from treelora_cli.errors import DamagedError, ProjectError, UsageError
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import DataRequest
+    from treelora_cli.backend.values import DataRequest
     from treelora_cli.learning.trainer import Trainer
     from treelora_cli.methods.base import Method
     from treelora_cli.project.checkpoint import Checkpoint

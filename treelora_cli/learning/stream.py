@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from treelora_cli.backend.contract import DataRequest
 from treelora_cli.backend.runtime import Runtime
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.config import Config, StreamTask, TrainConfig, load_config, overlay
 from treelora_cli.errors import ConfigError
 from treelora_cli.learning.opening import make_project, open_base, project_config

@@ -8,43 +8,47 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from treelora_cli.algorithm.budget import merge_to_budget
 from treelora_cli.algorithm.signature import SignatureAccumulator, SketchSpec
-from treelora_cli.algorithm.tree import Tree, extend_tree
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic
-from treelora_cli.backend.contract import Base, DataRequest, Learned, Memory, Score, Session, TaskData, TaskMemory
+from treelora_cli.backend.contract import Base, Session, TaskData
 from treelora_cli.backend.members import check_honoured, require
-from treelora_cli.backend.runtime import Runtime, return_free_memory
+from treelora_cli.backend.runtime import Runtime
+from treelora_cli.backend.values import DataRequest, Score
 from treelora_cli.config import Config, to_dict
 from treelora_cli.errors import CheckError, DataError
 from treelora_cli.learning.branches import BranchPlan
-from treelora_cli.learning.evaluation import HeldOut, blamed, read_held_out, score_tasks
+from treelora_cli.learning.concluding import (
+    commit_of,
+    counted,
+    extended_tree,
+    name_of,
+    scores_of,
+    with_new,
+    within_budget,
+)
+from treelora_cli.learning.evaluation import blamed
 from treelora_cli.learning.gate import check_gate, refusal
+from treelora_cli.learning.new_task import Clock, NewTask, Probe, Trained
 from treelora_cli.learning.opening import check_base, recorded_arithmetic
-from treelora_cli.learning.provenance import adapter_files, peak_bytes, versions
+from treelora_cli.learning.provenance import peak_bytes
 from treelora_cli.learning.resuming import restore, save_step
-from treelora_cli.learning.trainer import TrainReport
 from treelora_cli.learning.training import task_context, train_session
-from treelora_cli.learning.watching import after_task, for_gate, of_tasks, watched
-from treelora_cli.methods.base import Found, Past
+from treelora_cli.learning.watching import after_task, for_gate, of_tasks
+from treelora_cli.methods.base import Past
 from treelora_cli.methods.catalogue import project_method
-from treelora_cli.project import Commit, Project
-from treelora_cli.project.answers import TaskAnswers
+from treelora_cli.project import Project
 from treelora_cli.project.watch import WatchSet
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
-    from treelora_cli.backend.contract import Answers
     from treelora_cli.learning.trainer import Trainer
     from treelora_cli.methods.base import TaskContext
 
@@ -109,95 +113,6 @@ def check_numbers(task: TaskData, known: Mapping[str, Sequence[str]]) -> None:
             )
 
 
-class _Clock:
-    """Seconds and processor seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.cpu_seconds: dict[str, float] = {}
-        self._last = time.perf_counter(), time.process_time()
-
-    def lap(self, phase: str) -> None:
-        """End a phase: give back the memory it freed, and note its time."""
-        return_free_memory()
-        now = time.perf_counter(), time.process_time()
-        for total, before, after in zip((self.seconds, self.cpu_seconds), self._last, now, strict=True):
-            total[phase] = round(total.get(phase, 0.0) + after - before, 3)
-        self._last = now
-
-
-@dataclass(frozen=True)
-class NewTask:
-    """A task about to be learned, and all that is known before; every step takes it, none changes it.
-
-    Attributes:
-        name: As the user gave it.
-        request: Where its data lies.
-        data: Its examples.
-        project: The project as it is, under the writer's lock.
-        base: The loaded base.
-        config: Settings in force, complete.
-        runtime: Device, arithmetic and reporter.
-        memory: The tasks before.
-        tree: Over the tasks before; ``None`` for the first.
-    """
-
-    name: str
-    request: DataRequest
-    data: TaskData
-    project: Project
-    base: Base
-    config: Config
-    runtime: Runtime
-    memory: Memory
-    tree: Tree | None
-
-    @property
-    def seed(self) -> int:
-        """The project's seed."""
-        assert self.config.seed is not None
-        return self.config.seed
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The new task's gradients at the reference point.
-
-    Attributes:
-        queries: Each mini-batch's sketch, (n, D, m).
-        signature: Their mean, of unit length in each layer, (D, m).
-    """
-
-    queries: np.ndarray[Any, Any]
-    signature: np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What training leaves.
-
-    Attributes:
-        adapter: The trained adapter.
-        signature: The task's, for the tree.
-        learned: What later predictions need.
-        found: What the method found out about the earlier tasks.
-        report: What the loop did.
-        branches: Its branch; ``None`` where tasks never share adapters.
-    """
-
-    adapter: AdapterWeights
-    signature: np.ndarray[Any, Any]
-    learned: Learned
-    found: Found
-    report: TrainReport
-    branches: BranchPlan | None
-
-    @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What is kept with the task."""
-        return self.learned.tensors if self.branches is None else self.branches.with_kind(self.learned.tensors)
-
-
 def learn_task(
     project: Project,
     base: Base,
@@ -233,7 +148,7 @@ def learn_task(
         project.check_uninterrupted(name)
     check_gate(config.gate, evaluate=evaluate)
     check_base(project, base)
-    clock = _Clock()
+    clock = Clock()
     data = _read(base, request, runtime)
     check_numbers(data, project.labels_by_task())
     new = NewTask(name, request, data, project, base, config, runtime, project.memory(), project.tree())
@@ -242,8 +157,8 @@ def learn_task(
         trained = train_task(new, clock, resume=resume)
         tree = extended_tree(new, trained.signature)
         clock.lap("tree")
-        memory, merged = within_budget(new, _with_new(new, trained), tree)
-        found = _scores(new, memory) if evaluate else {}
+        memory, merged = within_budget(new, with_new(new, trained), tree)
+        found = scores_of(new, memory) if evaluate else {}
         scores, watch = of_tasks(found), after_task(project.watch(), name, found)
         matrix = project.matrix().with_row(
             name, [scores[one.name].value if one.name in scores else None for one in memory.tasks]
@@ -255,7 +170,7 @@ def learn_task(
                 commit_of(new, trained, clock, tree, matrix, merged),
                 watch=watch,
                 steps=project.step_log.read(),
-                answers={one: _counted(score.answers) for one, score in scores.items() if score.answers is not None},
+                answers={one: counted(score.answers) for one, score in scores.items() if score.answers is not None},
             )
             if reason is None:
                 project.commit(change)
@@ -271,8 +186,8 @@ def learn_task(
         name=name,
         matrix=matrix,
         scores=scores,
-        parent=_name_of(new, trained.found.parent),
-        nearest=_name_of(new, trained.found.nearest),
+        parent=name_of(new, trained.found.parent),
+        nearest=name_of(new, trained.found.nearest),
         seconds=clock.seconds,
         cpu_seconds=clock.cpu_seconds,
         steps=trained.report.steps,
@@ -293,18 +208,10 @@ def _read(base: Base, request: DataRequest, runtime: Runtime) -> TaskData:
     return data
 
 
-def _counted(answers: Answers) -> TaskAnswers:
-    return TaskAnswers(answers.confusion, answers.routes)
-
-
-def _name_of(new: NewTask, index: int | None) -> str | None:
-    return None if index is None else new.memory.tasks[index].name
-
-
 # -- train --------------------------------------------------------------------------------------------
 
 
-def train_task(new: NewTask, clock: _Clock, *, resume: bool) -> Trained:
+def train_task(new: NewTask, clock: Clock, *, resume: bool) -> Trained:
     """Probe the task and train it under the project's method."""
     method = project_method(str(new.config.method)).make()
     with blamed(new.memory):
@@ -402,102 +309,3 @@ def _identity(new: NewTask) -> dict[str, Any]:
 
 
 # -- conclude -----------------------------------------------------------------------------------------
-
-
-def extended_tree(new: NewTask, signature: np.ndarray[Any, Any]) -> Tree:
-    """Return the tree over all tasks, the new one included."""
-    depth, split = new.config.tree.depth, str(new.config.tree.split)
-    assert depth is not None
-    return extend_tree(new.tree, signature, depth, split=split)
-
-
-def _with_new(new: NewTask, trained: Trained) -> Memory:
-    learned, tensors = trained.learned, trained.tensors
-    task = TaskMemory(new.name, new.data.labels, new.data.metric, _constant(trained.adapter), lambda: tensors)
-    if learned.branch is None:
-        return new.memory.with_task(task, learned.shared)
-    return new.memory.with_task(replace(task, branch=learned.branch.name), learned.shared, learned.branch.tensors)
-
-
-def within_budget(new: NewTask, memory: Memory, tree: Tree) -> tuple[Memory, Merged]:
-    """Merge the nearest adapters until no more than the budget are kept; say which."""
-    if new.config.tree.branch != "never":
-        return memory, {}  # no more branches than the budget are opened
-    homes = [task.adapter for task in new.project.state.tasks] + [f"new/{new.name}"]
-    groups = merge_to_budget(
-        tree, homes, lambda index: memory.tasks[index].adapter(), new.config.budget or 0, adapters.merge
-    )
-    tasks, merged = list(memory.tasks), {}
-    for group in groups:
-        names = tuple(tasks[index].name for index in group.members)
-        merged[names[-1]] = (names, group.adapter)
-        for index in group.members:
-            tasks[index] = replace(tasks[index], adapter=_constant(group.adapter))
-        new.runtime.reporter.note(f"Storage budget: {', '.join(names)} now share one adapter.")
-    return replace(memory, tasks=tuple(tasks)), merged
-
-
-def _scores(new: NewTask, memory: Memory) -> dict[str, Score]:
-    return score_tasks(new.base, memory, str(new.config.inference), _held_out(new))
-
-
-def _held_out(new: NewTask) -> Iterator[HeldOut]:
-    records = {task.name: new.project.task_record(task.name) for task in new.project.state.tasks}
-    for one in read_held_out(new.base, records, None):
-        if one.data is None:
-            new.runtime.reporter.note(f"Task '{one.name}' is not scored: {one.problem}")
-        yield one
-    if new.data.test_size:
-        yield HeldOut(new.name, new.data)
-    yield from watched(new.base, new.project.watch(), new.runtime.reporter)
-
-
-def commit_of(new: NewTask, trained: Trained, clock: _Clock, tree: Tree, matrix: ScoreMatrix, merged: Merged) -> Commit:
-    """Gather what is written."""
-    arrays, facts = trained.found.search
-    searched = {"tasks": [task.name for task in new.project.state.tasks], "task": new.name, "state": facts}
-    network, model = new.base.network, new.config.base.model
-    return Commit(
-        name=new.name,
-        record=_record(new, trained, clock),
-        labels=new.data.labels,
-        adapter_files=adapter_files(network, model, trained.adapter),
-        tensors=trained.tensors,
-        shared=trained.learned.shared(),
-        tree=tree,
-        bandit_arrays={key: np.ascontiguousarray(value) for key, value in arrays.items()},
-        bandit_meta=searched if facts else {},
-        matrix=matrix,
-        merged={newest: (names, adapter_files(network, model, weights)) for newest, (names, weights) in merged.items()},
-        **({} if trained.branches is None else trained.branches.commit_part(trained.learned)),
-    )
-
-
-def _record(new: NewTask, trained: Trained, clock: _Clock) -> dict[str, Any]:
-    return {
-        "name": new.name,
-        "metric": new.data.metric,
-        "data": new.request.to_json(),
-        "data_sha256": new.data.digest,
-        "held_out": "".join(new.data.held_out),
-        "train_examples": new.data.train_size,
-        "test_examples": new.data.test_size,
-        "nearest": _name_of(new, trained.found.nearest),
-        "warm_start_from": _name_of(new, trained.found.parent),
-        "settings": {key: value for key, value in to_dict(new.config).items() if key != "stream"},
-        **new.runtime.arithmetic,
-        "processes": new.runtime.accelerator.num_processes,
-        "device": new.runtime.device.type,
-        "steps": trained.report.steps,
-        "last_loss": trained.report.last_loss,
-        "trained_parameters": trained.report.trained_parameters,
-        "seconds": dict(clock.seconds),
-        "cpu_seconds": dict(clock.cpu_seconds),
-        **({} if trained.branches is None else trained.branches.record()),
-        "facts": trained.learned.facts,
-        "versions": versions(),
-    }
-
-
-def _constant(weights: AdapterWeights) -> Callable[[], AdapterWeights]:
-    return lambda: weights

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from treelora_cli.backend.contract import Base, DataRequest, Memory, Score
+from treelora_cli.backend.contract import Base
 from treelora_cli.backend.runtime import Reporter
+from treelora_cli.backend.values import DataRequest, Memory, Score
 from treelora_cli.errors import DataError, UsageError
 from treelora_cli.learning.evaluation import HeldOut, read_held_out, score_tasks
 from treelora_cli.learning.gate import WatchScore

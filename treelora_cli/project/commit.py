@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from treelora_cli.algorithm.tree import Tree
-    from treelora_cli.backend.contract import Layout
+    from treelora_cli.backend.values import Layout
     from treelora_cli.score_matrix import ScoreMatrix
 
 
@@ -158,7 +158,7 @@ def branch_file(name: str) -> str:
 def _layouts(change: Commit) -> dict[str, Any]:
     from safetensors.torch import load
 
-    from treelora_cli.backend.contract import layout_of
+    from treelora_cli.backend.values import layout_of
 
     adapter = load(change.adapter_files["adapter_model.safetensors"])
     return {"task": layout_of({**change.tensors, **adapter}), "shared": layout_of(change.shared)}

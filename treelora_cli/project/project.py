@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from treelora_cli.algorithm.tree import Tree
     from treelora_cli.backend.adapters import AdapterWeights
-    from treelora_cli.backend.contract import Memory, TaskMemory
+    from treelora_cli.backend.values import Memory, TaskMemory
 
 T = TypeVar("T")
 
@@ -265,7 +265,7 @@ class Project:
         Raises:
             DamagedError: It is not what this program writes.
         """
-        from treelora_cli.backend.contract import DataRequest, Recorded
+        from treelora_cli.backend.values import DataRequest, Recorded
 
         where = f"{self.entry(name).directory}/task.json"
         record = self._read_json(where)
@@ -341,7 +341,7 @@ class Project:
 
     def memory(self) -> Memory:
         """Return what later predictions need; tensors are read and verified when first asked for."""
-        from treelora_cli.backend.contract import Memory
+        from treelora_cli.backend.values import Memory
 
         adapter_of = functools.lru_cache(maxsize=_ADAPTERS_AT_HAND)(self.adapter)
         tasks = tuple(self._task_memory(entry, adapter_of) for entry in self.state.tasks)
@@ -353,7 +353,7 @@ class Project:
         return Memory(tasks, shared, lambda: layout, lambda name: self._read_tensors(branch_file(name)))
 
     def _task_memory(self, entry: TaskEntry, adapter_of: Callable[[str], AdapterWeights]) -> TaskMemory:
-        from treelora_cli.backend.contract import TaskMemory
+        from treelora_cli.backend.values import TaskMemory
 
         record = self.task_record(entry.name)
         layout = stored_layout(record, "task")

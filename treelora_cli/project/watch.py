@@ -78,7 +78,7 @@ def parse_watch(data: bytes) -> tuple[WatchSet, ...]:
     Raises:
         DamagedError: It is not what this program writes.
     """
-    from treelora_cli.backend.contract import DataRequest, Recorded
+    from treelora_cli.backend.values import DataRequest, Recorded
 
     try:
         found = []

@@ -14,7 +14,7 @@ from rich.table import Table
 from treelora_cli.views.scores import percent
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import Answers
+    from treelora_cli.backend.values import Answers
 
 
 @dataclass(frozen=True)

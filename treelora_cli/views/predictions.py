@@ -15,7 +15,7 @@ from treelora_cli.views.scores import percent
 
 if TYPE_CHECKING:
     from treelora_cli.algorithm.tree import Tree
-    from treelora_cli.backend.contract import Prediction
+    from treelora_cli.backend.values import Prediction
 
 FORMATS = ("table", "csv", "jsonl")
 

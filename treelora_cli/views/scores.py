@@ -11,7 +11,7 @@ from rich.text import Text
 from treelora_cli.score_matrix import ScoreMatrix, Standing
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import Score
+    from treelora_cli.backend.values import Score
     from treelora_cli.project.watch import WatchSet
 
 _SAME = 5e-4

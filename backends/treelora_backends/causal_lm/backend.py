@@ -36,8 +36,9 @@ from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, T
 from treelora_cli.errors import ModelError
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import ContenderModel, DataRequest, ExportCheck, ExportOptions, Memory, TaskData
+    from treelora_cli.backend.contract import ContenderModel, TaskData
     from treelora_cli.backend.runtime import Runtime
+    from treelora_cli.backend.values import DataRequest, ExportCheck, ExportOptions, Memory
 
 _UNKNOWN_CONTEXT = 2048
 _SAMPLE = "The answer is 42: Größe, 今天, naïve?\n<end>"

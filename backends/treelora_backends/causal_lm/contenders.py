@@ -20,7 +20,7 @@ from treelora_backends.causal_lm.task import LmTask
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
-from treelora_cli.backend.contract import Learned, Memory, Score, TaskMemory
+from treelora_cli.backend.values import Learned, Memory, Score, TaskMemory
 from treelora_cli.config import Config
 from treelora_cli.data.examples import TextExample
 from treelora_cli.errors import DataError

@@ -18,14 +18,14 @@ from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.own_code import refuse_own_code
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import ExportCheck, TaskMemory, Turn, rounded_scores
+from treelora_cli.backend.values import ExportCheck, TaskMemory, Turn, rounded_scores
 from treelora_cli.data.examples import TextExample
 from treelora_cli.errors import TreeLoraError, UsageError
 
 if TYPE_CHECKING:
     from treelora_backends.causal_lm.loaded import LoadedLm
     from treelora_cli.backend.adapters import AdapterWeights
-    from treelora_cli.backend.contract import ExportOptions, Memory
+    from treelora_cli.backend.values import ExportOptions, Memory
 
 _EXACT = 1e-3
 """Allowed logit difference between networks in float32; logits are of the order of 10."""

@@ -13,7 +13,7 @@ from treelora_backends.causal_lm.answers import Manner
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
-from treelora_cli.backend.contract import Memory, TaskMemory
+from treelora_cli.backend.values import Memory, TaskMemory
 from treelora_cli.data.examples import STYLES, TextExample, shared_system
 
 _MOST_SEEN = 1024

@@ -25,7 +25,8 @@ from treelora_backends.causal_lm.router import Route, TaskRouter
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
-from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score, Turn
+from treelora_cli.backend.contract import OTHERS
+from treelora_cli.backend.values import Answers, Memory, Prediction, Score, Turn
 from treelora_cli.data.examples import TextExample, chat_example
 from treelora_cli.data.text_scores import exact_match
 from treelora_cli.errors import DataError, UsageError

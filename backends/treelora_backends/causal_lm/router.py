@@ -20,8 +20,8 @@ from treelora_backends.causal_lm.network.halves import Passes
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.render import Encoder
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import Memory
 from treelora_cli.backend.runtime import Runtime
+from treelora_cli.backend.values import Memory
 from treelora_cli.config import Config
 from treelora_cli.data.examples import TextExample
 from treelora_cli.heads.gram import Gram

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from treelora_backends.causal_lm.render import Encoded, Encoder, placed
-from treelora_cli.backend.contract import Change, DataRequest
 from treelora_cli.backend.runtime import Reporter
+from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.examples import TextExample
 from treelora_cli.data.text import TextListing, hash_of_text, list_texts
 from treelora_cli.errors import DataError

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from treelora_cli.backend.contract import Turn
+from treelora_cli.backend.values import Turn
 from treelora_cli.data.examples import TextExample, calls_text
 from treelora_cli.errors import DataError
 

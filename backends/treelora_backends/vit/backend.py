@@ -27,8 +27,9 @@ from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.locations import lasting
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import ContenderModel, DataRequest, ExportCheck, ExportOptions, Memory, TaskData
+    from treelora_cli.backend.contract import ContenderModel, TaskData
     from treelora_cli.backend.runtime import Runtime
+    from treelora_cli.backend.values import DataRequest, ExportCheck, ExportOptions, Memory
 
 
 class VitBackend:

@@ -18,8 +18,8 @@ from treelora_cli.heads.two_views import Tensors, TwoViews
 
 if TYPE_CHECKING:
     from treelora_backends.vit.trunk import Trunk
-    from treelora_cli.backend.contract import Memory
     from treelora_cli.backend.runtime import Runtime
+    from treelora_cli.backend.values import Memory
     from treelora_cli.config import Config
 
 _FIRST_LOOK = 512

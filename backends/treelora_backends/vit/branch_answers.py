@@ -23,7 +23,7 @@ from treelora_cli.heads.two_views import TwoViews
 
 if TYPE_CHECKING:
     from treelora_backends.vit.loaded import LoadedVit
-    from treelora_cli.backend.contract import Memory
+    from treelora_cli.backend.values import Memory
 
 _BRANCHES_ASKED = 2
 """Branches whose adapters run for an image, at most."""

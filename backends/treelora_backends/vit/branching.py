@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from treelora_backends.vit.loaded import LoadedVit
     from treelora_backends.vit.shared_head import SharedHead
     from treelora_backends.vit.trunk import Trunk
-    from treelora_cli.backend.contract import Memory, Tensors
+    from treelora_cli.backend.contract import Tensors
     from treelora_cli.backend.runtime import Runtime
+    from treelora_cli.backend.values import Memory
     from treelora_cli.config import Config
 
 _KEPT_OUT = 5

@@ -14,7 +14,7 @@ from treelora_backends.vit.images import ImageTask
 from treelora_backends.vit.single import SingleNetwork, latest_head
 from treelora_backends.vit.trunk import fill_classifier
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import ExportCheck, ExportOptions, Memory, rounded_scores
+from treelora_cli.backend.values import ExportCheck, ExportOptions, Memory, rounded_scores
 from treelora_cli.errors import UsageError
 from treelora_cli.heads.ridge import LinearHead
 

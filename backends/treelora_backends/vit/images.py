@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treelora_cli.backend.contract import Change, DataRequest
 from treelora_cli.backend.runtime import Reporter
+from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.held_out import content_hash
 from treelora_cli.data.images import ImageItem, list_images
 from treelora_cli.data.paths import shown

@@ -26,7 +26,8 @@ from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_na
 from treelora_backends.vit.single import SingleNetwork
 from treelora_backends.vit.trunk import Entering
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import OTHERS, Answers, Memory, Prediction, Score, Turn
+from treelora_cli.backend.contract import OTHERS
+from treelora_cli.backend.values import Answers, Memory, Prediction, Score, Turn
 from treelora_cli.data.names import label_key
 from treelora_cli.data.paths import existing
 from treelora_cli.errors import DataError, UsageError

@@ -33,7 +33,7 @@ from treelora_backends.vit.single import (
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
-from treelora_cli.backend.contract import BranchLearned, Learned, Memory, Trial
+from treelora_cli.backend.values import BranchLearned, Learned, Memory, Trial
 from treelora_cli.config import Config
 from treelora_cli.heads.gaussians import ClassStatistics
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from treelora_backends.spill import Aside
 from treelora_backends.vit.solved import SolvedFeatures, fits, grow, solved_statistics
 from treelora_backends.vit.trunk import Features, Trunk
-from treelora_cli.backend.contract import Memory
 from treelora_cli.backend.runtime import Runtime
+from treelora_cli.backend.values import Memory
 from treelora_cli.config import Config
 from treelora_cli.data.names import label_key
 from treelora_cli.heads.gram import Gram

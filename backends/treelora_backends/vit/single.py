@@ -22,7 +22,7 @@ from treelora_backends.vit.shared_head import SharedHead, class_names, class_of_
 from treelora_backends.vit.trunk import fill_classifier
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights, mean_update
-from treelora_cli.backend.contract import Memory
+from treelora_cli.backend.values import Memory
 from treelora_cli.heads.gaussians import ClassStatistics, fit_drift
 from treelora_cli.heads.ridge import LinearHead
 

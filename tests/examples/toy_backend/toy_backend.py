@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
-from treelora_cli.backend.contract import (
+from treelora_cli.backend.fingerprint import hash_parameters
+from treelora_cli.backend.runtime import Runtime
+from treelora_cli.backend.values import (
     Change,
     DataRequest,
     ExportCheck,
@@ -28,8 +30,6 @@ from treelora_cli.backend.contract import (
     Prediction,
     Score,
 )
-from treelora_cli.backend.fingerprint import hash_parameters
-from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig
 from treelora_cli.data.held_out import content_hash, find_recorded, set_aside
 from treelora_cli.data.paths import existing

@@ -24,7 +24,7 @@ from treelora_backends.vit.contenders.prompts import (
 from treelora_backends.vit.images import ImageTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
-from treelora_cli.backend.contract import Score
+from treelora_cli.backend.values import Score
 from treelora_cli.config import Config
 from treelora_cli.heads.gaussians import AlignSettings, Gaussian, RandomRidge, align, class_means
 from treelora_cli.heads.ridge import LinearHead

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from treelora_backends.vit.images import ImageTask, Pictures, shuffled_views
 from treelora_cli import seeds
 from treelora_cli.backend.arithmetic import try_gradient
-from treelora_cli.backend.contract import Learned, Score
+from treelora_cli.backend.values import Learned, Score
 from treelora_cli.config import Config
 from treelora_cli.heads.gaussians import Gaussian
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from treelora_backends.vit.contenders.plain import CHUNK, VIEWS, PlainSession
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
-from treelora_cli.backend.contract import Learned
+from treelora_cli.backend.values import Learned
 from treelora_cli.errors import ModelError
 
 if TYPE_CHECKING:

@@ -1,0 +1,115 @@
+"""The task that is learned, from its data to what is known of it in the end; values that its steps pass on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from treelora_cli.algorithm.tree import Tree
+from treelora_cli.backend.contract import Base, TaskData
+from treelora_cli.backend.runtime import Runtime, return_free_memory
+from treelora_cli.backend.values import DataRequest, Learned, Memory
+from treelora_cli.config import Config
+from treelora_cli.learning.branches import BranchPlan
+from treelora_cli.learning.trainer import TrainReport
+from treelora_cli.methods.base import Found
+from treelora_cli.project import Project
+
+if TYPE_CHECKING:
+    from treelora_cli.backend.adapters import AdapterWeights
+
+    Merged = dict[str, tuple[tuple[str, ...], AdapterWeights]]
+    """Adapters that replace those of several tasks: the newest member's name to (members' names, adapter)."""
+
+
+class Clock:
+    """Seconds and processor seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+        self._last = time.perf_counter(), time.process_time()
+
+    def lap(self, phase: str) -> None:
+        """End a phase: give back the memory it freed, and note its time."""
+        return_free_memory()
+        now = time.perf_counter(), time.process_time()
+        for total, before, after in zip((self.seconds, self.cpu_seconds), self._last, now, strict=True):
+            total[phase] = round(total.get(phase, 0.0) + after - before, 3)
+        self._last = now
+
+
+@dataclass(frozen=True)
+class NewTask:
+    """A task about to be learned, and all that is known before; every step takes it, none changes it.
+
+    Attributes:
+        name: As the user gave it.
+        request: Where its data lies.
+        data: Its examples.
+        project: The project as it is, under the writer's lock.
+        base: The loaded base.
+        config: Settings in force, complete.
+        runtime: Device, arithmetic and reporter.
+        memory: The tasks before.
+        tree: Over the tasks before; ``None`` for the first.
+    """
+
+    name: str
+    request: DataRequest
+    data: TaskData
+    project: Project
+    base: Base
+    config: Config
+    runtime: Runtime
+    memory: Memory
+    tree: Tree | None
+
+    @property
+    def seed(self) -> int:
+        """The project's seed."""
+        assert self.config.seed is not None
+        return self.config.seed
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The new task's gradients at the reference point.
+
+    Attributes:
+        queries: Each mini-batch's sketch, (n, D, m).
+        signature: Their mean, of unit length in each layer, (D, m).
+    """
+
+    queries: np.ndarray[Any, Any]
+    signature: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves.
+
+    Attributes:
+        adapter: The trained adapter.
+        signature: The task's, for the tree.
+        learned: What later predictions need.
+        found: What the method found out about the earlier tasks.
+        report: What the loop did.
+        branches: Its branch; ``None`` where tasks never share adapters.
+    """
+
+    adapter: AdapterWeights
+    signature: np.ndarray[Any, Any]
+    learned: Learned
+    found: Found
+    report: TrainReport
+    branches: BranchPlan | None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is kept with the task."""
+        return self.learned.tensors if self.branches is None else self.branches.with_kind(self.learned.tensors)
