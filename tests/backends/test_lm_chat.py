@@ -5,12 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+from tiny_lm import TEMPLATE, load, save_model, small_tokenizer
 from treelora_backends.causal_lm.batches import collate
 from treelora_backends.causal_lm.memory import system_of
 from treelora_backends.causal_lm.render import Encoder
 from treelora_backends.causal_lm.task import read_lm_task
 
-from tests.tiny_lm import TEMPLATE, load, save_model, small_tokenizer
 from treelora_cli.app import run_command
 from treelora_cli.backend.runtime import Silent
 from treelora_cli.backend.values import DataRequest, Turn
