@@ -73,6 +73,21 @@ def test_the_branch_s_sums_are_those_of_all_its_tasks(shared_first: Path) -> Non
     assert 4 * stored["branch.half_gram"].numel() < memory.shared()["anchor.half_gram"].numel() * 4
 
 
+def test_what_a_branch_stores_is_the_same_scored_or_not(
+    cli: Cli, init_options: list[str], data: Path, tmp_path: Path
+) -> None:
+    stored = []
+    for option in ("--eval", "--no-eval"):
+        root = tmp_path / option.strip("-")
+        must("init", root, *init_options, "--branch", "first")
+        for name, _ in STREAM[:2]:
+            must("-C", root, "train-task", data / name, *OPTIONS, option)
+        stored.append(Project.open(root).memory().branch("warm"))
+    assert stored[0].keys() == stored[1].keys()
+    for name, tensor in stored[0].items():
+        assert torch.equal(tensor, stored[1][name]), name
+
+
 def test_always_opens_a_branch_for_each_and_a_bound_holds(
     init_options: list[str], data: Path, tmp_path: Path, cli: Cli
 ) -> None:

@@ -227,7 +227,8 @@ class VitSession:
         tensors |= columns
         judged = branching.judgement
         trial = None if judged is None else Trial(judged.gain, judged.asked, judged.count)
-        return BranchLearned(name, lambda: stored, trial)
+        # copies: scoring solves in the place of the sums, before they are committed
+        return BranchLearned(name, lambda: {key: value.clone() for key, value in stored.items()}, trial)
 
     # -- branches -------------------------------------------------------------------------------------
 
