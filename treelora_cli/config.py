@@ -48,6 +48,12 @@ class AdapterConfig:
         low=0,
     )
 
+    @property
+    def scale(self) -> float:
+        """LoRA scale alpha / rank of a complete configuration."""
+        assert self.alpha is not None and self.rank is not None
+        return self.alpha / self.rank
+
 
 def _split_rules() -> tuple[str, ...]:
     """Names of the split rules, from their one table; numpy is imported only where a rule is named."""

@@ -61,7 +61,7 @@ def _setting(kind: type[Any], spec: dataclasses.Field[Any], default: Any, sectio
 def _allowed(metadata: Mapping[str, Any], kind: Any) -> str:
     choices, low, high = choices_of(metadata), metadata.get("low"), metadata.get("high")
     if choices:
-        return ", ".join(choices() if callable(choices) else choices)
+        return ", ".join(choices)
     if low is not None:
         return f"{low:,} to {high:,}" if high is not None else f"{low:,} or more"
     return {bool: "true, false", str: "text", int: "whole number", float: "number"}.get(kind, "key: value")

@@ -257,8 +257,7 @@ class Examination:
     def _slot(self) -> Any:
         from treelora_cli.backend import adapters
 
-        assert self.config.adapter.alpha is not None and self.config.adapter.rank is not None
-        scale = self.config.adapter.alpha / self.config.adapter.rank
+        scale = self.config.adapter.scale
         return adapters.read_slot(self.base.network, self.base.layers, scale)
 
     def _train(self, session: Session) -> None:

@@ -237,7 +237,8 @@ class BranchLearned:
 
     Attributes:
         name: The branch that the task belongs to; ``None`` where no branch pays.
-        tensors: Reads the branch's statistics, this task included, anew at each call as in ``Memory``; replaces the former.
+        tensors: Reads the branch's statistics, this task included, anew at each call as in ``Memory``; replaces the
+            former.
         trial: Where an adapter was tried and could be judged.
     """
 

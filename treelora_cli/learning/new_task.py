@@ -22,9 +22,6 @@ from treelora_cli.project import Project
 if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
 
-    Merged = dict[str, tuple[tuple[str, ...], AdapterWeights]]
-    """Adapters that replace those of several tasks: the newest member's name to (members' names, adapter)."""
-
 
 class Clock:
     """Seconds and processor seconds by phase."""

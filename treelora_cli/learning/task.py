@@ -48,12 +48,8 @@ from treelora_cli.project.watch import WatchSet
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.adapters import AdapterWeights
     from treelora_cli.learning.trainer import Trainer
     from treelora_cli.methods.base import TaskContext
-
-    Merged = dict[str, tuple[tuple[str, ...], AdapterWeights]]
-    """Adapters that replace those of several tasks: the newest member's name to (members' names, adapter)."""
 
 
 @dataclass(frozen=True)
@@ -306,6 +302,3 @@ def _identity(new: NewTask) -> dict[str, Any]:
         "train": train,
         **new.runtime.arithmetic,
     }
-
-
-# -- conclude -----------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ def task_context(base: Base, session: Session, config: Config, index: int, fresh
         index: Of the task, from 0.
         fresh_seed: Seed of the adapter without effect that the task may start from.
     """
-    assert config.seed is not None and config.adapter.rank is not None and config.adapter.alpha is not None
-    scale = config.adapter.alpha / config.adapter.rank
+    assert config.seed is not None
+    scale = config.adapter.scale
     return TaskContext(
         index=index,
         network=base.network,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.vit.branch import BranchHead, BranchSettings
+from treelora_backends.vit.chunks import filled
 from treelora_backends.vit.trunk import Entering
 from treelora_cli.backend import adapters
 from treelora_cli.heads.ridge import LinearHead
@@ -31,8 +32,6 @@ _UNLIKELY = 0.01
 """Branches less likely than this are not asked."""
 _FROZEN_SHARE = 0.25
 """Weight of the shared head's log-probabilities inside a branch: 0.7 points of OP on three kinds of nine tasks."""
-_ROWS = 16
-"""Adapters see multiples of this; see ``predictor``."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,11 @@ class BranchAnswers:
         """Return log-probabilities of a branch's classes for some images, (n, classes)."""
         solved, trunk = self._solved(name), self.base.trunk
         adapters.write_slot(self.base.network, solved.adapter)
-        filled = torch.cat([rows, rows.new_zeros(-len(rows) % _ROWS)])
+        chosen = filled(rows)
         scores = torch.zeros(len(rows), len(solved.head.bias), device=rows.device)
         for view in seen:
-            frozen = view.layered[filled]
+            frozen = view.layered[chosen]
             with self.base.runtime.autocast():
-                adapted = trunk.after(Entering(view.cut.tokens[filled], view.cut.early[filled])).layered
+                adapted = trunk.after(Entering(view.cut.tokens[chosen], view.cut.early[chosen])).layered
             scores += solved.head(solved.views(torch.cat([frozen, adapted], dim=1)))[: len(rows)] / len(seen)
         return (solved.sharpness * scores).log_softmax(dim=1)

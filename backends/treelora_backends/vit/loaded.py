@@ -41,9 +41,7 @@ class LoadedVit:
     @property
     def scale(self) -> float:
         """LoRA scale alpha / rank."""
-        adapter = self.config.adapter
-        assert adapter.alpha is not None and adapter.rank is not None
-        return adapter.alpha / adapter.rank
+        return self.config.adapter.scale
 
     @property
     def facts(self) -> dict[str, Any]:

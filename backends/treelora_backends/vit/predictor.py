@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.vit.branch_answers import BranchAnswers, Seen
-from treelora_backends.vit.chunks import images_at_once
+from treelora_backends.vit.chunks import filled, images_at_once
 from treelora_backends.vit.images import ImageTask, Pictures
 from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_names, class_of_column, columns_of
 from treelora_backends.vit.single import SingleNetwork
@@ -36,8 +36,6 @@ from treelora_cli.heads.ridge import LinearHead
 if TYPE_CHECKING:
     from treelora_backends.vit.loaded import LoadedVit
 
-_ADAPTER_ROWS = 16
-"""Adapters see multiples of this: kernels are compiled, and kept, for each number of rows that occurs."""
 ANCHOR_SHARPNESS = 16.0
 """Factor on ridge scores, which lie between about 0 and 1, before the softmax."""
 ADAPTER_SHARE = 0.25
@@ -192,8 +190,7 @@ class VitPredictor:
         adapters.write_slot(self.base.network, self.memory.tasks[task].adapter())
         weight, bias = tensors["head.weight"].to(self.device), tensors["head.bias"].to(self.device)
         with self.base.runtime.autocast():
-            filled = torch.cat([rows, rows.new_zeros(-len(rows) % _ADAPTER_ROWS)])
-            pooled = self.base.trunk.pooled(cut.tokens[filled])[: len(rows)]
+            pooled = self.base.trunk.pooled(cut.tokens[filled(rows)])[: len(rows)]
         own = (self.task_of == task).nonzero().squeeze(1)
         anchor = log_columns[rows][:, own] - log_tasks[rows, task][:, None]
         opinion = (pooled @ weight.T + bias).log_softmax(dim=1)
