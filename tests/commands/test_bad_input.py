@@ -228,6 +228,12 @@ USAGE = {
     ),
     "unknown dtype": (["export", "OUT", "--dtype", "int8"], 2, r"--dtype is one of float32, float16, bfloat16"),
     "task of a merged export": (["export", "OUT", "--task", "warm"], 2, r"--task goes with --format adapter"),
+    "task of a routed export": (["export", "OUT", "--format", "routed", "--task", "warm"], 2, r"holds every task\."),
+    "dtype of a routed export": (
+        ["export", "OUT", "--format", "routed", "--dtype", "float16"],
+        2,
+        r"--dtype goes with --format merged or adapter",
+    ),
     "export of an unknown task": (["export", "OUT", "--format", "adapter", "--task", "x"], 2, r"No task 'x'"),
     "predict of a missing file": (["predict", "nowhere.png"], 4, r"nowhere\.png not found\."),
     "predict of a directory without images": (["predict", "p/tasks"], 4, r"Error: p/tasks holds no images\."),

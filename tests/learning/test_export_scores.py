@@ -27,7 +27,7 @@ def test_a_merged_export_shows_both_scores_and_its_card_too(cli: Cli, learned_pr
         assert f"| {name} | {100 * found['project']:.1f} | {100 * found['reloaded']:.1f} |" in card
     gap = sum(one["project"] - one["reloaded"] for one in done["scores"].values()) / 3
     assert done["gap"] == pytest.approx(gap)
-    assert (done["advice"] != "") == (gap > 0.05) == ("treelora predict keeps its score" in card)
+    assert (done["advice"] != "") == (gap > 0.05) == ("treelora export OUT --format routed" in card)
     shown = cli("-C", learned_project, "export", tmp_path / "again", "--device", "cpu").out
     assert "warm: project (routed) " in shown and ", this export " in shown
     assert "the base with the mean of the tasks' 3 adapters merged into its weights" in card
@@ -61,14 +61,15 @@ def test_a_card_of_solved_blocks_does_not_speak_of_adapters(
 def test_the_advice_names_what_keeps_the_score() -> None:
     def report(task: str | None, there: float) -> ExportReport:
         check = ExportCheck(0.0, 1.0, {"a": (there, there), "b": (there, there)})
-        return ExportReport(task, [], check, "", "routed", {"a": 0.9, "b": 0.8})
+        return ExportReport("merged", task, [], check, "", "routed", {"a": 0.9, "b": 0.8})
 
     assert report(None, 0.82).advice == ""
     assert report(None, 0.5).gap == pytest.approx(0.35)
     assert report(None, 0.5).advice.startswith("This model scores 35.0 points below the project ('routed'), which")
-    assert "--format adapter --task NAME" in report(None, 0.5).advice
+    assert report(None, 0.5).advice.endswith("treelora export OUT --format routed.")
+    assert report("a", 0.5).advice.endswith("treelora export OUT --format routed.")
     assert report("a", 0.5).advice.startswith("This adapter alone scores 35.0 points below the project")
-    assert ExportReport(None, [], None, "", "routed", {}).gap is None
+    assert ExportReport("merged", None, [], None, "", "routed", {}).gap is None
 
 
 def test_only_like_is_compared_with_like(cli: Cli, learned_project: Path) -> None:

@@ -203,8 +203,9 @@ def test_full_disk_ends_with_6_and_leaves_nothing_half_written(
     assert cli("-C", project, "train-task", more, "--device", "cpu").code == 0
 
 
+@pytest.mark.parametrize("kind", ["merged", "adapter", "routed"])
 def test_full_disk_while_exporting_leaves_nothing(
-    cli: Cli, learned_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, learned_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     import safetensors.torch
 
@@ -214,7 +215,7 @@ def test_full_disk_while_exporting_leaves_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(safetensors.torch, "save_file", full)
         patched.setattr(Path, "write_text", full)
-        done = cli("-C", learned_project, "export", tmp_path / "out", "--device", "cpu")
+        done = cli("-C", learned_project, "export", tmp_path / "out", "--format", kind, "--device", "cpu")
     check_error(done, 6, r"out could not be written: No space left on device\.")
     assert list(tmp_path.iterdir()) == []
 

@@ -54,6 +54,13 @@ class AdapterWeights:
         """Return the dense update of layer ``index``, (out, in)."""
         return self.scale * (self.up[index] @ self.down[index])
 
+    def equals(self, other: AdapterWeights) -> bool:
+        """Return whether every weight is the same."""
+        if (self.layers, self.scale) != (other.layers, other.scale):
+            return False
+        pairs = zip((*self.down, *self.up), (*other.down, *other.up), strict=True)
+        return all(torch.equal(one, two) for one, two in pairs)
+
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors under PEFT's key names."""
         tensors = {}
@@ -271,6 +278,33 @@ def _pad(matrix: Tensor, *, dim: int, size: int) -> Tensor:
     shape = list(matrix.shape)
     shape[dim] = missing
     return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim).contiguous()
+
+
+def save_each(named: Sequence[tuple[str, AdapterWeights]], config: Mapping[str, Any], out: Path) -> list[str]:
+    """Write PEFT directories below ``out/adapters``, one for each distinct adapter.
+
+    Args:
+        named: Task names with their adapters, in order.
+        config: What ``peft_config`` returned.
+        out: An existing directory.
+
+    Returns:
+        The directory of each task's adapter, relative to ``out``.
+    """
+    from safetensors.torch import save_file
+
+    known: list[tuple[AdapterWeights, str]] = []
+    places = []
+    for number, (name, weights) in enumerate(named, start=1):
+        place = next((place for other, place in known if weights.equals(other)), None)
+        if place is None:
+            place = f"adapters/{number:03d}-{name}"
+            known.append((weights, place))
+            (out / place).mkdir(parents=True)
+            save_file(weights.to_tensors(), out / place / "adapter_model.safetensors", metadata={"format": "pt"})
+            (out / place / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        places.append(place)
+    return places
 
 
 def peft_config(network: nn.Module, base_name: str | None) -> dict[str, Any]:

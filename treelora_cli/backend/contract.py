@@ -236,6 +236,32 @@ class Base(Protocol):
 
 
 @runtime_checkable
+class FurtherExport(Protocol):
+    """An export beside merged models and adapters; a base gives it by name, see ``ExportingBase``."""
+
+    def write(self, memory: Memory, out: Path, options: ExportOptions) -> None:
+        """Write everything learned into the empty directory ``out``."""
+
+    def load_line(self, out: Path) -> str:
+        """Return the line that loads it without this library."""
+
+    def check(self, memory: Memory, out: Path, held_out: Sequence[tuple[str, TaskData]]) -> ExportCheck:
+        """Load ``out`` without this library and compare."""
+
+
+@runtime_checkable
+class ExportingBase(Protocol):
+    """A base with further exports: ``routed``, ``onnx``, ``gguf``."""
+
+    def further_export(self, kind: str) -> FurtherExport:
+        """Return the export of this name.
+
+        Raises:
+            UsageError: The backend has none such, or a package is missing.
+        """
+
+
+@runtime_checkable
 class Backend(Protocol):
     """A model family, registered on the entry-point group ``treelora.backends``.
 

@@ -368,21 +368,27 @@ class ExportCheck:
     """What a reloaded export showed against the model in memory.
 
     Attributes:
-        largest_difference: Largest absolute logit difference.
+        largest_difference: Largest absolute difference, of logits unless ``measured`` says otherwise.
         tolerance: What the types allow in which the base is held and the export written.
         scores: Mean score in memory and reloaded, by task name; empty without held-out data.
         score_tolerance: By how much a score may move: rounding can turn an answer that was close.
+        measured: What the differences are of.
+        same: Examples that were answered alike, and how many were asked; ``None`` where that was not counted.
     """
 
     largest_difference: float
     tolerance: float
     scores: dict[str, tuple[float, float]]
     score_tolerance: float = 0.01
+    measured: str = "logit difference"
+    same: tuple[int, int] | None = None
 
     @property
     def passed(self) -> bool:
-        """True when logits agree within the tolerance and no score moved by more than its own."""
+        """True when logits agree within the tolerance, and neither scores nor answers moved by more than their own."""
         agree = self.largest_difference <= self.tolerance
+        if self.same is not None:
+            agree = agree and self.same[1] - self.same[0] <= self.score_tolerance * self.same[1]
         return agree and all(abs(ours - theirs) <= self.score_tolerance for ours, theirs in self.scores.values())
 
 

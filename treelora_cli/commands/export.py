@@ -15,7 +15,7 @@ from treelora_cli.errors import CheckError
 def export(
     context: typer.Context,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; absent or empty.")],
-    export_format: Annotated[str, typer.Option("--format", help="merged or adapter.")] = "merged",
+    export_format: Annotated[str, typer.Option("--format", help="merged, adapter or routed.")] = "merged",
     task: Annotated[str | None, typer.Option(help="Task of an adapter export; the latest by default.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: float32, float16 or bfloat16.")] = "float32",
     max_shard: Annotated[str, typer.Option(help="Largest file of a merged language model.")] = "5GB",
@@ -40,6 +40,7 @@ def export(
         "files": report.files,
         "largest_logit_difference": None if check is None else check.largest_difference,
         "tolerance": None if check is None else check.tolerance,
+        "same_answers": None if check is None or check.same is None else list(check.same),
         "scores": {
             name: {"project": report.project.get(name), "here": here, "reloaded": there}
             for name, (here, there) in (check.scores if check else {}).items()
@@ -52,7 +53,8 @@ def export(
     lines = [f"Wrote {out}: {', '.join(report.files)}"]
     if check is not None:
         lines.append(
-            f"Reloaded: largest logit difference {check.largest_difference:.2e} (allowed {check.tolerance:.0e})"
+            f"Reloaded: largest {check.measured} {check.largest_difference:.2e} (allowed {check.tolerance:.0e})"
+            + ("" if check.same is None else f", {check.same[0]} of {check.same[1]} answers alike")
         )
         lines += [
             f"  {name}: project ({report.inference}) {percent(report.project.get(name))}, this export {percent(there)}"

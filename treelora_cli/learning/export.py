@@ -8,15 +8,23 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from treelora_cli.backend.contract import Base, TaskData
-from treelora_cli.backend.values import ExportCheck, ExportOptions
+from treelora_cli.backend.contract import Base, ExportingBase, FurtherExport, TaskData
+from treelora_cli.backend.values import ExportCheck, ExportOptions, Memory
 from treelora_cli.errors import ResourceError, UsageError, suggest
 from treelora_cli.learning.evaluation import HeldOut, blamed, read_held_out, score_tasks
 from treelora_cli.project import Project
 
-_FORMATS = ("merged", "adapter")
+FORMATS = {
+    "merged": "one stock model that holds every task",
+    "adapter": "one task's LoRA, a PEFT directory",
+    "routed": "base, adapters, router and heads with a loader script: keeps the score",
+}
+"""What can be written, and what it is."""
 _LARGE_GAP = 0.05
 """From so far below the project's score on, an export says what keeps it."""
+_CAST = ("merged", "adapter")
+"""Exports that may be written in another type."""
+_KEEPS = "This keeps the score, without treelora: treelora export OUT --format routed."
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -26,7 +34,7 @@ class ExportRequest:
 
     Attributes:
         out: Target directory.
-        kind: ``merged`` or ``adapter``.
+        kind: One of ``FORMATS``.
         task: Task of an adapter export; the latest when ``None``.
         options: Data type and shard size.
         verify: Reload and compare.
@@ -44,16 +52,18 @@ class ExportRequest:
 
     def check(self, project: Project) -> None:
         """Raise ``UsageError`` when this cannot be exported, before anything is loaded."""
-        if self.kind not in _FORMATS:
+        if self.kind not in FORMATS:
             raise UsageError(
-                f"--format is one of {', '.join(_FORMATS)}; got '{self.kind}'{suggest(self.kind, _FORMATS)}."
+                f"--format is one of {', '.join(FORMATS)}; got '{self.kind}'{suggest(self.kind, FORMATS)}."
             )
         if self.options.dtype not in _DTYPES:
             raise UsageError(f"--dtype is one of {', '.join(_DTYPES)}; got '{self.options.dtype}'.")
         if not project.state.tasks:
             raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
-        if self.kind == "merged" and self.task is not None:
-            raise UsageError("--task goes with --format adapter; a merged model holds every task.")
+        if self.kind != "adapter" and self.task is not None:
+            raise UsageError(f"--task goes with --format adapter; a {self.kind} export holds every task.")
+        if self.kind not in _CAST and self.options.dtype != "float32":
+            raise UsageError(f"--dtype goes with --format {' or '.join(_CAST)}; {self.kind} is written in float32.")
         if self.task is not None:
             project.entry(self.task)
         out, root = self.out.resolve(), project.root.resolve()  # "../out" is beside the project, not below it
@@ -68,6 +78,7 @@ class ExportReport:
     """What was written.
 
     Attributes:
+        kind: One of ``FORMATS``.
         task: Task of an adapter export.
         files: File names.
         check: Comparison after reloading; ``None`` when not asked for.
@@ -76,6 +87,7 @@ class ExportReport:
         project: The project's own scores on the same examples, by task; empty when not compared.
     """
 
+    kind: str
     task: str | None
     files: list[str]
     check: ExportCheck | None
@@ -99,12 +111,11 @@ class ExportReport:
         if self.task is not None:
             return (
                 f"This adapter alone scores {100 * self.gap:.1f} points below the project ('{self.inference}'), which"
-                " chooses among adapters and heads: treelora predict keeps its score."
+                f" chooses among adapters and heads. {_KEEPS}"
             )
         return (
             f"This model scores {100 * self.gap:.1f} points below the project ('{self.inference}'), which chooses among"
-            " its tasks' adapters with a router that no merged model holds: treelora predict keeps its score, and so"
-            " does, where the task is known, each task's own: treelora export OUT --format adapter --task NAME."
+            f" its tasks' adapters and heads with a router that no single model holds. {_KEEPS}"
         )
 
 
@@ -132,10 +143,7 @@ def write_export(project: Project, base: Base, request: ExportRequest, inference
         raise UsageError(f"{request.out} cannot be written: {error.strerror}.") from error
     try:
         with blamed(memory):
-            if task is None:
-                base.export_merged(memory, aside, request.options)
-            else:
-                base.export_adapter(memory, task, aside)
+            _write(base, request, memory, task, aside)
         report = _checked(project, base, request, aside, task, inference)
         _add_scores(aside / "README.md", report)
         files = sorted(path.name for path in aside.iterdir())
@@ -147,17 +155,42 @@ def write_export(project: Project, base: Base, request: ExportRequest, inference
     return replace(report, files=files)
 
 
+def _write(base: Base, request: ExportRequest, memory: Memory, task: str | None, out: Path) -> None:
+    if request.kind == "merged":
+        base.export_merged(memory, out, request.options)
+    elif task is not None:
+        base.export_adapter(memory, task, out)
+    else:
+        _further(base, request.kind).write(memory, out, request.options)
+
+
+def _further(base: Base, kind: str) -> FurtherExport:
+    """Return a base's export that is neither a merged model nor an adapter.
+
+    Raises:
+        UsageError: The base has none such.
+    """
+    if not isinstance(base, ExportingBase):
+        raise UsageError(f"This project's backend has no --format {kind}.")
+    return base.further_export(kind)
+
+
 def _checked(
     project: Project, base: Base, request: ExportRequest, aside: Path, task: str | None, inference: str
 ) -> ExportReport:
     """Reload the export and score it beside the project on the same examples."""
-    load_with = base.load_line(request.out, task)
+    further = None if request.kind in ("merged", "adapter") else _further(base, request.kind)
+    load_with = base.load_line(request.out, task) if further is None else further.load_line(request.out)
+    report = ExportReport(request.kind, task, [], None, load_with, inference, {})
     if not request.verify:
-        return ExportReport(task, [], None, load_with, inference, {})
+        return report
     memory, held_out = project.memory(), _held_out(project, base, request, task)
-    check = base.check_export(memory, aside, task, held_out)
+    if further is None:
+        check = base.check_export(memory, aside, task, held_out)
+    else:
+        check = further.check(memory, aside, held_out)
     own = score_tasks(base, memory, inference, [HeldOut(name, data) for name, data in held_out])
-    return ExportReport(task, [], check, load_with, inference, {name: one.value for name, one in own.items()})
+    return replace(report, check=check, project={name: one.value for name, one in own.items()})
 
 
 def _add_scores(card: Path, report: ExportReport) -> None:
@@ -199,5 +232,8 @@ def _move_into_place(aside: Path, out: Path) -> None:
     if not out.exists():
         aside.rename(out)
         return
-    for path in aside.iterdir():
-        os.replace(path, out / path.name)
+    for path in aside.rglob("*"):
+        if path.is_file():
+            target = out / path.relative_to(aside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)

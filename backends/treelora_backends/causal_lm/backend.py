@@ -26,6 +26,7 @@ from treelora_backends.causal_lm.memory import clashes
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.render import Encoder
+from treelora_backends.causal_lm.routed import RoutedExport
 from treelora_backends.causal_lm.router import FeatureReader
 from treelora_backends.causal_lm.session import LmSession
 from treelora_backends.causal_lm.task import LmTask, read_lm_task
@@ -33,10 +34,10 @@ from treelora_backends.kept import Keeping, planned
 from treelora_cli.backend import adapters
 from treelora_cli.backend.fingerprint import hash_parameters, identity
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig
-from treelora_cli.errors import ModelError
+from treelora_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import ContenderModel, TaskData
+    from treelora_cli.backend.contract import ContenderModel, FurtherExport, TaskData
     from treelora_cli.backend.runtime import Runtime
     from treelora_cli.backend.values import DataRequest, ExportCheck, ExportOptions, Memory
 
@@ -148,6 +149,16 @@ class CausalLmBase(LoadedLm):
     def export_adapter(self, memory: Memory, task: str, out: Path) -> None:
         """Write a directory that ``PeftModel.from_pretrained`` loads."""
         write_adapter(self, memory, task, out)
+
+    def further_export(self, kind: str) -> FurtherExport:
+        """Return the export of this name.
+
+        Raises:
+            UsageError: Language models have none such.
+        """
+        if kind != "routed":
+            raise UsageError(f"--format {kind} is not for language models.")
+        return RoutedExport(self)
 
     def load_line(self, out: Path, task: str | None) -> str:
         """Return the line that loads an export."""

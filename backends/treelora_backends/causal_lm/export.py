@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from treelora_backends.causal_lm.answers import Answerer
 from treelora_backends.causal_lm.batches import Batch, pad
+from treelora_backends.causal_lm.card import base_lines, prompts_section
 from treelora_backends.causal_lm.loading import load_model, source_of
 from treelora_backends.causal_lm.memory import manner_of, merged_adapter
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.own_code import refuse_own_code
 from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
-from treelora_cli.backend.values import ExportCheck, TaskMemory, Turn, rounded_scores
-from treelora_cli.data.examples import TextExample
-from treelora_cli.errors import TreeLoraError, UsageError
+from treelora_cli.backend.values import ExportCheck, TaskMemory, rounded_scores
+from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from treelora_backends.causal_lm.loaded import LoadedLm
@@ -32,7 +32,6 @@ _EXACT = 1e-3
 _OF_ROUNDING = 4.0
 """Allowed difference where another type takes part, as a multiple of what that type does to the base alone."""
 _CHECKED_PROMPTS = 8
-_PLACEHOLDER = "YOUR TEXT"
 _TEXT = "The quick brown fox jumps over the lazy dog. Question: what is the answer?"
 
 
@@ -56,7 +55,7 @@ def write_merged(base: LoadedLm, memory: Memory, out: Path, options: ExportOptio
     base.tokenizer.save_pretrained(out)
     names = ", ".join(task.name for task in memory.tasks)
     content = f"the base and, at their mean, the updates learned for {names}"
-    (out / "README.md").write_text(_card(base, content, memory.tasks), encoding="utf-8")
+    _write_card(base, content, memory.tasks, out, lora=False)
     if source_of(str(base.config.base.model)).gguf:
         base.runtime.reporter.note("The base is a GGUF file; the exported weights are de-quantised.")
 
@@ -80,7 +79,12 @@ def write_adapter(base: LoadedLm, memory: Memory, task: str, out: Path) -> None:
     config["target_modules"] = _short_targets(base)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(weights.to_tensors(), out / "adapter_model.safetensors", metadata={"format": "pt"})
-    (out / "README.md").write_text(_card(base, f"the adapter of task {task}", [known]), encoding="utf-8")
+    _write_card(base, f"the adapter of task {task}", [known], out, lora=True)
+
+
+def _write_card(base: LoadedLm, content: str, tasks: Sequence[TaskMemory], out: Path, *, lora: bool) -> None:
+    lines = [*base_lines(base, content, lora=lora), *prompts_section(base, tasks)]
+    (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _task(memory: Memory, name: str) -> TaskMemory:
@@ -94,30 +98,6 @@ def _short_targets(base: LoadedLm) -> list[str]:
     every = [name.removeprefix(prefix) for name, _ in base.network.named_modules() if name.startswith(prefix)]
     selected = {name for name in every if name.rsplit(".", 1)[-1] in short}
     return sorted(short) if selected == set(base.layers) else sorted(base.layers)
-
-
-def _card(base: LoadedLm, content: str, tasks: Sequence[TaskMemory]) -> str:
-    source = source_of(str(base.config.base.model))
-    origin = source.gguf or source.name
-    lines = ["---", "library_name: transformers", "tags: [treelora, lora]", "---", "", f"Base: `{Path(origin).name}`."]
-    if source.gguf:
-        lines.append("The base was a GGUF file; its weights were de-quantised.")
-    lines += [f"This directory holds {content}, made with treelora.", "", "## How each task is asked", ""]
-    return "\n".join([*lines, *(line for task in tasks for line in _asked(base, task)), ""])
-
-
-def _asked(base: LoadedLm, task: TaskMemory) -> list[str]:
-    """Return a task's prompt format as a person would fill it in, and its labels."""
-    manner = manner_of(task)
-    if manner.style == "text":
-        return [f"- **{task.name}**: free text that it goes on with; there is no prompt."]
-    turns = (Turn("user", _PLACEHOLDER),) if manner.style == "chat" else ()
-    try:
-        prompt = base.encoder.prompt_text(TextExample("card", _PLACEHOLDER, "", turns), manner.style, manner.labels)
-    except TreeLoraError:  # a template that wants more than one question
-        return [f"- **{task.name}**: a chat, rendered by the tokenizer's template."]
-    lines = [f"- **{task.name}**:", "", *(f"      {line}" for line in prompt.splitlines()), ""]
-    return [*lines, f"  Answers: {', '.join(manner.labels)}.", ""] if manner.labels else lines
 
 
 def load_line(base: LoadedLm, out: Path, task: str | None) -> str:

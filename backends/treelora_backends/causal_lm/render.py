@@ -213,7 +213,7 @@ class Encoder:
         ids = self._tokens(text, special=special)
         while special and len(ids) > 1 and ids[-1] in self.end_ids:
             ids.pop()  # some tokenizers close every text
-        return ids or [self._start_id()]
+        return ids or [self.start_id]
 
     def fitted_prompt(
         self, example: TextExample, style: str, labels: Sequence[str], room: int
@@ -266,10 +266,12 @@ class Encoder:
 
     def content_ids(self, content: str) -> Ids:
         """Tokenise an input without any rendering, for telling its task."""
-        ids = self.tokenizer(content)["input_ids"] or [self._start_id()]
+        ids = self.tokenizer(content)["input_ids"] or [self.start_id]
         return _array(cut_middle(ids, self.max_length))
 
-    def _start_id(self) -> int:
+    @property
+    def start_id(self) -> int:
+        """Token id that stands for an empty text."""
         start = self.tokenizer.bos_token_id
         return int(start if start is not None else self.pad_id)
 

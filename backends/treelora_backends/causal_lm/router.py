@@ -167,13 +167,22 @@ class TaskRouter:
         shares = shares / shares.sum(dim=1, keepdim=True).clamp(min=1e-6)
         highest = shares.topk(2, dim=1).values
         tasks = scores.argmax(dim=1)
-        floors = self._thresholds(memory)
+        floors = self.thresholds(memory)
         known = [True] * len(tasks) if floors is None else (scores.amax(dim=1) >= floors[tasks]).tolist()
         margins = (highest[:, 0] - highest[:, 1]).tolist()
         return [Route(*one) for one in zip(tasks.tolist(), highest[:, 0].tolist(), margins, known, strict=True)]
 
+    def folded(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Return what ``scores`` computes as one linear map of features: weight (T, F) and bias (T,), float32."""
+        assert self.map is not None and self.gram is not None
+        means = torch.cat([task.tensors()["route.mean"] for task in memory.tasks])  # (T, W)
+        head = RidgeStatistics(self.gram, means, torch.ones(len(means))).solve(_RIDGE)
+        weight = (head.weight.double() @ self.map.projection.T.double()) / self.map.scale.double()
+        bias = head.bias.double() - weight @ self.map.mean.double()
+        return weight.float(), bias.float()
+
     @staticmethod
-    def _thresholds(memory: Memory) -> Tensor | None:
+    def thresholds(memory: Memory) -> Tensor | None:
         """Return the score of each task, (T,), below which an input is not its own; a first one's is the others'."""
         found = [task.tensors().get("route.floor") for task in memory.tasks]
         told = [float(floor) for floor in found if floor is not None]

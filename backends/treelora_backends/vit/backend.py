@@ -18,6 +18,7 @@ from treelora_backends.vit.images import ImageTask, Preprocessing, make_preproce
 from treelora_backends.vit.loaded import LoadedVit
 from treelora_backends.vit.loading import check_model_name, choose_layers, create_vit, existing_weights, files_of
 from treelora_backends.vit.predictor import VitPredictor
+from treelora_backends.vit.routed import RoutedExport
 from treelora_backends.vit.session import VitSession
 from treelora_backends.vit.trunk import Trunk
 from treelora_cli.backend import adapters
@@ -27,7 +28,7 @@ from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.locations import lasting
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import ContenderModel, TaskData
+    from treelora_cli.backend.contract import ContenderModel, FurtherExport, TaskData
     from treelora_cli.backend.runtime import Runtime
     from treelora_cli.backend.values import DataRequest, ExportCheck, ExportOptions, Memory
 
@@ -132,6 +133,16 @@ class VitBase(LoadedVit):
     def export_adapter(self, memory: Memory, task: str, out: Path) -> None:
         """Write a directory that ``PeftModel.from_pretrained`` loads, classifier included."""
         write_adapter(self, memory, task, out)
+
+    def further_export(self, kind: str) -> FurtherExport:
+        """Return the export of this name.
+
+        Raises:
+            UsageError: Images have none such.
+        """
+        if kind != "routed":
+            raise UsageError(f"--format {kind} is not for images.")
+        return RoutedExport(self)
 
     def load_line(self, out: Path, task: str | None) -> str:
         """Return the line of Python that loads an export."""

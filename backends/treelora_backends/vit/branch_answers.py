@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from treelora_backends.vit.loaded import LoadedVit
     from treelora_cli.backend.values import Memory
 
-_BRANCHES_ASKED = 2
+BRANCHES_ASKED = 2
 """Branches whose adapters run for an image, at most."""
-_UNLIKELY = 0.01
+UNLIKELY = 0.01
 """Branches less likely than this are not asked."""
-_FROZEN_SHARE = 0.25
+FROZEN_SHARE = 0.25
 """Weight of the shared head's log-probabilities inside a branch: 0.7 points of OP on three kinds of nine tasks."""
 
 
@@ -65,7 +65,7 @@ class BranchAnswers:
         self.names = list(dict.fromkeys(task.branch for task in memory.tasks))
         place = torch.tensor([self.names.index(task.branch) for task in memory.tasks], device=task_of.device)
         self.group_of = place[task_of]
-        self._solved = lru_cache(maxsize=None)(self._solve)
+        self.solved = lru_cache(maxsize=None)(self._solve)
 
     def _solve(self, name: str) -> _Solved:
         """Solve a branch's head and take its adapter."""
@@ -83,20 +83,20 @@ class BranchAnswers:
             log_branches: Theirs summed by branch, (B, len(names)).
             seen: The views of the images.
         """
-        top = log_branches.topk(min(_BRANCHES_ASKED, len(self.names)), dim=1)
-        likely = top.values.exp() >= _UNLIKELY
+        top = log_branches.topk(min(BRANCHES_ASKED, len(self.names)), dim=1)
+        likely = top.values.exp() >= UNLIKELY
         for index, name in enumerate(self.names):
             rows = ((top.indices == index) & likely).any(dim=1).nonzero().squeeze(1)
             if name is None or not len(rows):
                 continue
             own = (self.group_of == index).nonzero().squeeze(1)
             inside = log_columns[rows][:, own] - log_branches[rows, index][:, None]
-            fused = (self._opinion(name, rows, seen) + _FROZEN_SHARE * inside).log_softmax(dim=1)
+            fused = (self._opinion(name, rows, seen) + FROZEN_SHARE * inside).log_softmax(dim=1)
             log_columns[rows[:, None], own[None, :]] = fused + log_branches[rows, index][:, None]
 
     def _opinion(self, name: str, rows: Tensor, seen: tuple[Seen, ...]) -> Tensor:
         """Return log-probabilities of a branch's classes for some images, (n, classes)."""
-        solved, trunk = self._solved(name), self.base.trunk
+        solved, trunk = self.solved(name), self.base.trunk
         adapters.write_slot(self.base.network, solved.adapter)
         chosen = filled(rows)
         scores = torch.zeros(len(rows), len(solved.head.bias), device=rows.device)

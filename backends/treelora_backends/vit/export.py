@@ -60,15 +60,9 @@ def write_merged(base: LoadedVit, memory: Memory, out: Path, options: ExportOpti
 
     network = SingleNetwork(base, memory, "merged")
     vit = cast("Any", network.vit).to("cpu", getattr(torch, options.dtype))
-    data = base.preprocessing.data_config
-    model_config = {
-        "num_classes": len(network.names),
-        "label_names": network.names,
-        "input_size": [3, *base.preprocessing.size],
-        **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
-    }
+    config = {**model_config(base, len(network.names)), "label_names": network.names}
     save_for_hf(
-        vit, str(out), model_config=model_config, model_args=_model_args(base, len(vit.blocks)), safe_serialization=True
+        vit, str(out), model_config=config, model_args=model_args(base, len(vit.blocks)), safe_serialization=True
     )
     names = ", ".join(network.names)
     grown = len(vit.blocks) - base.facts["blocks"]
@@ -83,7 +77,17 @@ def write_merged(base: LoadedVit, memory: Memory, out: Path, options: ExportOpti
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
-def _model_args(base: LoadedVit, depth: int) -> dict[str, Any]:
+def model_config(base: LoadedVit, classes: int) -> dict[str, Any]:
+    """Return what timm records of a model with so many classes: its input size and preprocessing."""
+    data = base.preprocessing.data_config
+    return {
+        "num_classes": classes,
+        "input_size": [3, *base.preprocessing.size],
+        **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
+    }
+
+
+def model_args(base: LoadedVit, depth: int) -> dict[str, Any]:
     """Arguments that rebuild the architecture, the base directory's own included."""
     from treelora_backends.vit.loading import recorded_model_args
 

@@ -53,11 +53,12 @@ class Preprocessing:
         """
         image = open_image(data, name, self.largest)
         try:
-            return self._resized(image)
+            return self.resized(image)
         except (ValueError, OverflowError) as error:  # one pixel wide and thousands high
             raise DataError(f"{name}: {image.width} x {image.height} pixels cannot be resized ({error}).") from error
 
-    def _resized(self, image: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def resized(self, image: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return an 8-bit RGB image as the model sees it, (3, H, W), 0 to 255."""
         return np.ascontiguousarray(np.asarray(self.geometry(image), dtype=np.uint8).transpose(2, 0, 1))
 
     def normalise(self, pixels: Tensor) -> Tensor:
