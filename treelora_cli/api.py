@@ -396,11 +396,11 @@ class Project:
         force: bool = False,
         limit: int | None = None,
     ) -> ExportReport:
-        """Write a model or an adapter that timm, transformers or peft loads without treelora.
+        """Write what timm, transformers, peft or onnxruntime loads without treelora.
 
         Args:
             out: Directory to write, absent or empty.
-            kind: ``merged`` or ``adapter``.
+            kind: ``merged``, ``adapter``, ``routed`` or ``onnx``.
             task: Task of an adapter; the latest when ``None``.
             dtype: Type of the saved weights.
             verify: Reload with stock code and compare.

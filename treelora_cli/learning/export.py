@@ -18,6 +18,7 @@ FORMATS = {
     "merged": "one stock model that holds every task",
     "adapter": "one task's LoRA, a PEFT directory",
     "routed": "base, adapters, router and heads with a loader script: keeps the score",
+    "onnx": "the merged image model as one file",
 }
 """What can be written, and what it is."""
 _LARGE_GAP = 0.05

@@ -157,7 +157,7 @@ class CausalLmBase(LoadedLm):
             UsageError: Language models have none such.
         """
         if kind != "routed":
-            raise UsageError(f"--format {kind} is not for language models.")
+            raise UsageError(f"--format {kind} is for image models.")
         return RoutedExport(self)
 
     def load_line(self, out: Path, task: str | None) -> str:

@@ -17,6 +17,7 @@ from treelora_backends.vit.export import check_export, write_adapter, write_merg
 from treelora_backends.vit.images import ImageTask, Preprocessing, make_preprocessing, read_image_task
 from treelora_backends.vit.loaded import LoadedVit
 from treelora_backends.vit.loading import check_model_name, choose_layers, create_vit, existing_weights, files_of
+from treelora_backends.vit.onnx_export import OnnxExport
 from treelora_backends.vit.predictor import VitPredictor
 from treelora_backends.vit.routed import RoutedExport
 from treelora_backends.vit.session import VitSession
@@ -138,8 +139,10 @@ class VitBase(LoadedVit):
         """Return the export of this name.
 
         Raises:
-            UsageError: Images have none such.
+            UsageError: Images have none such, or a package is missing.
         """
+        if kind == "onnx":
+            return OnnxExport(self)
         if kind != "routed":
             raise UsageError(f"--format {kind} is not for images.")
         return RoutedExport(self)

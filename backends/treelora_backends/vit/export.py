@@ -65,16 +65,20 @@ def write_merged(base: LoadedVit, memory: Memory, out: Path, options: ExportOpti
         vit, str(out), model_config=config, model_args=model_args(base, len(vit.blocks)), safe_serialization=True
     )
     names = ", ".join(network.names)
-    grown = len(vit.blocks) - base.facts["blocks"]
-    content = _SOLVED.format(count=grown) if grown else _MEAN.format(count=len(memory.tasks))
     card = _CARD.format(
         architecture=base.facts["architecture"],
-        content=content,
+        content=merged_content(base, len(vit.blocks), len(memory.tasks)),
         tasks=len(memory.tasks),
         classes=len(network.names),
         names=names,
     )
     (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def merged_content(base: LoadedVit, blocks: int, tasks: int) -> str:
+    """Say what a merged network of so many blocks is made of."""
+    grown = blocks - base.facts["blocks"]
+    return _SOLVED.format(count=grown) if grown else _MEAN.format(count=tasks)
 
 
 def model_config(base: LoadedVit, classes: int) -> dict[str, Any]:
