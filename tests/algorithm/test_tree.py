@@ -288,6 +288,15 @@ def test_nearest_leaves_prefer_siblings_to_a_slightly_closer_pair() -> None:
     assert build_tree(values, 2, split="median-l1").nearest_leaves()[:2] == (0, 1)
 
 
+def test_a_leaf_and_its_siblings_child_are_no_siblings() -> None:
+    # leaves 0 | 1 under one node, 2 beside a node of 3 | 4: three edges from 2 to 3
+    layers = [[0, 0, 90, 90, 90], [0, 10, 0, 3, 3], [0, 0, -6.8, 0, 20]]
+    tree = build_tree(np.array(layers, dtype=np.float32).T[:, :, None], 3, split="median-l1")
+    assert (tree.tree_distance(0, 1), tree.tree_distance(2, 3)) == (2, 3)
+    # gaps sum to 10 and to 9.8, halved and averaged over 3 layers: within five percent, so siblings first
+    assert tree.nearest_leaves() == (0, 1, pytest.approx(10 / 6))
+
+
 def test_nearest_leaves_of_groups_lie_at_their_means() -> None:
     tree = build_tree(line(0, 2, 8, 20), 1)
     # tasks 0 and 1 share an adapter at 1; 8 is 7 away from it, 12 from 20
