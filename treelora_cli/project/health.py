@@ -9,8 +9,8 @@ from typing import Any
 from treelora_cli.errors import DamagedError
 from treelora_cli.project.history import Undone
 from treelora_cli.project.pending import PENDING
-from treelora_cli.project.project import STATE, Project
-from treelora_cli.project.state import State, parse_state
+from treelora_cli.project.project import Project
+from treelora_cli.project.state import State, parse_state, read_state
 from treelora_cli.project.steps import STEPS
 
 
@@ -47,7 +47,7 @@ def damage_of_the_past(project: Project) -> dict[str, str]:
     """Return what is wrong with files that only undoing and resuming need, by name."""
     history = project.history
     found = dict.fromkeys([*history.damage(), *history.damaged_copies()], "unreadable")
-    current = (project.root / STATE).read_bytes()
+    current = read_state(project.root)
     for data in dict.fromkeys(history.readable_states(current)):
         state = parse_state(data)
         other = {name: record for name, record in state.files.items() if project.state.files.get(name) != record}
@@ -74,7 +74,7 @@ def _damage_of_pending(project: Project) -> dict[str, str]:
 
 def trash(project: Project) -> list[tuple[Undone, int]]:
     """Return what rollbacks left, oldest first, each with the bytes that emptying the trash would free."""
-    current = (project.root / STATE).read_bytes()
+    current = read_state(project.root)
     needed = _needed(project, project.history.copies())
     entries = []
     for entry in project.history.undone(current):

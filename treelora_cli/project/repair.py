@@ -13,8 +13,8 @@ from treelora_cli.project.commit import to_json, tree_files
 from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock
 from treelora_cli.project.pending import PENDING
-from treelora_cli.project.project import STATE, Project
-from treelora_cli.project.state import State, parse_state
+from treelora_cli.project.project import Project
+from treelora_cli.project.state import STATE, State, parse_state
 from treelora_cli.project.steps import STEPS
 from treelora_cli.project.store import record_of, write_file
 from treelora_cli.project.watch import WATCH

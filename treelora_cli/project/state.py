@@ -5,15 +5,34 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from treelora_cli.errors import DamagedError, ProjectError
+from treelora_cli.errors import DamagedError, ProjectError, UsageError
 from treelora_cli.project.store import FileRecord, check_inner_name
 
 SCHEMA = 1
 """Version of the project layout this program writes."""
+STATE = "state.json"
+"""The file that says what a project is made of."""
+CONFIG = "treelora.yaml"
+"""The file that the user may edit."""
 _CHECKSUM = "checksum"
+_TASK_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt") for n in range(10))}
+
+
+def check_task_name(name: str) -> str:
+    """Return a safe task name.
+
+    Raises:
+        UsageError: Not letters, digits, ``.``, ``_``, ``-``, starting with a letter or digit, at most 64.
+    """
+    if not _TASK_NAME.fullmatch(name) or name.lower().split(".")[0] in _DEVICE_NAMES or name.endswith("."):
+        raise UsageError(f"Task name {name!r} is not allowed: use letters, digits, '.', '_' and '-', at most 64.")
+    return name
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,20 @@ class State:
     def task(self, name: str) -> TaskEntry | None:
         """Return the task called ``name``, whatever its case."""
         return next((task for task in self.tasks if task.name.lower() == name.lower()), None)
+
+
+def read_state(root: Path) -> bytes:
+    """Return ``state.json`` of the project at ``root``, verbatim.
+
+    Raises:
+        ProjectError: There is none, or it cannot be read.
+    """
+    try:
+        return (root / STATE).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ProjectError(f"No treelora project at {root}. Run: treelora init {root} --model ...") from error
+    except OSError as error:
+        raise ProjectError(f"{root / STATE} cannot be read: {error.strerror}.") from error
 
 
 def seal(record: dict[str, Any]) -> bytes:
