@@ -12,9 +12,9 @@ from conftest import Cli, learned_hashes, run_python
 
 import treelora_cli
 from treelora_cli import Project
+from treelora_cli.config.by_name import all_settings, from_names
 from treelora_cli.errors import LockedError, ProjectError, UsageError
 from treelora_cli.project import Project as Stored
-from treelora_cli.setting_names import all_settings, from_names
 
 PAGE = Path(treelora_cli.__file__).parent / "API.md"
 

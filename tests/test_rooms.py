@@ -6,6 +6,7 @@ Every import counts, those inside functions and those for type checkers too: who
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -20,25 +21,22 @@ ROOMS: dict[str, str] = {
     "seeds": "",
     "locations": "",
     "score_matrix": "",
-    "fields": "errors",
     "entry_points": "errors",
     "algorithm": "seeds",
-    "config": "algorithm errors fields",
-    "settings": "config errors fields",
-    "setting_names": "config errors fields",
-    "backend": "algorithm.kinds config entry_points errors fields seeds",
+    "config": "algorithm errors",
+    "backend": "algorithm.kinds config entry_points errors seeds",
     "heads": "backend.runtime seeds",
     "data": "backend errors",
     "methods": "algorithm backend config entry_points errors",
     "project": "algorithm backend config errors score_matrix version",
-    "learning": "algorithm backend config data errors locations methods project score_matrix seeds settings version",
-    "compare": "backend config errors fields learning methods score_matrix seeds settings version",
+    "learning": "algorithm backend config data errors locations methods project score_matrix seeds version",
+    "compare": "backend config errors learning methods score_matrix seeds version",
     "views": "algorithm backend compare errors project.watch score_matrix",
     "report": "algorithm errors project score_matrix views",
-    "api": "algorithm backend config data errors learning project score_matrix setting_names settings",
+    "api": "algorithm backend config data errors learning project score_matrix",
     "__init__": "api version",
     "commands": "algorithm api backend compare config data errors learning locations methods project report"
-    " score_matrix setting_names settings views",
+    " score_matrix views",
     "app": "backend commands errors project version views",
     "__main__": "app",
     "backends": "backend errors",
@@ -149,6 +147,13 @@ def test_rooms_import_in_the_allowed_direction_only() -> None:
 def test_the_table_itself_allows_no_circle() -> None:
     table = {room: frozenset(part.partition(".")[0] for part in text.split()) for room, text in ROOMS.items()}
     assert circles(table) == []
+
+
+def test_every_package_is_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    packages = set(re.findall(r'^  "(treelora[a-z_.]*)",$', text, re.MULTILINE)) - {"treelora_recipes"}
+    files = files_in(ROOT)
+    assert packages == {name for name, path in files.items() if path.name == "__init__.py"}
 
 
 def test_contributing_names_every_room() -> None:

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treelora_cli.config.by_name import from_names
 from treelora_cli.errors import DataError, UsageError
 from treelora_cli.project import Project as Stored
-from treelora_cli.setting_names import from_names
 
 if TYPE_CHECKING:
     from treelora_cli.algorithm.tree import Tree

@@ -24,8 +24,8 @@ from treelora_cli.backend.contract import STORED_KINDS, Backend, Base, Predictor
 from treelora_cli.backend.members import missing_members
 from treelora_cli.backend.values import DataRequest, ExportOptions, Learned, Memory, Score, TaskMemory, layout_of
 from treelora_cli.config import BaseConfig, Config, resolve
+from treelora_cli.config.fields import check_range
 from treelora_cli.errors import DataError, TreeLoraError, UsageError
-from treelora_cli.fields import check_range
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ def check_backend(
     """
     from treelora_cli.backend.conformance import Examination
     from treelora_cli.backend.registry import load_backend
+    from treelora_cli.config.by_name import parse_set
     from treelora_cli.learning.opening import load_base
-    from treelora_cli.settings import parse_set
 
     backend, runtime, flags = load_backend(name), session.runtime(device), parse_set(settings)
     with tempfile.TemporaryDirectory() as scratch:

@@ -61,8 +61,8 @@ def compare(
     from treelora_cli.compare.rows import check_baseline, summarise
     from treelora_cli.compare.runs import plan_runs
     from treelora_cli.config import from_flags
+    from treelora_cli.config.by_name import add_set
     from treelora_cli.learning.recipes import find_recipe
-    from treelora_cli.settings import add_set
 
     session = session_of(context)
     path = find_recipe(recipe).absolute()

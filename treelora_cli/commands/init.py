@@ -51,9 +51,9 @@ def init(
 ) -> None:
     """Make a project in DIR around a frozen base model."""
     from treelora_cli.config import from_flags
+    from treelora_cli.config.by_name import add_set
     from treelora_cli.learning.opening import make_project
     from treelora_cli.learning.recipes import find_recipe
-    from treelora_cli.settings import add_set
 
     session = session_of(context)
     flags = from_flags(

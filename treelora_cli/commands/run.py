@@ -47,9 +47,9 @@ def run(
 ) -> None:
     """Make a project and learn every task of RECIPE in order."""
     from treelora_cli.config import from_flags
+    from treelora_cli.config.by_name import add_set
     from treelora_cli.learning.recipes import find_recipe
     from treelora_cli.learning.stream import StreamRequest
-    from treelora_cli.settings import add_set
 
     session = session_of(context)
     path = find_recipe(recipe)

@@ -26,7 +26,7 @@ def settings(
 
     Example: treelora settings train
     """
-    from treelora_cli.setting_names import all_settings
+    from treelora_cli.config.by_name import all_settings
 
     session = session_of(context)
     wanted = (matching or "").lower()

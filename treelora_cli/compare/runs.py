@@ -22,10 +22,10 @@ from typing import Any
 import yaml
 
 from treelora_cli.config import Config, from_flags, overlay, to_dict
+from treelora_cli.config.by_name import known_settings
+from treelora_cli.config.fields import coerce
 from treelora_cli.errors import UsageError, suggest
-from treelora_cli.fields import coerce
 from treelora_cli.methods.catalogue import check_method, runs_in_project
-from treelora_cli.settings import known_settings
 from treelora_cli.version import __version__
 
 _CONTENDERS_OWN = ("adapter.", "train.", "head.width")

@@ -13,11 +13,12 @@ from treelora_cli.backend.members import require
 from treelora_cli.backend.registry import backend_for, load_backend
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
+from treelora_cli.config.by_name import given_settings
+from treelora_cli.config.fields import check_own, fixed_own
 from treelora_cli.errors import ConfigError, ModelError, ProjectError, UsageError
 from treelora_cli.methods.catalogue import project_method
 from treelora_cli.project import Project
 from treelora_cli.project.project import check_new_directory
-from treelora_cli.settings import check_own, fixed_own, given_settings
 
 _RUNS_CODE = {"trust_remote_code", "code_revision", "auto_map", "use_kernels", "allow_all_kernels", "kernel_config"}
 """Arguments that make transformers run a repository's own code, or kernels that it fetches."""

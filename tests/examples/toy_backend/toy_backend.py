@@ -31,12 +31,11 @@ from treelora_cli.backend.values import (
     Score,
 )
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig
+from treelora_cli.config.fields import own_settings, setting
 from treelora_cli.data.held_out import content_hash, find_recorded, set_aside
 from treelora_cli.data.paths import existing
 from treelora_cli.data.tables import read_table
 from treelora_cli.errors import DataError, ModelError, UsageError
-from treelora_cli.fields import setting
-from treelora_cli.settings import own_settings
 
 LAYERS = ("second",)
 

@@ -1,13 +1,20 @@
-"""How a setting is declared, and how a value given for it is checked."""
+"""How a setting is declared, and how a value given for it is checked.
+
+A backend or method declares settings of its own as a frozen dataclass of ``setting`` fields, in the attribute
+``own_settings``; their values lie under ``backend_settings`` or ``method_settings`` in ``treelora.yaml``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, TypeVar
 
 from treelora_cli.errors import ConfigError, suggest
+
+T = TypeVar("T")
 
 
 def setting(
@@ -67,3 +74,57 @@ def check_range(kind: type[Any], key: str, value: Any, where: str) -> None:
     if too_low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{where}: '{key}' must be {bounds}; got {value}.")
+
+
+def plain_type(hint: Any) -> type:
+    """Return the type behind ``X | None`` or ``dict[...]``."""
+    if typing.get_origin(hint) is dict:
+        return dict
+    return next(one for one in (*typing.get_args(hint), hint) if isinstance(one, type) and one is not type(None))
+
+
+# -- what a backend or a method declares ------------------------------------------------------------------
+
+
+def own_settings(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Return what a backend or method declares, with the values given and the defaults of the rest.
+
+    Args:
+        kind: A frozen dataclass of ``fields.setting`` fields.
+        values: What is given, by name.
+        where: The section, for messages: ``backend_settings`` or ``method_settings``.
+
+    Raises:
+        ConfigError: An unknown name, a value of another type or out of range.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {spec.name: spec for spec in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    read: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            hint = suggest(name, known) or f". Known here: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key '{name}'{hint}.")
+        read[name] = value if value is None else coerce(plain_type(hints[name]), value, name, where)
+        check_range(kind, name, read[name], where)
+    return kind(**read)
+
+
+def check_own(declared: type[Any] | None, values: Mapping[str, Any], where: str, whose: str) -> dict[str, Any]:
+    """Return the values in force of the settings that ``whose`` declares; it may declare none.
+
+    Raises:
+        ConfigError: As ``own_settings``, or values where nothing is declared.
+    """
+    if declared is None:
+        if values:
+            raise ConfigError(f"{where}: {whose} has no settings of its own; got '{next(iter(values))}'.")
+        return {}
+    return dict(vars(own_settings(declared, values, where)))
+
+
+def fixed_own(declared: type[Any] | None, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the values of the declared settings that are ``fixed``, by full name: what is stored depends on them."""
+    if declared is None:
+        return {}
+    own = vars(own_settings(declared, values, where))
+    return {f"{where}.{spec.name}": own[spec.name] for spec in dataclasses.fields(declared) if spec.metadata["fixed"]}

@@ -13,10 +13,10 @@ from conftest import Cli, check_error
 from treelora_backends.vit.backend import VitBackend
 
 from treelora_cli.config import BaseConfig, Config, TrainConfig, from_flags, load_config
+from treelora_cli.config.by_name import add_set, given_settings, known_settings, parse_set
+from treelora_cli.config.fields import check_own, fixed_own, own_settings, setting
 from treelora_cli.errors import ConfigError, UsageError
-from treelora_cli.fields import setting
 from treelora_cli.methods import treelora
-from treelora_cli.settings import add_set, check_own, fixed_own, given_settings, known_settings, own_settings, parse_set
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,250 @@
+"""What can be set, in frozen dataclasses, and the one place where precedence is decided.
+
+Precedence: command-line flag > ``treelora.yaml`` (or recipe) > the backend's default > the default here.
+A field that is ``None`` was not given, at any of these levels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from treelora_cli.config.fields import setting
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The frozen pre-trained model that every adapter stands on."""
+
+    model: str | None = setting(None, "timm name, hub id, local directory or GGUF file; none: embedded")
+    weights: str | None = setting(None, "local safetensors file for a model given by name")
+    model_args: dict[str, Any] = setting({}, "arguments of the architecture, such as img_size")
+    preprocess: dict[str, Any] = setting({}, "overrides of the model's own image preprocessing")
+    dtype: str | None = setting(None, "type the base is held in", choices=("float32", "bfloat16", "float16", "nf4"))
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Shape and place of each task's LoRA adapter."""
+
+    rank: int | None = setting(None, "LoRA rank r", low=1, high=1024)
+    alpha: float | None = setting(None, "LoRA alpha; updates are scaled by alpha / rank", low=0)
+    dropout: float | None = setting(None, "LoRA dropout probability", low=0, high=0.95)
+    targets: str | None = setting(None, "'auto', 'all-linear' or comma-separated module names")
+    blocks: int | None = setting(
+        None,
+        "adapt only the last so many blocks; 0: all; none: the backend's choice",
+        low=0,
+    )
+
+    @property
+    def scale(self) -> float:
+        """LoRA scale alpha / rank of a complete configuration."""
+        assert self.alpha is not None and self.rank is not None
+        return self.alpha / self.rank
+
+
+def _split_rules() -> tuple[str, ...]:
+    """Names of the split rules, from their one table; numpy is imported only where a rule is named."""
+    from treelora_cli.algorithm.split import RULES
+
+    return tuple(RULES)
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """Gradient signatures, the K-D tree over them and the bandit search."""
+
+    depth: int | None = setting(None, "greatest depth of the tree, in adapted layers", low=1)
+    split: str | None = setting(None, "how a node divides its tasks; median-l1 as published", choices=_split_rules)
+    signature_width: int | None = setting(None, "sketch width m per layer", low=8, high=65536)
+    probe_batches: int | None = setting(None, "mini-batches probed before training", low=1)
+    search: str | None = setting(
+        None,
+        "how similar tasks are found; cold, as published: without the probe's distances to all as first pulls",
+        choices=("lcb", "cold", "flat", "exhaustive", "random"),
+    )
+    branch: str | None = setting(
+        None,
+        "which tasks share an adapter and a feature space: auto, those of a kind, where images kept out of its training"
+        " gain by it; first: all, the first task's; always: none; never: adapters only re-rank answers",
+        choices=("auto", "first", "always", "never"),
+    )
+    branch_adapter: str | None = setting(
+        None,
+        "the adapter of a branch; random, as a control: of the same norm, nothing learned",
+        choices=("trained", "random"),
+    )
+    width: str | None = setting(
+        None, "confidence width: observed spread, or sigma = 1", choices=("observed", "literal")
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one task is learned."""
+
+    epochs: int | None = setting(None, "passes over the task's data", low=0, high=10000)
+    lr: float | None = setting(None, "peak learning rate", low=0)
+    batch_size: int | None = setting(None, "examples per step over all processes", low=1)
+    weight_decay: float | None = setting(None, "AdamW weight decay", low=0)
+    reg: float | None = setting(None, "lambda of eq. 3: pull towards the similar task", low=0)
+    update: str | None = setting(None, "eq. 3 as a subgradient term or a proximal step", choices=("penalty", "prox"))
+    warm_start: str | None = setting(None, "where a new adapter starts", choices=("nearest", "latest", "none"))
+    max_length: int | None = setting(None, "longest input, in tokens", low=8)
+    prompt_tail: int | None = setting(
+        None,
+        "last tokens of a prompt through which gradients pass; 0: all; none: 8 on a CPU, all on a GPU",
+        low=0,
+    )
+    learn: str | None = setting(None, "which turns of the assistant in a chat are learned", choices=("all", "last"))
+    precision: str | None = setting(
+        None, "arithmetic; auto measures, steps and passes without gradients apart", choices=("auto", "fp32", "bf16")
+    )
+    grad_checkpointing: bool | None = setting(None, "recompute activations to save memory")
+    keep_mib: int | None = setting(
+        None,
+        "most memory, in MiB, for activations kept over epochs, beyond it a file; none: half of what is free on a GPU",
+        low=0,
+    )
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Classifiers in closed form, solved from sums and never trained."""
+
+    width: int | None = setting(None, "random features of the shared head, beside the linear ones", low=16, high=65536)
+    blocks: int | None = setting(
+        None, "last blocks whose tokens feed the head; none: as many as make 3,072 features, not the first", low=1
+    )
+    ridge: float | None = setting(
+        None, "ridge penalty at one feature per example, as a share of the mean eigenvalue", low=0
+    )
+    views: int | None = setting(None, "views of an image that are learned from: itself, and mirrored", low=1, high=2)
+    merged: str | None = setting(
+        None, "the merged network: solved blocks on the base, or the mean of all updates", choices=("solved", "mean")
+    )
+    closed: str | None = setting(
+        None,
+        "what chooses of a closed set of answers: a head solved on frozen states, or the adapted model's likelihood",
+        choices=("solved", "likelihood"),
+    )
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What a learned task must hold to be committed; with none of it every task is."""
+
+    max_forgetting: float | None = setting(
+        None, "most forgetting, in points; also most that a watch set may lose", low=0, high=100
+    )
+    fail_under: float | None = setting(None, "least OP, in percent", low=0, high=100)
+    task_under: float | None = setting(None, "least score of any task and watch set, in percent", low=0, high=100)
+
+
+@dataclass(frozen=True)
+class StreamTask:
+    """One task of a recipe: a folder or file, or some classes of the stream's image folder."""
+
+    name: str = setting("", "the task's name")
+    path: str | None = setting(None, "data, relative to the stream's data directory")
+    classes: tuple[str, ...] | None = setting(None, "only these classes of the folder")
+    epochs: int | None = setting(None, "epochs of this task", low=0)
+    metric: str | None = setting(None, "score of this task")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The order of tasks in a recipe and the published figure it aims at."""
+
+    data: str | None = setting(None, "directory that holds the tasks' data; --data overrides")
+    tasks: tuple[StreamTask, ...] = setting((), "tasks in the order they arrive")
+    split: int | None = setting(None, "divide the folder's classes, shuffled by the seed, into so many tasks", low=1)
+    metric: str | None = setting(None, "score reported for each task")
+    train_limit: int | None = setting(None, "training examples per class or task", low=1)
+    test_limit: int | None = setting(None, "test examples per class or task", low=1)
+    published: dict[str, Any] = setting({}, "figures of the paper, with their source")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything in ``treelora.yaml`` or a recipe."""
+
+    backend: str | None = setting(None, "registered model family, such as vit")
+    method: str | None = setting(None, "registered method that runs in a project, such as treelora")
+    seed: int | None = setting(None, "seed of every random choice", low=0, high=2**31 - 1)
+    inference: str | None = setting(None, "how a prediction is made", choices=("routed", "latest", "merged"))
+    budget: int | None = setting(None, "most adapters kept; 0 means no limit", low=0)
+    history: int | None = setting(None, "tasks that can be rolled back; each costs the shared statistics", low=1)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    backend_settings: dict[str, Any] = setting({}, "settings that the backend declares")
+    method_settings: dict[str, Any] = setting({}, "settings that the method declares")
+    stream: StreamConfig = field(default_factory=StreamConfig)
+
+
+DEFAULTS = Config(
+    backend="vit",
+    method="treelora",
+    seed=0,
+    inference="routed",
+    budget=0,
+    history=3,
+    adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0, targets="auto"),
+    tree=TreeConfig(
+        depth=5,
+        split="principal-gap",
+        signature_width=512,
+        probe_batches=12,
+        search="lcb",
+        branch="never",
+        branch_adapter="trained",
+        width="observed",
+    ),
+    train=TrainConfig(
+        epochs=3,
+        lr=1e-3,
+        batch_size=64,
+        weight_decay=0.0,
+        reg=0.1,
+        update="penalty",
+        warm_start="nearest",
+        max_length=512,
+        learn="all",
+        precision="auto",
+        grad_checkpointing=False,
+    ),
+    head=HeadConfig(width=1500, ridge=0.07, views=1, merged="solved", closed="solved"),
+)
+"""The lowest level of precedence; a backend's own defaults stand above it."""
+
+
+def overlay(upper: T, lower: T) -> T:
+    """Return ``lower`` with every value that ``upper`` gives (is not ``None`` or empty) put over it."""
+    changes: dict[str, Any] = {}
+    for spec in dataclasses.fields(upper):  # type: ignore[arg-type]
+        high, low = getattr(upper, spec.name), getattr(lower, spec.name)
+        if dataclasses.is_dataclass(high):
+            changes[spec.name] = overlay(high, low)
+        elif isinstance(high, dict):
+            changes[spec.name] = {**low, **high}
+        else:
+            changes[spec.name] = low if high is None or high == () else high
+    return dataclasses.replace(lower, **changes)  # type: ignore[type-var]
+
+
+def resolve(flags: Config, project: Config, backend_defaults: Config) -> Config:
+    """Combine the levels of precedence into a configuration without holes."""
+    return overlay(flags, overlay(project, overlay(backend_defaults, DEFAULTS)))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain nested dictionaries (for task records and ``--json``)."""
+    return dataclasses.asdict(config)
