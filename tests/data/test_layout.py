@@ -68,6 +68,9 @@ def test_names_that_tell_no_class() -> None:
         ("trn", "holdout"),
         ("birds_train", "birds_test"),
         ("CUB train 2011", "CUB test 2011"),
+        ("Training", "PrivateTest"),
+        ("train", "minival"),
+        ("trainA", "testA"),
     ],
 )
 def test_parts_of_classes(tmp_path: Path, train: str, test: str) -> None:
@@ -101,6 +104,49 @@ def test_classes_may_lie_one_deeper_in_a_part(tmp_path: Path) -> None:
     found = listed(root)
     assert found.labels == ("cat", "dog")
     assert seen(found.test, root) == [("cat", "test/images/cat/2.png")]
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ("seg_pred/seg_pred/9.png", "seg_pred says that it has no labels"),
+        ("pred/9.png", "pred says that it has no labels"),
+        ("train_unlabeled/9.png", "train_unlabeled says that it has no labels"),
+        ("ground_truth/cat/9.png", "ground_truth says that it has no labels"),
+        ("to_be_guessed/9.png", "to_be_guessed has no class folders"),
+    ],
+)
+def test_what_lies_beside_train_and_test_without_labels_is_left_out(tmp_path: Path, other: str, reason: str) -> None:
+    names = ("seg_train", "seg_test") if other.startswith("seg") else ("train", "test")
+    root = build(tmp_path / "d", *(f"{part}/{name}/1.png" for part in names for name in ("cat", "dog")), other)
+    found = listed(root)
+    assert found.labels == ("cat", "dog")
+    assert (len(found.train), len(found.test)) == (2, 2)
+    assert found.notes == (f"{tmp_path}/d/{reason}: its 1 images were left out.",)
+
+
+def test_a_folder_that_is_surely_unlabelled_is_no_class_among_others(tmp_path: Path) -> None:
+    found = listed(build(tmp_path / "imdb", "train/pos/1.png", "train/neg/1.png", "train/unsup/1.png"))
+    assert found.labels == ("neg", "pos")
+    assert found.notes == (f"{tmp_path}/imdb/train/unsup says that it has no labels: its 1 images were left out.",)
+    assert listed(build(tmp_path / "d", "scratch/1.png", "none/1.png", "unknown/1.png")).labels == (
+        *("none", "scratch", "unknown"),
+    )
+
+
+def test_files_and_masks_are_classes_where_they_are_named(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "photo/1.png", "text/1.png")
+    with pytest.raises(DataError, match="photo/, text/, which name no classes"):
+        listed(root)
+    assert listed(root, classes=("photo", "text")).labels == ("photo", "text")
+    assert listed(build(tmp_path / "e", "mask/1.png", "no mask/1.png")).labels == ("mask", "no mask")
+
+
+def test_parts_inside_classes_may_lie_in_a_folder_that_says_nothing(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", *(f"{name}/images/{part}/1.png" for name in ("a", "b") for part in ("train", "test")))
+    found = listed(root)
+    assert seen(found.train, root) == [("a", "a/images/train/1.png"), ("b", "b/images/train/1.png")]
+    assert seen(found.test, root) == [("a", "a/images/test/1.png"), ("b", "b/images/test/1.png")]
 
 
 def test_parts_inside_classes(tmp_path: Path) -> None:
@@ -162,7 +208,22 @@ def test_unlabelled_folders_beside_parts_are_left_out(tmp_path: Path) -> None:
         (["animals/cat/1.png", "animals/dog/1.png", "cars/vw/1.png"], r"two levels of folders could be classes\. Give"),
         (["bottle/train/good/1.png", "bottle/test/bad/1.png", "nut/train/good/1.png"], r"two levels of folders could"),
         (["train/cat/1.png", "train_masks/cat/1.png"], r"is 'train' a part or a class\?"),
-        (["test/cat/1.png", "val/cat/1.png", "train/1.png"], r"held-out parts and no labelled training part\."),
+        (["test/cat/1.png", "val/cat/1.png"], r"held-out parts and no labelled training part\."),
+        (
+            ["train/1.png", "test/cat/1.png"],
+            r"train has no class folders: there is no label to learn from\. .* give .*test",
+        ),
+        (["images/1.png", "masks/1.png"], r"images in images/, masks/, which name no classes\. .* with --classes\."),
+        (["train/images/1.png", "train/labels/1.png"], r"images in images/, labels/, which name no classes\."),
+        (["JPEGImages/1.png", "Annotations/1.png", "SegmentationClass/1.png"], r"which name no classes\."),
+        (["trainA/1.png", "trainB/1.png", "testA/1.png"], r"no class folders in them; there is no label\."),
+        (["train/cat/1.png", "test/cat/1.png", "extra/cat/1.png"], r"'extra' is no part that is known\. Give .*train"),
+        (["cat/1.png", "cat/test/2.png", "dog/3.png"], r"only a part of .*cat is in folders of parts\. Name --classes"),
+        (["cat/train/1.png", "cat/test/2.png", "dog/3.png"], r"only a part of .*cat is in folders of parts\."),
+        (
+            ["train/good/1.png", "test/good/2.png", "test/bad/3.png", "ground_truth/bad/1.png"],
+            r"'bad' has no training im",
+        ),
         (["train/cat/1.png", "test/cow/1.png", "test/cat/1.png"], r"held-out class 'cow' has no training images\."),
     ],
 )

@@ -8,6 +8,7 @@ laid out as                      read as
 ``CLASS/train``, ``CLASS/test``  the same, turned inside out
 ``ANY/`` around one of these     the one inside
 ``train/CLASS``, ``test/*``      the part without class folders is left out and said
+``images/*``, ``masks/*``        no classes
 ===============================  ==================================================
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from treelora_cli.data.names import (
@@ -26,8 +27,12 @@ from treelora_cli.data.names import (
     one_spelling,
     part_of,
     parts_among,
+    says_about_pictures,
+    says_files,
     says_no_class,
     says_unlabelled,
+    shared_words,
+    surely_unlabelled,
     tidy_label,
 )
 from treelora_cli.errors import DataError
@@ -39,6 +44,10 @@ _DEEPEST = 40
 
 Labelled = tuple[str, Path]
 """Class name and file."""
+
+
+class NoLabelError(DataError):
+    """Files of the wanted kind, and no folder that names a class: a table may name them."""
 
 
 @dataclass(frozen=True)
@@ -181,20 +190,34 @@ class _Reader:
         """Read a folder of parts, of classes, or around one of these."""
         if self._asked_for(folder):
             return Layout(self._classes(folder), [])
-        meant = parts_among(inner.name for inner in folder.inner)
+        names = [inner.name for inner in folder.inner]
+        meant, shared = parts_among(names), shared_words(names)
         parts = [inner for inner in folder.inner if meant[inner.name] is not None]
-        others = [inner for inner in folder.inner if meant[inner.name] is None]
-        silent = [inner for inner in others if parts and says_unlabelled(inner.name)]
-        for inner in silent:
-            self._leave(inner, "says that it has no labels")
-        others = [inner for inner in others if inner not in silent]
         if not parts:
             return self._read_without_parts(folder)
+        others = []
+        for inner in (inner for inner in folder.inner if inner not in parts):
+            if says_unlabelled(inner.name, shared) or says_about_pictures(inner.name):
+                self._leave(inner, "says that it has no labels")
+            elif self._is_unlabelled(inner) and self._are_train_and_test(parts, meant):
+                self._leave(inner, "has no class folders")
+            else:
+                others.append(inner)
         if not others:
             return self._read_parts(parts, meant)
         if len(parts) == 1 and all(not inner.inner for inner in folder.inner):
             return Layout(self._classes(folder), [])  # a class that is called train, among others
+        if len(parts) > 1:
+            raise self._ambiguous(
+                folder, f"'{others[0].name}' is no part that is known. Give {parts[-1].path}, or name"
+            )
         raise self._ambiguous(folder, f"is '{parts[0].name}' a part or a class? Give {parts[0].path}, or name")
+
+    def _are_train_and_test(self, parts: Sequence[Folder], meant: Mapping[str, str | None]) -> bool:
+        """True when there is a training part with class folders and a held-out part: nothing beside them is a class."""
+        kinds = {meant[part.name] for part in parts}
+        train = (part for part in parts if meant[part.name] == TRAIN)
+        return len(kinds) > 1 and any(not self._is_unlabelled(part) for part in train)
 
     def _asked_for(self, folder: Folder) -> bool:
         return self.classes is not None and self.classes <= {tidy_label(inner.name) for inner in folder.inner}
@@ -204,22 +227,31 @@ class _Reader:
         if len(folder.inner) == 1 and inside:
             self.passed.notes.append(f"{folder.path} holds one folder; read was {inside[0].path}.")
             return self.read(inside[0])
-        if inside and len(inside) == len(folder.inner) and all(self._holds_parts_only(inner) for inner in inside):
-            return self._turned(inside)
-        return Layout(self._classes(folder), [])
+        divided = [inner for inner in folder.inner if self._parts_in(inner)]
+        if not divided:
+            return Layout(self._classes(folder), [])
+        if len(divided) == len(folder.inner) and not any(self._unfiled(inner).files for inner in divided):
+            return self._turned(divided)
+        raise self._ambiguous(folder, f"only a part of {divided[0].path} is in folders of parts. Name")
 
     @staticmethod
-    def _holds_parts_only(folder: Folder) -> bool:
-        return all(part_of(inner.name) is not None and not inner.inner for inner in folder.inner)
+    def _unfiled(folder: Folder) -> Folder:
+        """Return the folder inside ones that say no more than ``images``."""
+        while len(folder.inner) == 1 and not folder.files and says_files(folder.inner[0].name):
+            folder = folder.inner[0]
+        return folder
+
+    def _parts_in(self, folder: Folder) -> Sequence[Folder]:
+        """Return the folders of parts in a class folder, if it holds no other folders."""
+        inner = self._unfiled(folder).inner
+        return inner if all(part_of(one.name) is not None and not one.inner for one in inner) else ()
 
     def _turned(self, classes: Sequence[Folder]) -> Layout:
         """Read ``CLASS/train`` and ``CLASS/test``."""
         found: dict[str, list[Labelled]] = {TRAIN: [], TEST: [], VAL: []}
         for folder in classes:
-            for inner in folder.inner:
-                part = part_of(inner.name)
-                assert part is not None
-                found[part] += [(folder.name, file) for file in inner.all_files()]
+            for inner in self._parts_in(folder):
+                found[str(part_of(inner.name))] += [(folder.name, file) for file in inner.all_files()]
         return self._with_held_out(found)
 
     def _read_parts(self, parts: Sequence[Folder], meant: Mapping[str, str | None]) -> Layout:
@@ -233,7 +265,14 @@ class _Reader:
                 found[part] += self._classes(self._unwrapped(folder))
         if not any(found.values()):
             seen = ", ".join(f"{folder.name}/ ({len(folder.all_files())})" for folder in parts)
-            raise DataError(f"{self.root}: {self.kind} in {seen} but no class folders in them; there is no label.")
+            raise NoLabelError(f"{self.root}: {self.kind} in {seen} but no class folders in them; there is no label.")
+        train = next((folder for folder in parts if meant[folder.name] == TRAIN), None)
+        if train is not None and not found[TRAIN]:
+            labelled = next(folder for folder in parts if not self._is_unlabelled(folder))
+            raise NoLabelError(
+                f"{train.path} has no class folders: there is no label to learn from. To learn from what is held out,"
+                f" give {labelled.path}."
+            )
         return self._with_held_out(found)
 
     def _with_held_out(self, found: dict[str, list[Labelled]]) -> Layout:
@@ -263,14 +302,35 @@ class _Reader:
             branching = [inner for inner in nested if len(inner.inner) > 1]
             if branching:
                 raise self._ambiguous(folder, f"two levels of folders could be classes. Give {nested[0].path}, or name")
-        if len(folder.inner) == 1 and says_no_class(folder.inner[0].name) and not self._asked_for(folder):
-            raise DataError(
-                f"{folder.path}: {self.kind} in {folder.inner[0].name}/ only, which names no class; there is no label."
-            )
+        if not self._asked_for(folder):
+            folder = self._named(folder)
         if folder.files and folder.inner:
             self.passed.notes.append(f"{len(folder.files)} {self.kind} beside the class folders were left out.")
         wanted = [inner for inner in folder.inner if self.classes is None or tidy_label(inner.name) in self.classes]
         return [(inner.name, file) for inner in wanted for file in inner.all_files()]
+
+    def _named(self, folder: Folder) -> Folder:
+        """Return the folder without folders in it that say they are unlabelled.
+
+        Raises:
+            NoLabelError: The names of those that are left tell of no class.
+        """
+        unlabelled = [inner for inner in folder.inner if surely_unlabelled(inner.name)]
+        if len(unlabelled) < len(folder.inner):
+            for inner in unlabelled:
+                self._leave(inner, "says that it has no labels")
+            folder = replace(folder, inner=tuple(inner for inner in folder.inner if inner not in unlabelled))
+        names = [inner.name for inner in folder.inner]
+        if len(names) == 1 and says_no_class(names[0]):
+            raise NoLabelError(
+                f"{folder.path}: {self.kind} in {names[0]}/ only, which names no class; there is no label."
+            )
+        if any(map(says_files, names)) and all(says_files(name) or says_about_pictures(name) for name in names):
+            seen = ", ".join(f"{name}/" for name in names[:_SHOWN])
+            raise NoLabelError(
+                f"{folder.path}: {self.kind} in {seen}, which name no classes. If they do, name them with --classes."
+            )
+        return folder
 
     def _leave(self, folder: Folder, reason: str) -> None:
         count = len(folder.all_files())

@@ -13,13 +13,21 @@ _PARTS = {
     **dict.fromkeys(("train", "training", "trn"), TRAIN),
     **dict.fromkeys(("test", "testing", "tst"), TEST),
     **dict.fromkeys(("val", "valid", "validation", "validate", "eval", "evaluation", "dev", "holdout", "heldout"), VAL),
+    "minival": VAL,
 }
 _FILLERS = {
     *("image", "images", "img", "imgs", "jpeg", "jpg", "png", "jpegimages", "picture", "pictures", "photo", "photos"),
     *("frame", "frames", "file", "files", "data", "dataset", "set", "split", "part", "folder", "dir", "sample"),
-    *("samples", "all", "of", "v", "class", "classes", "text", "texts"),
+    *("samples", "all", "of", "v", "class", "classes", "text", "texts", "public", "private"),
 }
-_NO_CLASS = {"unlabeled", "unlabelled", "unlabel", "unsup", "unsupervised", "unknown", "none", "nolabel", "nolabels"}
+_UNLABELLED = {"unlabeled", "unlabelled", "unlabel", "unsup", "unsupervised", "nolabel", "nolabels"}
+_ASKED_FOR = {"pred", "preds", "predict", "prediction", "predictions", "inference", "submission", "submissions"}
+_NO_CLASS = {*_UNLABELLED, *_ASKED_FOR, "unknown", "none"}
+_ABOUT_PICTURES = {
+    *("mask", "masks", "label", "labels", "annotation", "annotations", "anno", "annos", "segmentation", "trimap"),
+    *("trimaps", "segmentations", "segmentationclass", "segmentationobject", "bbox", "bboxes", "box", "boxes", "xml"),
+    *("xmls", "gt", "groundtruth", "depth", "depths", "keypoints", "edges", "imagesets"),
+}
 _GLUED = ("dataset", "images", "image", "imgs", "data", "set", "split")
 
 
@@ -27,7 +35,8 @@ def _words(name: str) -> list[str]:
     """Split a name at signs, digits and humps: ``trainSet2017`` is ``train``, ``set``."""
     humps = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
     words = re.findall(r"[^\W\d_]+", humps.lower())
-    return ["heldout"] if words == ["held", "out"] else words
+    glued = "".join(words)
+    return [glued] if glued in ("heldout", "groundtruth") or glued in _ABOUT_PICTURES else words
 
 
 def parts_among(names: Iterable[str]) -> dict[str, str | None]:
@@ -36,9 +45,14 @@ def parts_among(names: Iterable[str]) -> dict[str, str | None]:
     ``birds_train`` and ``birds_test`` are parts.
     """
     listed = list(names)
-    words = [set(_words(name)) for name in listed]
-    shared = set.intersection(*words) - set(_PARTS) if len(words) > 1 else set()
+    shared = shared_words(listed)
     return {name: part_of(name, shared) for name in listed}
+
+
+def shared_words(names: Iterable[str]) -> set[str]:
+    """Return the words that all of several neighbours' names have; names of parts say something nevertheless."""
+    words = [set(_words(name)) for name in names]
+    return set.intersection(*words) - set(_PARTS) if len(words) > 1 else set()
 
 
 def part_of(name: str, beside: Container[str] = ()) -> str | None:
@@ -48,6 +62,7 @@ def part_of(name: str, beside: Container[str] = ()) -> str | None:
     ``train_masks`` and ``test tube`` are not. Words in ``beside`` are dress, too.
     """
     words = [word for word in _words(name) if word not in _FILLERS and word not in beside]
+    words = [word for word in words if len(word) > 1] or words  # testA, train_x
     meant = [_PARTS.get(_unglued(word)) for word in words]
     return meant[0] if len(meant) == 1 else None
 
@@ -61,14 +76,31 @@ def _unglued(word: str) -> str:
 
 def says_no_class(name: str) -> bool:
     """Return whether a folder's name tells of no class: ``images``, ``data2``, ``unlabeled``, ``test1``."""
-    words = [word for word in _words(name) if word not in _FILLERS]
-    return (not words and bool(_words(name))) or says_unlabelled(name) or part_of(name) is not None
+    return says_files(name) or says_unlabelled(name) or part_of(name) is not None
 
 
-def says_unlabelled(name: str) -> bool:
-    """Return whether a name says that there are no labels."""
+def says_files(name: str) -> bool:
+    """Return whether a name says only that there are files: ``images``, ``JPEGImages``, ``data2``."""
+    words = _words(name)
+    return bool(words) and all(word in _FILLERS for word in words)
+
+
+def says_about_pictures(name: str) -> bool:
+    """Return whether a name is that of what belongs to pictures: ``masks``, ``Annotations``, ``ground_truth``."""
     words = [word for word in _words(name) if word not in _FILLERS]
-    return len(words) == 1 and words[0] in _NO_CLASS
+    return bool(words) and all(word in _ABOUT_PICTURES for word in words)
+
+
+def says_unlabelled(name: str, beside: Container[str] = ()) -> bool:
+    """Return whether a name says that there are no labels: ``unlabeled``, ``train_unlabeled``, ``seg_pred``."""
+    words = [word for word in _words(name) if word not in _FILLERS and word not in beside and word not in _PARTS]
+    return bool(words) and all(word in _NO_CLASS for word in words)
+
+
+def surely_unlabelled(name: str) -> bool:
+    """Return whether no class can be called so: ``unsup``; ``none`` and ``unknown`` are classes of some."""
+    words = [word for word in _words(name) if word not in _FILLERS]
+    return len(words) == 1 and words[0] in _UNLABELLED
 
 
 def label_key(name: str) -> str:
