@@ -147,7 +147,7 @@ CASES = {
     "class not there": Case(_absent_class, r"no class 'violet' there\."),
     "no held-out data there": Case(_absent_val, r"none not found\."),
     "metric of another family": Case(_metric, r"Metric 'rouge' does not fit images"),
-    "unknown format": Case(_bad_format, r"unknown format 'xml'\. Use csv, json, jsonl, parquet, text, tsv\."),
+    "unknown format": Case(_bad_format, r"unknown format 'xml'\. Pass --format with one of arrow, csv, json, j"),
     "not parquet": Case(_not_parquet, r"m\.parquet: invalid parquet \("),
     "every image of a class bad": Case(_all_bad, r"a class has no readable training image left\."),
 }

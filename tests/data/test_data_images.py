@@ -151,7 +151,7 @@ def test_parquet_with_image_bytes(tmp_path: Path) -> None:
         ("m.csv", b"path,label\nx.png,\n", r"m\.csv:2: empty label\."),
         ("m.csv", b"path,label\n\xff\x81,x\n", r"m\.csv: not UTF-8 text \(byte \d+\)\."),
         ("m.jsonl", b"[1]\n", r"m\.jsonl:1: expected a record with named fields, got list\."),
-        ("m.jsonl", b'{"path": 3, "label": "x"}\n', r"m\.jsonl:1: 'path' is neither a path nor image bytes\."),
+        ("m.jsonl", b'{"path": true, "label": "x"}\n', r"m\.jsonl:1: 'path' is neither a path nor image bytes\."),
         ("m.json", b'{"a": [], "b": []}', r"m\.json: expected a list of records\."),
         ("m.json", b"3", r"m\.json: expected a list of records\."),
         ("m.json", b'[{"x": 1}\n, {', r"m\.json:2: invalid JSON \("),

@@ -141,8 +141,8 @@ def test_val_replaces_the_held_out_part(olora, tmp_path_factory):
         (['{"x": 1}'], r"Found x. Need messages, prompt\+answer, sentence\+label or text. Try --map x=text"),
         (['{"messages": []}'], "d.jsonl:1: 'messages' is a list of two or more"),
         (
-            ['{"messages": [{"role": "bot", "content": "a"}, {"role": "user", "content": "a"}]}'],
-            "role 'bot' is not one",
+            ['{"messages": [{"role": "narrator", "content": "a"}, {"role": "user", "content": "a"}]}'],
+            "role 'narrator' is not one",
         ),
         (
             ['{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}'],

@@ -232,11 +232,12 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path, files: list[str], line: 
         listed(build(tmp_path / "d", *files))
 
 
-def test_a_list_beside_loose_images_is_pointed_out(tmp_path: Path) -> None:
+def test_a_list_beside_images_in_no_class_folder_is_read(tmp_path: Path) -> None:
     root = build(tmp_path / "d", "1.png")
     (root / "labels.csv").write_text("path,label\n1.png,cat\n")
-    with pytest.raises(DataError, match=r"Is .*labels\.csv the list of them\?"):
-        listed(root)
+    found = listed(root)
+    assert seen(found.train, root) == [("cat", "1.png")]
+    assert found.notes == (f"No folder of {root} names a class; its labels are in labels.csv.",)
 
 
 def test_leftovers_of_tools_are_passed_over_and_counted(tmp_path: Path) -> None:

@@ -121,8 +121,10 @@ def png_of_16_bit_colour(values: Any) -> bytes:
 def test_colour_of_16_bits_is_scaled_where_it_uses_them() -> None:
     image = open_image(png_of_16_bit_colour([[0, 32768, 65535]]), "x")
     assert image.getpixel((0, 0)) == (0, 128, 255)
-    with pytest.raises(DataError, match=r"a colour image of 16 bits that uses a part of its range \(up to 4095\)\."):
-        open_image(png_of_16_bit_colour([[0, 2048, 4095]]), "x")
+    for most in (4095, 255):
+        line = rf"a colour image of 16 bits that uses a part of its range \(up to {most}\)\."
+        with pytest.raises(DataError, match=line):
+            open_image(png_of_16_bit_colour([[0, most // 2, most]]), "x")
     assert open_image(png_of_16_bit_colour([[0, 2048, 4095]]), "x", largest=65535).getpixel((0, 0)) == (0, 8, 15)
 
 
@@ -130,3 +132,64 @@ def test_first_bytes_of_images() -> None:
     for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"):
         assert looks_like_image(encoded(np.zeros((2, 2), np.uint8), kind)[:32]), kind
     assert not any(looks_like_image(text) for text in (b"BMW is a car", b"Plain", b"%PDF-1.7", b"RIFF....WAVE", b""))
+
+
+def test_eight_bits_with_a_sign_are_refused() -> None:
+    data = encoded(np.array([[0, 100, 251]], np.uint8), tiffinfo=tags(t339=2))
+    with pytest.raises(DataError, match=r"^x: 8-bit values with a sign would be read without it\."):
+        open_image(data, "x")
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "reason"),
+    [
+        (b"", "x.png", "it is empty"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "x.jpg", "HEIC, which is not read here; convert it to PNG or JPEG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "x.svg", "SVG, which is not read here"),
+        (b"8BPS\0\1", "x.psd", "Photoshop, which is not read here"),
+        (b"II*\0x", "x.NEF", "a camera's raw format, which is not read here"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "x.png",
+            "a pointer of Git LFS; fetch the files",
+        ),
+        (b"<html>404</html>", "x.png", "no known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "x.eps", "EPS, which is not read here"),
+    ],
+)
+def test_what_is_no_picture_here_is_named(data: bytes, name: str, reason: str) -> None:
+    with pytest.raises(DataError, match=rf"^{name}: unreadable or truncated image \({reason}.*--skip-bad\.$"):
+        open_image(data, name)
+
+
+def test_an_image_that_calls_a_program_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands EPS to Ghostscript, which runs what the file says."""
+    monkeypatch.setattr("subprocess.check_call", lambda *_a, **_k: pytest.fail("a program was called"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    with pytest.raises(DataError, match="no known format"):
+        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "x.png")
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_cameras_turns_are_undone_in_every_format(turn: int, kind: str) -> None:
+    image = Image.new("RGB", (4, 2))
+    exif = image.getexif()
+    exif[0x0112] = turn
+    buffer = io.BytesIO()
+    image.save(buffer, kind, exif=exif)
+    assert open_image(buffer.getvalue(), "x").size == ((2, 4) if turn > 4 else (4, 2))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (100_000, 1), (1, 3000)])
+def test_images_of_any_shape_are_read(size: tuple[int, int]) -> None:
+    assert open_image(encoded(np.zeros((size[1], size[0]), np.uint8), "PNG"), "x").size == size
+
+
+def test_the_first_picture_of_several_is_taken() -> None:
+    frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "PNG", "TIFF", "MPO"):
+        buffer = io.BytesIO()
+        frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+        red, _, blue = open_image(buffer.getvalue(), "x").getpixel((0, 0))
+        assert red > 200 > 50 > blue, kind

@@ -44,6 +44,24 @@ SQUAD = {"text": ["Rome", "the city of Rome", "Rome"], "answer_start": [0, 4, 9]
         ),
         ({"question": "Sky?", "choices": ["red", "blue"], "answer": 1}, "plain", "Sky?\nA. red\nB. blue", "B"),
         ({"prompt": "Hi", "completion": "Ho"}, "plain", "Hi", "Ho"),
+        (
+            {"article": "It is blue.", "question": "Sky?", "options": ["red", "blue"], "answer": "B"},
+            "plain",
+            "It is blue.\n\nSky?\nA. red\nB. blue",
+            "B",
+        ),
+        (
+            {"context": "It is.", "question": "Sky?", "choices": ["red", "blue"], "answer": 1},
+            "plain",
+            "It is.\n\nSky?\nA. red\nB. blue",
+            "B",
+        ),
+        (
+            {"question": "Sky?", "options": {"A": "red", "B": "blue"}, "answer": "blue"},
+            "plain",
+            "Sky?\nA. red\nB. blue",
+            "B",
+        ),
     ],
 )
 def test_prompts_and_answers_by_name(read, record, style, prompt, answer):
@@ -100,6 +118,92 @@ def test_instructions_with_system_and_history_are_chats(read):
         ("user", "And 3?"),
         ("assistant", "9"),
     ]
+
+
+def test_what_only_later_records_have_is_read(read):
+    first = {"instruction": "Two?", "input": "", "output": "4", "system": "", "history": []}
+    for more in ({"system": "Square."}, {"history": [["1?", "1"]]}):
+        one, style, _ = read(first, {**first, **more})
+        assert (style, [turn.content for turn in one.messages]) == ("chat", ["Two?", "4"])
+    with pytest.raises(DataError, match=r"d\.jsonl:1: empty label"):
+        read({"text": "a"}, {"text": "b", "label": "x"}, {"text": "c", "label": "y"})
+
+
+@pytest.mark.parametrize(("column", "read_as"), [("target", "labels"), ("sentiment", "labels"), ("topic", "text")])
+def test_labels_by_other_names(read, column, read_as):
+    rows = [{"text": f"t{n}", column: ("good", "bad")[n % 2]} for n in range(4)]
+    one, style, notes = read(*rows)
+    assert (style, one.answer) == (read_as, "good" if read_as == "labels" else "t0")
+    unused = f"Read: text. Not used, though there is text in it: {column}."
+    assert notes == (() if read_as == "labels" else (unused,))
+
+
+def test_a_target_that_is_no_label_is_none(read):
+    _, style, notes = read(
+        *({"text": f"t{n}", "target": f"a long sentence of its own, number {n} " * 3} for n in range(4))
+    )
+    assert (style, notes) == ("text", ("Read: text. Not used, though there is text in it: target.",))
+
+
+def test_numbers_beside_free_text_are_named(read):
+    _, _, notes = read({"text": "a", "score": 1}, {"text": "b", "score": 0})
+    assert notes == ("Read: text. Not used, though there is text in it: score.",)
+
+
+def test_names_of_labels_beside_their_numbers(read):
+    rows = [{"text": f"t{n}", "label": n % 2, "label_text": ("bad", "good")[n % 2]} for n in range(4)]
+    one, style, notes = read(*rows)
+    assert (style, one.answer, notes) == ("labels", "bad", ())
+
+
+def test_squads_documents_are_questions(tmp_path):
+    questions = [{"id": "q1", "question": "Where?", "answers": [{"text": "Rome"}, {"text": "in Rome"}]}]
+    missing = {"id": "q2", "question": "Who?", "answers": [], "is_impossible": True}
+    document = {"title": "T", "paragraphs": [{"context": "We are in Rome.", "qas": [*questions, missing]}]}
+    path = tmp_path / "train-v2.0.json"
+    path.write_text(json.dumps({"version": "v2.0", "data": [document, document]}))
+    with pytest.raises(DataError, match=r"train-v2\.0\.json record 1 question q2: 'answers' holds no answer\."):
+        list_texts(DataRequest(path))
+    found = list_texts(DataRequest(path, held_out=0.0, skip_bad=True)).train
+    assert [(one.prompt, one.answer, one.others) for one in found] == [
+        ("We are in Rome.\n\nWhere?", "Rome", ("in Rome",))
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("user", "assistant"),
+    [
+        ({"role": "User"}, {"role": "Assistant "}),
+        ({"from": "human"}, {"from": "chatgpt"}),
+        ({"from": "prompter"}, {"from": "bot"}),
+        ({"role": "human"}, {"role": "AI"}),
+    ],
+)
+@pytest.mark.parametrize("key", ["content", "value"])
+def test_roles_by_other_names(read, user, assistant, key):
+    one, style, _ = read({"conversations": [{**user, key: "Hi"}, {**assistant, key: "Ho"}]})
+    assert (style, one.turns, one.answer) == ("chat", (Turn("user", "Hi"),), "Ho")
+
+
+@pytest.mark.parametrize("silent", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"loss": 0}])
+def test_messages_that_are_not_to_be_learned(read, silent):
+    turns = [("user", "a", {}), ("assistant", "b", silent), ("user", "c", {}), ("assistant", "d", {})]
+    one, _, _ = read({"messages": [{"role": role, "content": text, **more} for role, text, more in turns]})
+    assert [turn.learned for turn in one.messages] == [True, False, True, True]
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:1: every message of the assistant has weight 0; there is nothing to"
+    ):
+        read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **silent}]})
+
+
+def test_openais_older_calls_and_refusals(read):
+    called = {"role": "assistant", "content": None, "function_call": {"name": "sum", "arguments": '{"a": 1}'}}
+    one, _, _ = read({"messages": [{"role": "user", "content": "1?"}, called], "functions": [{"name": "sum"}]})
+    assert one.answer == '{"name": "sum", "arguments": {"a": 1}}'
+    assert json.loads(one.tools) == [{"type": "function", "function": {"name": "sum"}}]
+    for refused in ({"content": None, "refusal": "No."}, {"content": [{"type": "refusal", "refusal": "No."}]}):
+        one, _, _ = read({"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", **refused}]})
+        assert one.answer == "No."
 
 
 CALL = {"type": "function", "function": {"name": "sum", "arguments": '{"a": 1}'}}
@@ -164,6 +268,8 @@ def test_the_hash_of_a_chat_with_its_systems_words_is_that_of_before(tmp_path):
         ({"instruction": "Do.", "input": 3, "output": "x"}, "'input' is not text but int"),
         ({"conversations": [{"from": "robot", "value": "x"}] * 2}, "role 'robot' is not one of"),
         ({"messages": "[{"}, "'messages' is invalid JSON"),
+        ({"question": "Q?", "options": ["a"], "answer": "A"}, "'options' is a list of two or more texts"),
+        ({"prompt": "p", "answer": float("inf")}, "empty answer"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]},
             "a message holds image_url; only text can be read",
@@ -181,6 +287,19 @@ def test_the_hash_of_a_chat_with_its_systems_words_is_that_of_before(tmp_path):
 )
 def test_records_that_fit_no_shape_are_refused_with_their_line(read, record, message):
     with pytest.raises(DataError, match=f"d.jsonl:1: {message}"):
+        read(record)
+
+
+@pytest.mark.parametrize(
+    ("record", "hint"),
+    [
+        ({"dialog": [{"role": "user", "content": "x"}]}, "Try --map dialog=messages"),
+        ({"chosen": [{"from": "human", "value": "x"}], "rejected": []}, "Try --map chosen=messages"),
+        ({"my prompt": "x", "answer": "y"}, "Try --map 'my prompt=prompt' --map answer=answer"),
+    ],
+)
+def test_the_hint_for_unknown_columns_can_be_typed(read, record, hint):
+    with pytest.raises(DataError, match=hint):
         read(record)
 
 

@@ -6,6 +6,8 @@ import bz2
 import gzip
 import json
 import lzma
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from conftest import picture
 from pyarrow import parquet
 
 from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.divided import divide_rows
 from treelora_cli.data.images import ImageListing, list_images
-from treelora_cli.data.tables import Row, check_text, divide_rows, read_table
+from treelora_cli.data.tables import Row, check_text, read_table
 from treelora_cli.errors import DataError
 
 
@@ -30,6 +33,26 @@ def written(path: Path, content: str | bytes, encoding: str = "utf-8") -> Path:
 
 
 # -- CSV ----------------------------------------------------------------------------------------------------
+
+
+def test_columns_without_a_name_and_bytes_that_are_no_text(tmp_path: Path) -> None:
+    assert rows(written(tmp_path / "d.csv", "a,b,,\n1,2,,\n")) == [{"a": "1", "b": "2", "column 3": "", "column 4": ""}]
+    with pytest.raises(DataError, match=r"d\.csv:2: holds a NUL byte; is this text\?"):
+        rows(written(tmp_path / "d.csv", "a,b\n1,2\0\n"))
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('text\tlabel\n"hello there\t1\nfine\t0\nwell" said\t1\n', ['"hello there', "fine", 'well" said']),
+        ('text\tlabel\nWhy "?\t1\n"a" b\t0\n', ['Why "?', '"a" b']),
+        ('text\tlabel\n"one\t1\ntwo"\t0\n', ['"one', 'two"']),
+        ('text\tlabel\n"say ""hi"""\t1\n"two\nlines"\t0\n', ['say "hi"', "two\nlines"]),
+    ],
+)
+def test_quotes_between_tabs_are_signs_unless_they_enclose(tmp_path: Path, content: str, texts: list[str]) -> None:
+    assert [row["text"] for row in rows(written(tmp_path / "d.tsv", content))] == texts
+
 
 AB = [{"a": "1", "b": "2, too"}]
 
@@ -161,7 +184,16 @@ def test_bad_json_names_its_line(tmp_path: Path, content: str, line: str) -> Non
         rows(written(tmp_path / "d.jsonl", content))
 
 
+def test_parts_in_one_document_are_told_apart(tmp_path: Path) -> None:
+    content = json.dumps({"train": RECORDS[:1], "validation": RECORDS[1:], "version": 1})
+    parts = [{**RECORDS[0], "split": "train"}, {**RECORDS[1], "split": "validation"}]
+    assert rows(written(tmp_path / "d.json", content)) == parts
+
+
 def test_a_text_file_is_one_text_a_line(tmp_path: Path) -> None:
+    assert rows(written(tmp_path / "d.txt", "a\x0cb\x0bc\u2028d\r\ne\rf")) == [
+        *({"text": "a\x0cb\x0bc\u2028d"}, {"text": "e"}, {"text": "f"})
+    ]
     assert rows(written(tmp_path / "d.txt", "one\n\n  two\n")) == [{"text": "one"}, {"text": "  two"}]
 
 
@@ -293,6 +325,205 @@ def test_paths_in_a_manifest_may_be_windows_paths(tmp_path: Path) -> None:
         listed(written(tmp_path / "m.csv", f"path,label\n{'x' * 5000}.png,a\n"))
 
 
+def test_names_are_used_wherever_they_stand(tmp_path: Path) -> None:
+    """In a list's feature, in a column beside the numbers, and not where two share one."""
+    table = pyarrow.table({"image": [png(1), png(2)], "labels": [[1], [0]]})
+    features = {"labels": {"feature": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "_type": "Sequence"}}
+    parquet.write_table(with_features(table, features), tmp_path / "list.parquet")
+    assert [item.label for item in listed(tmp_path / "list.parquet").train] == ["dog", "cat"]
+    twice = {"labels": {"names": ["cat", "cat"], "_type": "ClassLabel"}}
+    parquet.write_table(with_features(table, twice), tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice\.parquet: the class names of 'labels' in its schema are not distinct"):
+        listed(tmp_path / "twice.parquet")
+
+
+@pytest.mark.parametrize("column", ["label_name", "class", "label_text", "class_name"])
+def test_names_beside_numbers_are_used_where_each_has_one(tmp_path: Path, column: str) -> None:
+    path = csv_with_labels(tmp_path, ["0,cat", "1,dog", "0,cat"], f"path,label,{column}")
+    assert (listed(path).labels, listed(path).numbered) == (("cat", "dog"), False)
+    path = csv_with_labels(tmp_path, ["0,screw", "1,screw", "0,nut"], f"path,label,{column}")
+    assert (listed(path).labels, listed(path).numbered) == (("0", "1"), True)
+
+
+def with_features(table: Any, features: dict[str, Any]) -> Any:
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def png(seed: int) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    picture("red", seed, size=4).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([b"cat", b"dog"], ("cat", "dog")),
+        ([date(2024, 1, 2), date(2024, 1, 3)], ("2024-01-02", "2024-01-03")),
+        ([Decimal("1.0"), Decimal("2.0")], ("1", "2")),
+        (pyarrow.array(["cat", "dog"]).dictionary_encode(), ("cat", "dog")),
+        ([True, False], ("False", "True")),
+    ],
+)
+def test_labels_of_arrows_types(tmp_path: Path, values: Any, labels: tuple[str, ...]) -> None:
+    parquet.write_table(pyarrow.table({"image": [png(1), png(2)], "label": values}), tmp_path / "d.parquet")
+    assert listed(tmp_path / "d.parquet").labels == labels
+
+
+@pytest.mark.parametrize("missing", ["(null)", "\\N", "#DIV/0!", "#VALUE!", "-nan", "NaT"])
+def test_what_programs_write_for_nothing_is_no_class(tmp_path: Path, missing: str) -> None:
+    with pytest.raises(DataError, match=r"m\.csv:4: empty label\."):
+        listed(csv_with_labels(tmp_path, ["cat", "dog", missing]))
+
+
+def test_labels_that_may_mean_nothing_are_said(tmp_path: Path) -> None:
+    found = listed(csv_with_labels(tmp_path, ["scratch", "None", "None"]))
+    assert found.notes == ("Label 'None' is a class of that name here (2 times), no missing label.",)
+    found = listed(csv_with_labels(tmp_path, ["0", "1", "-1"]))
+    assert found.notes == ("Label -1 is a class like the others here (1 times), no missing label.",)
+    assert listed(csv_with_labels(tmp_path, ["1", "-1"])).notes == ()
+
+
+def test_numbers_with_a_decimal_comma_are_whole(tmp_path: Path) -> None:
+    path = csv_with_labels(tmp_path, ["", ""])
+    assert listed(written(path, "path;label\n0.png;1,0\n1.png;2,0\n")).labels == ("1", "2")
+    assert listed(written(path, "path;label\n0.png;1,5\n1.png;2,0\n")).labels == ("1,5", "2,0")
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        (["cat", "dog", '"cat, dog"'], r"m\.csv:4: label 'cat, dog' names 2 classes; an image has one\."),
+        (["cat", "dog", "cat|dog"], r"m\.csv:4: label 'cat\|dog' names 2 classes"),
+        (["x" * 501, "dog"], r"m\.csv:2: a label of 501 characters; is 'label' the column of labels\?"),
+    ],
+)
+def test_labels_that_are_none_are_refused(tmp_path: Path, labels: list[str], line: str) -> None:
+    with pytest.raises(DataError, match=line):
+        listed(csv_with_labels(tmp_path, labels))
+    assert "dog" in listed(csv_with_labels(tmp_path, ["crane", '"crane, machine"', "dog"])).labels
+
+
+def test_an_image_in_several_rows_has_one_class(tmp_path: Path) -> None:
+    csv_with_labels(tmp_path, ["", ""])
+    path = written(tmp_path / "m.csv", "path,label\n0.png,cat\n1.png,dog\n0.png,cat\n")
+    assert len(listed(path).train) == 2
+    assert listed(path).notes == ("1 rows name an image that an earlier one names; each is learned once.",)
+    with pytest.raises(DataError, match=r"m\.csv:3: .*0\.png is 'dog' here and 'cat' before; an image has one class\."):
+        listed(written(path, "path,label\n0.png,cat\n0.png,dog\n"))
+
+
+# -- where tables and their images lie ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["Path,Label", "Image Name,CLASS", "image_id,class_id", "Filename,Category"])
+def test_columns_are_known_in_any_case(tmp_path: Path, head: str) -> None:
+    assert listed(csv_with_labels(tmp_path, ["a", "b"], head)).labels == ("a", "b")
+
+
+def images_in(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, name in enumerate(names):
+        picture("red", index, size=4).save(folder / name, format="PNG")
+    return folder
+
+
+def test_bare_names_are_found_in_the_one_folder_that_has_them_all(tmp_path: Path) -> None:
+    root = images_in(tmp_path / "d" / "train_images", "a1.png", "b2.png").parent
+    path = written(root / "m.csv", "image_id,label\na1,cat\nb2.png,dog\n")
+    assert [Path(item.name).name for item in listed(path).train] == ["a1.png", "b2.png"]
+    images_in(root / "test_images", "a1.png")
+    assert len(listed(path).train) == 2, "the other folder has not all of them"
+    images_in(root / "test_images", "b2.png")
+    with pytest.raises(DataError, match=r"m\.csv:2: files of these names are in .*test_images, .*train_images\."):
+        listed(path)
+    assert {Path(item.name).parent.name for item in listed(path.rename(root / "train.csv")).train} == {"train_images"}
+    with pytest.raises(DataError, match=r"n\.csv:2: sub/a1\.png not found\."):
+        listed(written(root / "n.csv", "path,label\nsub/a1.png,cat\n"))
+
+
+def test_addresses_file_urls_and_base64(tmp_path: Path) -> None:
+    import base64
+
+    images_in(tmp_path, "a 1.png")
+    found = listed(written(tmp_path / "m.csv", f"path,label\nfile://{tmp_path}/a%201.png,cat\n"))
+    assert found.train[0].name == str(tmp_path / "a 1.png")
+    with pytest.raises(DataError, match=r"m\.csv:2: https://x\.org/a\.png is an address; only local files are read\."):
+        listed(written(tmp_path / "m.csv", "path,label\nhttps://x.org/a.png,cat\n"))
+    text = base64.b64encode(png(1)).decode()
+    rows = [{"image": prefix + text, "label": "cat"} for prefix in ("", "data:image/png;base64,")]
+    found = listed(written(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows))))
+    assert [item.read() for item in found.train] == [png(1), png(1)]
+
+
+def arrow_file(path: Path, table: Any, *, stream: bool = True) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opened = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with pyarrow.OSFile(str(path), "wb") as file, opened(file, table.schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["repository", "save_to_disk", "csv", "metadata", "one metadata", "kaggle"])
+def test_folders_whose_tables_name_the_classes(tmp_path: Path, layout: str) -> None:
+    names = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    table = with_features(pyarrow.table({"image": [png(1), png(2)], "label": [1, 0]}), names)
+    for part in ("train", "test"):
+        images_in(tmp_path / part, f"{part}1.png", f"{part}2.png") if "me" in layout or layout in "csv kaggle" else None
+        lines = f"file_name,label\n{part}1.png,dog\n{part}2.png,cat\n"
+        if layout == "repository":
+            (tmp_path / "data").mkdir(exist_ok=True)
+            parquet.write_table(table, tmp_path / "data" / f"{part}-00000-of-00001.parquet")
+        elif layout == "save_to_disk":
+            arrow_file(tmp_path / part / "data-00000-of-00001.arrow", table)
+            (tmp_path / part / "state.json").write_text("{}")
+        elif layout == "metadata":
+            written(tmp_path / part / "metadata.csv", lines)
+        elif layout in ("csv", "kaggle"):
+            written(tmp_path / f"{part}.csv", lines)
+    if layout == "one metadata":
+        rows = [f"{p}/{p}{n}.png,{name},{p}" for p in ("train", "test") for n, name in ((1, "dog"), (2, "cat"))]
+        written(tmp_path / "metadata.csv", "\n".join(["file_name,label,split", *rows]))
+    if layout == "kaggle":
+        written(tmp_path / "test.csv", "file_name\ntest1.png\n")
+        written(tmp_path / "sample_submission.csv", "file_name,label\ntest1.png,cat\n")
+    found = listed(tmp_path)
+    assert [item.label for item in found.train] == ["dog", "cat"]
+    assert [item.label for item in found.test] == ([] if layout == "kaggle" else ["dog", "cat"])
+    assert found.notes[0].startswith(f"No folder of {tmp_path} names a class; its labels are in ")
+    assert ("The test part has no answers: its 1 images were left out." in found.notes) is (layout == "kaggle")
+
+
+def test_arrow_files_of_both_kinds(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a", "b"]})
+    for name, stream in (("d.arrow", True), ("e.arrow", False), ("f.feather", False)):
+        assert rows(arrow_file(tmp_path / name, table, stream=stream)) == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(DataError, match=r"g\.arrow: invalid arrow \("):
+        rows(written(tmp_path / "g.arrow", b"ARROW1 no"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("d.zip", b"PK\x03\x04", r"d\.zip is a zip archive: unpack it first and give what is inside\."),
+        ("d.csv", b"PK\x03\x04", r"d\.csv is a zip archive: unpack it first"),
+        ("d.tar", b"\0" * 257 + b"ustar", r"d\.tar is a tar archive: unpack it first"),
+        ("d.tar.gz", gzip.compress(b"\0" * 257 + b"ustar"), r"d\.tar\.gz is a tar archive: unpack it first"),
+        ("d.tgz", b"x", r"d\.tgz is a tar archive: unpack it first"),
+        ("d.7z", b"7z\xbc\xaf\x27\x1c", r"d\.7z is a 7z archive: unpack it first"),
+        ("d.xlsx", b"PK\x03\x04", r"d\.xlsx is a spreadsheet: save it as CSV and give that\."),
+        ("d.parquet", b"version https://git-lfs.github.com/spec/v1\n", r"is a pointer of Git LFS and not the data\."),
+    ],
+)
+def test_archives_spreadsheets_and_pointers_are_named(tmp_path: Path, name: str, content: bytes, line: str) -> None:
+    with pytest.raises(DataError, match=line):
+        listed(written(tmp_path / name, content))
+    with pytest.raises(DataError, match=line):
+        rows(tmp_path / name)
+
+
 # -- parts --------------------------------------------------------------------------------------------------
 
 
@@ -313,8 +544,41 @@ def test_a_validation_part_beside_a_test_part_is_unused_and_said() -> None:
     assert divided("train", "val", "test", "unlabeled") == ([0], [2], [note])
 
 
-def test_other_columns_divide_only_where_all_their_values_are_parts() -> None:
-    assert divided("train", "test", column="subset") == ([0], [1], [])
-    assert divided("train", "physics", column="subset") == ([0, 1], [], [])
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("subset", ("train", "test")),
+        ("Split", ("train", "dev")),
+        ("data set", ("TRAIN", "TEST")),
+        ("Usage", ("Training", "PublicTest")),
+        ("phase", ("train", "val")),
+        ("where", ("train", "test")),
+        ("is_train", (1, 0)),
+        ("is_test", ("False", "True")),
+        ("is_valid", (False, True)),
+        ("isVal", ("0", "1")),
+    ],
+)
+def test_columns_of_other_names_divide_and_are_named(column: str, values: tuple[Any, Any]) -> None:
+    note = f"Column '{column}' tells which examples are held out."
+    assert divided(*values, column=column) == ([0], [1], [note])
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("subset", ("train", "physics")),
+        ("label", ("train", "test")),
+        ("where", ("test", "val")),
+        ("is_valid", (True, True, False)),
+        ("is_train", (1, 1)),
+        ("is_test", (0.5, 1)),
+    ],
+)
+def test_columns_that_mean_something_else_divide_nothing(column: str, values: tuple[Any, ...]) -> None:
+    assert divided(*values, column=column) == (list(range(len(values))), [], [])
+
+
+def test_a_split_that_is_no_part_is_refused() -> None:
     with pytest.raises(DataError, match=r"d:1: split 'physics' is none of train, test, validation\."):
         divided("train", "physics")

@@ -139,3 +139,99 @@ def test_an_answer_keeps_its_spaces(tmp_path: Path) -> None:
     answer = "    return x\n\n\tpass\n"
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "def f(x):\n", "answer": answer}))
     assert listed(tmp_path / "d.jsonl").train[0].answer == answer
+
+
+def texts(listing: TextListing) -> tuple[list[str], list[str]]:
+    return [one.answer for one in listing.train], [one.answer for one in listing.test]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("train.txt", "test.txt"), ("ptb.train.txt", "ptb.valid.txt"), ("Training.txt", "dev.txt")],
+)
+def test_text_files_of_parts_are_kept_apart(tmp_path: Path, names: tuple[str, str]) -> None:
+    build(tmp_path, **{names[0]: "a\nb\n", names[1]: "c\n"})
+    assert texts(listed(tmp_path)) == (["a", "b"], ["c"])
+
+
+def test_texts_about_the_data_are_left_out(tmp_path: Path) -> None:
+    build(tmp_path / "d", **{"pos/1.txt": "a", "neg/1.txt": "b", "README.txt": "r", "LICENSE.txt": "l"})
+    found = listed(tmp_path / "d")
+    assert texts(found) == (["neg", "pos"], [])
+    assert found.notes[0] == "2 texts about the data were left out."
+    build(tmp_path / "d", **{"3.txt": "c"})
+    with pytest.raises(
+        DataError, match=r"holds 1 texts beside folders of texts \(neg/, pos/\): are the folders labels\?"
+    ):
+        listed(tmp_path / "d")
+    assert texts(listed(build(tmp_path / "e", **{"1.md": "a", "2.md": "b", "README.md": "r"}))) == (["a", "b"], [])
+
+
+def test_unsup_is_no_label_and_files_may_have_no_ending(tmp_path: Path) -> None:
+    files = {"train/pos/1.txt": "a", "train/neg/1.txt": "b", "train/unsup/1.txt": "c", "test/pos/1.txt": "d"}
+    assert texts(listed(build(tmp_path / "imdb", **files))) == (["neg", "pos"], ["pos"])
+    names = {f"20news-bydate-{part}/{label}/{n}": "x" for part in ("train", "test") for label in "ab" for n in (1, 2)}
+    found = listed(build(tmp_path / "news", **names, **{"20news-bydate-train/a/3": b"\0\1"}))
+    assert (len(found.train), len(found.test), found.labels) == (4, 4, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("ham\thello\nspam\twin\n", r"every line has as many tabs\. .* pass --format tsv; .* pass --format text\."),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n', r"every line is a JSON record\. Pass --format jsonl"),
+        ("__label__pos good\n__label__neg bad\n", r"every line begins with __label__\. Write it as a table"),
+    ],
+)
+def test_a_text_file_of_records_is_no_text_unless_it_is_said(tmp_path: Path, content: str, line: str) -> None:
+    build(tmp_path, **{"d.txt": content})
+    with pytest.raises(DataError, match=line):
+        listed(tmp_path / "d.txt")
+    assert len(listed(tmp_path / "d.txt", data_format="text").train) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"part-00000-3fa.jsonl": "a", "part-00001-bc2.jsonl": "b"}, (["a", "b"], [])),
+        ({"d.jsonl": "ab", "config.json": None, "metadata.json": None}, (["a", "b"], [])),
+        ({"train.jsonl": "a", "sample_submission.csv": None, "test.jsonl": "b"}, (["a"], ["b"])),
+    ],
+)
+def test_shards_by_hash_and_files_that_are_no_data(
+    tmp_path: Path, files: dict[str, str | None], expected: tuple[list[str], list[str]]
+) -> None:
+    build(tmp_path, **{name: "{}" if names is None else pairs(*names) for name, names in files.items()})
+    assert prompts(listed(tmp_path)) == expected
+
+
+def test_a_part_in_two_formats_is_not_learned_twice(tmp_path: Path) -> None:
+    for other in ("train.jsonl.gz", "train.csv"):
+        content = gzip.compress(pairs("a").encode()) if other.endswith("gz") else "prompt,answer\na,b\n"
+        build(tmp_path / other, **{"train.jsonl": pairs("a"), other: content})
+        with pytest.raises(DataError, match=r"are the same part in two formats\. Name one of them\."):
+            listed(tmp_path / other)
+
+
+@pytest.mark.parametrize(
+    ("test", "dev", "held_out", "note"),
+    [
+        ("index\tsentence\n0\tx\n", "sentence\tlabel\nok\t1\n", ["ok"], True),
+        ("sentence\tlabel\nx\t-1\n", "sentence\tlabel\nok\t1\n", ["ok"], True),
+        ("sentence\tlabel\nx\t\n", "sentence\tlabel\nok\t1\n", ["ok"], True),
+        ("sentence\tlabel\nx\t1\n", "sentence\tlabel\nok\t1\n", ["x"], False),
+    ],
+)
+def test_a_test_part_without_answers_is_left_out(
+    tmp_path: Path, test: str, dev: str, held_out: list[str], note: bool
+) -> None:
+    build(tmp_path, **{"train.tsv": "sentence\tlabel\nit's \"good\t1\nbad\t0\n", "test.tsv": test, "dev.tsv": dev})
+    found = listed(tmp_path)
+    assert prompts(found) == (["it's \"good", "bad"], held_out)
+    assert ("The test part has no answers: its 1 examples were left out." in found.notes) is note
+
+
+def test_a_held_out_label_that_was_not_learned_is_refused(tmp_path: Path) -> None:
+    build(tmp_path, **{"train.tsv": "text\tlabel\na\t1\nb\t0\n", "test.tsv": "text\tlabel\nc\t1\nd\t2\n"})
+    with pytest.raises(DataError, match=r"test\.tsv:3: held-out label '2' has no training examples\."):
+        listed(tmp_path)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.backend.values import Turn
+from treelora_cli.data.files import lines_of
+from treelora_cli.data.messages import read_messages
 from treelora_cli.data.paths import existing
-from treelora_cli.data.records import read_messages
 from treelora_cli.errors import DataError
 
 
@@ -35,7 +36,7 @@ def _chats(text: str, name: str) -> list[tuple[Any, str]]:
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
-        lines = [(line, f"{name}:{number}") for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        lines = [(line, f"{name}:{number}") for number, line in enumerate(lines_of(text), start=1) if line.strip()]
         return [(_parsed(line, where), where) for line, where in lines]
     if isinstance(whole, list) and whole and all(_holds_messages(one) for one in whole):
         return [(one, f"{name} chat {number}") for number, one in enumerate(whole, start=1)]

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 
+from treelora_cli.data.files import lines_of
 from treelora_cli.errors import DataError
 
 _DELIMITERS = ",;\t|"
@@ -34,7 +35,12 @@ def read_delimited(text: str, name: str, tabs: bool) -> Iterator[tuple[dict[str,
     delimiter = named[1] if named else "\t" if tabs else _delimiter(text)
     commas, spaced = (_first_line(text).count(sign) for sign in (delimiter, f"{delimiter} "))
     after_space = commas > 0 and commas == spaced
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=after_space)
+    if delimiter == "\t" and _quotes_are_signs(text):
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(
+            io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=after_space
+        )
     head: list[str] = []
     try:
         for fields in reader:
@@ -55,8 +61,34 @@ def _first_line(text: str) -> str:
     return text.lstrip("\r\n").split("\n", 1)[0]
 
 
+def _quotes_are_signs(text: str) -> bool:
+    """Return whether quotes in a file with tabs are signs like any other, as in many corpora, and enclose no fields.
+
+    They are where taking them for enclosing fails, or swallows ends of lines and tabs, and each line by itself has as
+    many fields as the head.
+    """
+    if '"' not in text or _enclose(text):
+        return False
+    counts = {line.count("\t") for line in lines_of(text) if line}
+    return len(counts) == 1
+
+
+def _enclose(text: str) -> bool:
+    lengths = set()
+    try:
+        for fields in csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True):
+            if any("\t" in field and "\n" in field for field in fields):
+                return False
+            lengths.add(len(fields))
+    except csv.Error:
+        return False
+    return len(lengths - {0}) <= 1
+
+
 def _head(fields: list[str], where: str) -> list[str]:
-    head = [field.strip() for field in fields]
+    named = [field.strip() for field in fields]
+    unnamed = named.count("") > 1  # columns that a spreadsheet leaves at the right
+    head = [f"column {place}" if unnamed and not name else name for place, name in enumerate(named, start=1)]
     twice = next((field for field in head if head.count(field) > 1), None)
     if twice is not None:
         raise DataError(f"{where}: two columns are called '{twice}'.")

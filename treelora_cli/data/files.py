@@ -17,6 +17,16 @@ _BOMS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
+_ARCHIVES = (
+    (b"PK\x03\x04", 0, "zip"),
+    (b"Rar!\x1a\x07", 0, "rar"),
+    (b"7z\xbc\xaf\x27\x1c", 0, "7z"),
+    (b"ustar", 257, "tar"),
+)
+_SHEETS = (".xlsx", ".xlsm", ".xls", ".ods")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What stands in place of a file that Git LFS did not fetch."""
+_LINE = re.compile(r"\r\n|\n|\r")
 _FOREIGN_RUN = re.compile(rb"[\x80-\xff]{3,}")
 _FOREIGN_SHARE = 0.25
 """Windows-1252 is Western: its letters beyond ASCII stand alone or in pairs and are few."""
@@ -37,9 +47,42 @@ def read_bytes(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if data.startswith(LFS_POINTER):
+        raise DataError(f"{path} is a pointer of Git LFS and not the data. Fetch it: git lfs pull")
+    _refuse_packed_together(data, path)
     packing = next((name for magic, name in _MAGIC if data.startswith(magic)), None)
     if packing is None:
         return data
+    unpacked = _unpacked(data, packing, path)
+    _refuse_packed_together(unpacked, path)
+    return unpacked
+
+
+def refuse_archive(path: Path) -> None:
+    """Raise ``DataError`` when a file is an archive or a spreadsheet, which have to be opened by something else."""
+    try:
+        read_bytes(path) if path.suffix.lower() in COMPRESSED else _refuse_head(path)
+    except OSError:
+        return  # whoever reads it says so
+
+
+def _refuse_head(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(512)
+    if path.suffix.lower() == ".tgz":
+        raise DataError(f"{path} is a tar archive: unpack it first and give what is inside.")
+    _refuse_packed_together(head, path)
+
+
+def _refuse_packed_together(data: bytes, path: Path) -> None:
+    if path.suffix.lower() in _SHEETS:
+        raise DataError(f"{path} is a spreadsheet: save it as CSV and give that.")
+    archive = next((name for magic, at, name in _ARCHIVES if data[at : at + len(magic)] == magic), None)
+    if archive is not None:
+        raise DataError(f"{path} is a {archive} archive: unpack it first and give what is inside.")
+
+
+def _unpacked(data: bytes, packing: str, path: Path) -> bytes:
     try:
         return _unpack(data, packing)
     except MemoryError:
@@ -65,6 +108,20 @@ def _unpack(data: bytes, packing: str) -> bytes:
 
     with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
         return bytes(stream.read())
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text; only line feeds and carriage returns end one, no form feed or U+2028."""
+    lines = _LINE.split(text)
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def refuse_zeros(text: str, path: Path) -> None:
+    """Raise ``DataError`` when a text that is no JSON holds a NUL, which no text does."""
+    place = text.find("\0")
+    if place >= 0:
+        line = len(_LINE.findall(text, 0, place)) + 1
+        raise DataError(f"{path.name}:{line}: holds a NUL byte; is this text?")
 
 
 def decode(data: bytes, path: Path, notes: list[str], *, western: bool) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treelora_cli.backend.values import Change, DataRequest
+from treelora_cli.data.files import refuse_archive
 from treelora_cli.data.held_out import (
     OTHER_DATA,
     content_hash,
@@ -17,39 +18,18 @@ from treelora_cli.data.held_out import (
     set_aside,
     set_aside_by_position,
 )
-from treelora_cli.data.inputs import PICTURES
-from treelora_cli.data.labels import are_numbers, label_texts, named, read_label_names
-from treelora_cli.data.layout import Passed, read_layout, scan
+from treelora_cli.data.labels import are_numbers
+from treelora_cli.data.layout import NoLabelError, Passed, read_layout, scan
+from treelora_cli.data.manifests import WRONG_KIND, ImageItem, Parts, read_manifest, read_manifests
 from treelora_cli.data.names import label_key, one_spelling
-from treelora_cli.data.paths import existing, named_file, paths_of
+from treelora_cli.data.paths import existing, paths_of
 from treelora_cli.data.pixels import is_image
-from treelora_cli.data.tables import Row, divide_rows, is_table, read_table, table_suffix
+from treelora_cli.data.table_folders import tables_in
+from treelora_cli.data.tables import is_table, table_suffix
 from treelora_cli.errors import DataError
 
-_LABELS = ("label", "class", "category", "target", "labels", "class_name")
 _TEXT_SUFFIXES = {".txt", ".md"}
-_WRONG_KIND = "This project's backend is vit: give an image folder CLASS/*.png or a CSV with path,label."
-
-
-@dataclass(frozen=True)
-class ImageItem:
-    """One labelled image.
-
-    Attributes:
-        name: For messages.
-        label: Class name.
-        read: Returns the encoded bytes.
-        numbered: The label is a number in a table, without a name.
-    """
-
-    name: str
-    label: str
-    read: Callable[[], bytes]
-    numbered: bool = False
-
-
-Parts = tuple[list[ImageItem], list[ImageItem]]
-"""Training and held-out images."""
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -137,21 +117,29 @@ def _read_all(paths: Sequence[Path], request: DataRequest, notes: list[str]) -> 
 def _read(path: Path, request: DataRequest, notes: list[str]) -> Parts:
     if path.is_dir():
         return _read_folder(path, request, notes)
+    refuse_archive(path)
     if table_suffix(path) in _TEXT_SUFFIXES or is_image(path):
-        raise DataError(f"{path.name}: {_WRONG_KIND}")
+        raise DataError(f"{path.name}: {WRONG_KIND}")
     if request.data_format is None and not is_table(path):
-        raise DataError(f"{path.name}: {_WRONG_KIND}")
-    return _read_manifest(path, request, notes)
+        raise DataError(f"{path.name}: {WRONG_KIND}")
+    return read_manifest(path, request, notes)
 
 
 def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
+    """Read class folders or, where no folder names a class, the tables that name them."""
     passed = Passed()
-    folder = scan(path, is_image, passed)
-    if not folder.inner:
-        tables = sorted(entry.name for entry in path.iterdir() if entry.is_file() and is_table(entry))
-        table = f" Is {path / tables[0]} the list of them?" if tables else ""
-        raise DataError(f"{path} holds no class folders. {_WRONG_KIND}{table}")
-    layout = read_layout(folder, request.classes, passed, "images")
+    try:
+        folder = scan(path, is_image, passed)
+        if not folder.inner:
+            raise NoLabelError(f"{path} holds no class folders. {WRONG_KIND}")
+        layout = read_layout(folder, request.classes, passed, "images")
+    except NoLabelError:
+        tables = tables_in(path, notes)
+        if tables is None:
+            raise
+        listed = ", ".join(file.name for file in [*tables.train, *tables.test, *tables.val][:_SHOWN])
+        notes.append(f"No folder of {path} names a class; its labels are in {listed}.")
+        return read_manifests(tables, request, notes)
     notes += passed.lines(path, "images")
     prefix = request.label_prefix or ""
     train, test = (
@@ -159,73 +147,6 @@ def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
         for part in (layout.train, layout.test)
     )
     return train, test
-
-
-def _read_manifest(path: Path, request: DataRequest, notes: list[str]) -> Parts:
-    rows = read_table(path, request.data_format, request.columns, notes)
-    found = list(rows[0].values)
-    picture = next((name for name in PICTURES if name in found), None)
-    label = next((name for name in _LABELS if name in found), None)
-    if picture is None or label is None:
-        raise DataError(
-            f"Found {', '.join(map(str, found))}. {_WRONG_KIND} "
-            "Or name the columns: --map SOURCE=path --map SOURCE=label"
-        )
-    train_rows, test_rows = divide_rows(rows, notes, "images")
-    names = _label_names(path, request)
-    train, test = (
-        list(_manifest_items(part, picture, label, path.parent, names, request, notes))
-        for part in (train_rows, test_rows)
-    )
-    return train, test
-
-
-def _label_names(path: Path, request: DataRequest) -> tuple[Path, tuple[str, ...]] | None:
-    source = path.parent / "labels.json" if request.label_names is None else existing(request.label_names)
-    if request.label_names is None and not source.is_file():
-        return None
-    return source, read_label_names(source)
-
-
-def _manifest_items(
-    rows: Sequence[Row],
-    picture: str,
-    column: str,
-    folder: Path,
-    names: tuple[Path, tuple[str, ...]] | None,
-    request: DataRequest,
-    notes: list[str],
-) -> Iterator[ImageItem]:
-    labels = label_texts(rows, column)
-    if names is not None:
-        labels = named(labels, rows, names[1], names[0])
-    bad: list[str] = []
-    for row, label in zip(rows, labels, strict=True):
-        try:
-            if label is None:
-                raise DataError(f"{row.where}: empty label. Mend it, or pass --skip-bad.")
-            yield _manifest_item(row, picture, (request.label_prefix or "") + label, folder, names is None)
-        except DataError as error:
-            if not request.skip_bad:
-                raise
-            bad.append(str(error))
-    if bad:
-        notes.append(f"{len(bad)} bad rows were skipped, such as {bad[0]}")
-
-
-def _manifest_item(row: Row, picture: str, label: str, folder: Path, numbered: bool) -> ImageItem:
-    value = row.values.get(picture)
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        value = value["bytes"]
-    if isinstance(value, bytes):
-        content = value
-        return ImageItem(row.where, label, lambda: content, numbered)
-    if isinstance(value, dict):
-        value = value.get("path")
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{row.where}: '{picture}' is neither a path nor image bytes.")
-    file = named_file(folder, value, row.where)
-    return ImageItem(str(file), label, file.read_bytes, numbered)
 
 
 def _in_one_spelling(train: list[ImageItem], test: list[ImageItem]) -> Parts:

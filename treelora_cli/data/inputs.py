@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.data.files import decode
+from treelora_cli.data.files import decode, lines_of
 from treelora_cli.data.layout import Passed, scan
 from treelora_cli.data.paths import existing, expanded, is_address, is_pattern, named_file
 from treelora_cli.data.pixels import is_image, looks_like_image
-from treelora_cli.data.tables import TEXT_SUFFIXES, Row, check_text, is_table, read_table, table_suffix
+from treelora_cli.data.tables import TEXT_SUFFIXES, Row, check_text, column_called, is_table, read_table, table_suffix
 from treelora_cli.errors import DataError
 
-PICTURES = ("path", "image", "file", "file_name", "filename", "img", "filepath", "file_path", "image_path")
+PICTURES = (
+    *("path", "image", "file", "file_name", "filename", "img", "filepath", "file_path", "image_path"),
+    *("image_id", "image_name", "image_file", "img_path", "img_name"),
+)
 """Columns that name an image file, the likeliest first."""
 PROMPTS = ("prompt", "sentence", "question", "text", "input", "instruction")
 """Columns that hold a prompt, the likeliest first."""
@@ -102,7 +105,7 @@ def _named_texts(one: str) -> list[Path]:
 
 
 def _text_of(row: Row, columns: Sequence[str], wanted: str) -> str:
-    column = next((name for name in columns if name in row.values), None)
+    column = column_called(columns, list(row.values))
     if column is None:
         found = ", ".join(map(str, row.values))
         chat = " A file of chats is given as --messages." if "messages" in row.values else ""
@@ -115,7 +118,7 @@ def _text_of(row: Row, columns: Sequence[str], wanted: str) -> str:
 
 
 def _is_jsonl(text: str) -> bool:
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines_of(text) if line.strip()]
     return bool(lines) and all(isinstance(_parsed(line), dict) for line in lines)
 
 
@@ -129,7 +132,7 @@ def _parsed(line: str) -> Any:
 def _rows_or_lines(data: bytes, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield each line of standard input, or the text in a record on it, and where it stands."""
     text = decode(data, Path("standard input"), [], western=True)
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines_of(text), start=1):
         record, where = _parsed(line), f"standard input:{number}"
         if isinstance(record, dict):
             yield _text_of(Row(record, where), columns, columns[0]), where

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,29 @@ from treelora_cli.data.names import tidy_label
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import DataError
 
-_MISSING = {"", "nan", "<na>", "null", "nat", "#n/a"}
+_MISSING = {
+    *("", "nan", "-nan", "<na>", "null", "(null)", "nat", "\\n", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
+    *("#n/a", "#n/a n/a", "#na", "#null!", "#name?", "#ref!", "#value!", "#div/0!", "#num!"),
+}
 _PERHAPS_MISSING = {"none", "na", "n/a", "-", "?"}
 """Missing among numbers; otherwise somebody's class."""
-_WHOLE_FLOAT = re.compile(r"-?\d+\.0+")
-_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+_WHOLE_FLOAT = re.compile(r"-?\d+(\.0+|,0)")
+_NUMBER = re.compile(r"-?\d+(\.\d+|,\d)?")
+_NAMES = (
+    "label_name",
+    "label_text",
+    "labelname",
+    "labeltext",
+    "class_name",
+    "classname",
+    "class",
+    "category",
+    "species",
+)
+"""Columns that may hold the names of a column of numbers."""
+_BETWEEN = (",", ";", "|")
+_LONGEST = 500
+"""Characters of a class name; what is longer is a text in the wrong column."""
 
 
 def is_missing(value: Any) -> bool:
@@ -40,8 +60,10 @@ def label_texts(rows: Sequence[Row], column: str) -> list[str | None]:
     if not numeric or not any(text is not None and _NUMBER.fullmatch(text) for text in texts):
         return texts
     texts = [None if text is None or text.lower() in _PERHAPS_MISSING else text for text in texts]
-    if all(text is None or re.fullmatch(r"-?\d+(\.0+)?", text) for text in texts):
-        return [text.split(".")[0] if text is not None and _WHOLE_FLOAT.fullmatch(text) else text for text in texts]
+    if all(text is None or re.fullmatch(r"-?\d+(\.0+|,0)?", text) for text in texts):
+        return [
+            re.split("[.,]", text)[0] if text is not None and _WHOLE_FLOAT.fullmatch(text) else text for text in texts
+        ]
     return texts
 
 
@@ -51,11 +73,57 @@ def _label_text(row: Row, column: str) -> str | None:
         value = value[0]
     if is_missing(value):
         return None
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float | Decimal) and value == value // 1:
         value = int(value)
-    if not isinstance(value, str | int | float):
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, date):
+        value = value.isoformat()
+    if not isinstance(value, str | int | float | Decimal):
         raise DataError(f"{row.where}: label is not a name but {type(value).__name__}.")
-    return tidy_label(str(value))
+    text = tidy_label(str(value))
+    if len(text) > _LONGEST:
+        raise DataError(f"{row.where}: a label of {len(text)} characters; is '{column}' the column of labels?")
+    return text
+
+
+def column_of_names(rows: Sequence[Row], column: str) -> str:
+    """Return the column that names the numbers in ``column``, each by one name; ``column`` where there is none."""
+    numbers = label_texts(rows, column)
+    if not all(text is None or re.fullmatch(r"-?\d+", text) for text in numbers):
+        return column
+    for name in (name for name in _NAMES if name != column and name in rows[0].values):
+        values = [row.values.get(name) for row in rows]
+        if not all(isinstance(value, str) and not is_missing(value) for value in values):
+            continue
+        pairs = set(zip(numbers, values, strict=True))
+        if not are_numbers([str(value) for value in values]) and len(pairs) == len(set(numbers)) == len(set(values)):
+            return name
+    return column
+
+
+def label_notes(labels: Sequence[str]) -> list[str]:
+    """Return what to tell of class names that may mean that there is none."""
+    odd = sorted({label for label in labels if label.lower() in _PERHAPS_MISSING})
+    if odd:
+        return [f"Label '{odd[0]}' is a class of that name here ({labels.count(odd[0])} times), no missing label."]
+    if "-1" in labels and "0" in labels and are_numbers(labels):
+        return [f"Label -1 is a class like the others here ({labels.count('-1')} times), no missing label."]
+    return []
+
+
+def refuse_several(label: str, labels: Container[str | None], where: str) -> None:
+    """Refuse a label that names several classes which others have alone, as ``cat, dog`` beside ``cat`` and ``dog``.
+
+    Raises:
+        DataError: It does; names the line.
+    """
+    for sign in _BETWEEN:
+        parts = [part.strip() for part in label.split(sign)]
+        if len(parts) > 1 and all(part in labels for part in parts):
+            raise DataError(
+                f"{where}: label '{label}' names {len(parts)} classes; an image has one. Mend it, or pass --skip-bad."
+            )
 
 
 def are_numbers(labels: Sequence[str]) -> bool:

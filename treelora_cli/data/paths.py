@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from treelora_cli.backend.values import DataRequest
 from treelora_cli.errors import DataError, suggest
@@ -79,11 +80,14 @@ def named_file(folder: Path, name: str, where: str) -> Path:
     Raises:
         DataError: There is none, or the name cannot be one.
     """
-    spellings = (name, name.strip(), name.strip().replace("\\", "/"))
+    if is_address(name.strip()):
+        raise DataError(f"{where}: {name[:80]} is an address; only local files are read. Download it first.")
+    plain = unquote(name.strip().removeprefix("file://")) if name.strip().startswith("file://") else name.strip()
+    spellings = (name, plain, plain.replace("\\", "/"))
     try:
         found = next((folder / one for one in spellings if (folder / one).is_file()), None)
     except (OSError, ValueError) as error:  # too long, or with a NUL
         raise DataError(f"{where}: {name[:80]!r} is no path ({error}).") from error
     if found is None:
-        raise DataError(f"{where}: {name} not found.")
+        raise DataError(f"{where}: {name[:200]} not found.")
     return found

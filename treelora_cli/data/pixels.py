@@ -12,27 +12,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from treelora_cli.data.files import LFS_POINTER
 from treelora_cli.errors import DataError
 
 IMAGE_SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
     *(".pnm", ".apng", ".jp2", ".avif"),
 }
+_FORMATS = (
+    *("PNG", "JPEG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "DDS", "PCX"),
+    *("SGI", "QOI"),
+)
+"""What Pillow may decode; for others, such as EPS, it would call programs."""
+_UNREADABLE = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC"),
+    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"), "a camera's raw format"),
+    **{".svg": "SVG", ".psd": "Photoshop", ".jxl": "JPEG XL", ".eps": "EPS"},
+}
+"""Pictures that are not read here; they are named, not passed over."""
+_MAGIC_UNREADABLE = (
+    (re.compile(rb".{4}ftyp(heic|heix|hevc|mif1|msf1)", re.DOTALL), "HEIC"),
+    (re.compile(rb"8BPS"), "Photoshop"),
+)
 _MAGIC = re.compile(
     rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0\0\0\0|RIFF.{4}WEBP|II\*\0|MM\0\*|P[1-6][\s#]|\0\0\0\x0cjP  "
     rb"|.{4}ftypavif",
     re.DOTALL,
 )
-_MAX_SAMPLE, _S_MAX_SAMPLE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _MIN_SAMPLE, _S_MIN_SAMPLE = (
-    *(281, 341, 258, 262, 270, 280, 340),
+_MAX_SAMPLE, _S_MAX_SAMPLE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _MIN_SAMPLE, _S_MIN_SAMPLE, _SIGN = (
+    *(281, 341, 258, 262, 270, 280, 340, 339),
 )
+_SIGNED = 2
 _WHITE_IS_ZERO = 0
 _RANGE_HINT = "If it is right, set base.preprocess.range in treelora.yaml to the largest value (65535, 4095, ...)."
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file is an image by its ending or, failing that, its first bytes."""
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    """Return whether a file is an image, readable or not, by its ending or, failing that, its first bytes."""
+    if path.suffix.lower() in IMAGE_SUFFIXES or path.suffix.lower() in _UNREADABLE:
         return True
     try:
         with path.open("rb") as file:
@@ -59,8 +76,11 @@ def open_image(data: bytes, name: str, largest: float | None = None) -> Any:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    Image.init()  # else formats are looked for among the commonest only
+    known = [kind for kind in _FORMATS if kind in Image.OPEN]
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=known) as opened:
+            _refuse_signs(opened, name)
             deep_colour = _is_deep_colour(opened)
             opened.load()
             image = ImageOps.exif_transpose(opened)
@@ -74,8 +94,25 @@ def open_image(data: bytes, name: str, largest: float | None = None) -> Any:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         # Pillow's own words for an unknown format name an object in memory, not the file
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else _first_line(error)
+        reason = _kind_of(data, name) if isinstance(error, UnidentifiedImageError) else _first_line(error)
         raise DataError(f"{name}: unreadable or truncated image ({reason}). Mend it, or pass --skip-bad.") from error
+
+
+def _kind_of(data: bytes, name: str) -> str:
+    """Return what a file is that Pillow does not know."""
+    if not data:
+        return "it is empty"
+    if data.startswith(LFS_POINTER):
+        return "a pointer of Git LFS; fetch the files with git lfs pull"
+    by_bytes = next((kind for magic, kind in _MAGIC_UNREADABLE if magic.match(data)), None)
+    kind = by_bytes or _UNREADABLE.get(Path(name).suffix.lower())
+    return f"{kind}, which is not read here; convert it to PNG or JPEG" if kind else "no known format"
+
+
+def _refuse_signs(opened: Any, name: str) -> None:
+    """Raise ``DataError`` for 8 bits with a sign, which Pillow takes for bits without: -1 would be white."""
+    if _tag(opened, _SIGN) == _SIGNED and not opened.mode.startswith(("I", "F")):
+        raise DataError(f"{name}: 8-bit values with a sign would be read without it. Convert it to plain 8 bits.")
 
 
 def _first_line(error: Exception) -> str:
@@ -173,7 +210,7 @@ def _check_deep_colour(image: Any, opened: Any, name: str, largest: float | None
     """Refuse a colour image of 16 bits that does not use them all: its upper 8 bits are near-black."""
     declared = (0.0, largest) if largest is not None else _declared(opened)
     most = max(high for _, high in image.getextrema())
-    full = most >= 64 or most == 0 if declared is None else declared[1] >= 65535 * 0.99
+    full = most >= 64 if declared is None else declared[1] >= 65535 * 0.99
     if not full:
         raise DataError(
             f"{name}: a colour image of 16 bits that uses a part of its range (up to {256 * most + 255})."

@@ -18,38 +18,24 @@ columns                                             what the model reads, and le
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from treelora_cli.backend.values import Turn
 from treelora_cli.data.examples import TextExample, chat_example
+from treelora_cli.data.messages import CHATS, chat_of, is_chat, prompt_chat
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import DataError
 
 ANSWERS = ("answer", "completion", "response")
+_LABELS = ("labels", "class", "target", "sentiment", "intent", "emotion")
+"""Columns of labels beside ``label``, where they hold few short values; otherwise something else."""
+_FEW, _SHORT = 64, 60
 NEED = "Need messages, prompt+answer, sentence+label or text."
-_CHATS = ("messages", "conversations", "conversation")
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
-_OPENAI_ROLES = ("system", "user", "assistant", "tool")
-_EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
-"""What templates look for in a message beside role and content."""
-_PASSAGES = ("context", "passage")
+_PASSAGES = ("context", "passage", "article", "paragraph", "story")
+_CHOICES = ("choices", "options")
 _PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"))
 _LOOKED_AT = 200
 """Rows that are searched for text which is not used."""
@@ -64,177 +50,92 @@ class Shape:
         style: One of ``STYLES``.
         used: Columns that are read.
         read: Turns a record into an example.
+        label: The column of labels; of style ``labels`` only.
     """
 
     style: str
     used: frozenset[str]
     read: Callable[[Row], TextExample]
+    label: str = ""
 
 
-def shape_of(row: Row) -> Shape | None:
-    """Return the shape that a record's columns have by name; ``None`` for none that is known."""
-    names = set(row.values)
+def shape_of(rows: Sequence[Row]) -> Shape | None:
+    """Return the shape that records have by the names of all their columns; ``None`` for none that is known."""
+    names = {name for row in rows for name in row.values}
     for find in (_as_chat, _as_prompt, _as_instruction, _as_question, _as_labelled, _as_text):
-        if (found := find(names, row)) is not None:
+        if (found := find(names, rows)) is not None:
             return found
     return None
 
 
+def unfolded(rows: Sequence[Row]) -> list[Row]:
+    """Return a row for each question where records are SQuAD's documents of paragraphs; others as they are."""
+    if not rows or not all(isinstance(row.values.get("paragraphs"), list) for row in rows):
+        return list(rows)
+    found: list[Row] = []
+    for row in rows:
+        for paragraph in row.values["paragraphs"]:
+            questions = paragraph.get("qas") if isinstance(paragraph, dict) else None
+            if not isinstance(questions, list) or not all(isinstance(one, dict) for one in questions):
+                raise DataError(f"{row.where}: 'paragraphs' is a list of records with context and qas.")
+            for one in questions:
+                values = {"context": paragraph.get("context"), **{key: one.get(key) for key in ("question", "answers")}}
+                found.append(Row(values, f"{row.where} question {one.get('id', len(found) + 1)}"))
+    return found
+
+
 def unused_text(rows: Sequence[Row], shape: Shape) -> list[str]:
-    """Return the columns that hold text and are not used."""
+    """Return the columns that hold text, or lists of texts, and are not used; of free text every other column."""
     found: dict[str, None] = {}
     for row in rows[:_LOOKED_AT]:
         for name, value in row.values.items():
-            if name not in shape.used and isinstance(value, str) and value.strip():
+            if name not in shape.used and (_holds_text(value) or (shape.style == "text" and value is not None)):
                 found[str(name)] = None
     return list(found)
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return any(_holds_text(one) for one in value)
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _first(names: set[Any], wanted: Sequence[str]) -> str | None:
     return next((name for name in wanted if name in names), None)
 
 
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
-
-
 # -- chats ----------------------------------------------------------------------------------------
 
 
-def _as_chat(names: set[Any], row: Row) -> Shape | None:
-    column = _first(names, _CHATS)
+def _as_chat(names: set[Any], rows: Sequence[Row]) -> Shape | None:
+    column = _first(names, CHATS)
+    beside = {"tools", "functions", "system"}
     if column is not None:
-        return Shape(
-            "chat", frozenset({column, "tools", "system"}), lambda row: _chat(row, row.values.get(column), column)
-        )
+        return Shape("chat", frozenset({column, *beside}), lambda row: chat_of(row, row.values.get(column), column))
     answer = _first(names, ANSWERS)
-    if "prompt" in names and answer is not None and _is_chat(row.values["prompt"]):
-        return Shape("chat", frozenset({"prompt", answer, "tools", "system"}), lambda row: _prompt_chat(row, answer))
+    if "prompt" in names and answer is not None and is_chat(rows[0].values.get("prompt")):
+        return Shape("chat", frozenset({"prompt", answer, *beside}), lambda row: prompt_chat(row, answer))
     return None
-
-
-def _prompt_chat(row: Row, answer: str) -> TextExample:
-    given, wanted = row.values.get("prompt"), row.values.get(answer)
-    if isinstance(wanted, str):
-        wanted = [{"role": "assistant", "content": wanted}]
-    if not _is_chat(given) or not _is_chat(wanted):
-        raise DataError(f"{row.where}: 'prompt' and '{answer}' are lists of messages with role and content.")
-    return _chat(row, [*list(given or ()), *list(wanted or ())], "prompt")
-
-
-def _chat(row: Row, messages: Any, column: str) -> TextExample:
-    messages = _from_json(messages, row, column)
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages) or len(messages) < 2:
-        raise DataError(f"{row.where}: '{column}' is a list of two or more records with role and content.")
-    turns = [_turn(one, row.where) for one in messages]
-    system = row.values.get("system")
-    if isinstance(system, str) and system.strip() and turns[0].role != "system":
-        turns.insert(0, Turn("system", system))
-    if turns[-1].role != "assistant":
-        raise DataError(f"{row.where}: the last message, the answer, is by '{turns[-1].role}' and not by 'assistant'.")
-    return chat_example(row.where, turns[:-1], turns[-1], _tools(row))
-
-
-def read_messages(messages: Any, where: str) -> list[Turn]:
-    """Read messages that wait for an answer.
-
-    Raises:
-        DataError: They are no messages, or end with the assistant's.
-    """
-    if isinstance(messages, dict):
-        column = _first(set(messages), _CHATS)
-        messages = messages if column is None else messages[column]
-    if not _is_chat(messages):
-        raise DataError(f"{where}: expected a list of messages with role and content.")
-    turns = [_turn(one, where) for one in messages]
-    if turns[-1].role in ("assistant", "system"):
-        raise DataError(f"{where}: the last message is by '{turns[-1].role}'; there is nothing to answer.")
-    return turns
-
-
-def _turn(message: Mapping[str, Any], where: str) -> Turn:
-    by_value = "role" not in message and "from" in message
-    named = message.get("from") if by_value else message.get("role")
-    role = _ROLES.get(named) if isinstance(named, str) else None
-    if role is None:
-        raise DataError(f"{where}: role {named!r} is not one of {', '.join(_OPENAI_ROLES)}.")
-    content = _content(message.get("value" if by_value else "content"), where)
-    more = {key: message[key] for key in _EXTRA if message.get(key) not in (None, "", [])}
-    if "tool_calls" in more:
-        more["tool_calls"] = _calls(more["tool_calls"], where)
-    if not content.strip() and "tool_calls" not in more and role != "tool":
-        raise DataError(f"{where}: empty content of a message.")
-    written = json.dumps(more, ensure_ascii=False) if more else ""
-    return Turn(role, content, written, learned=message.get("weight") != 0)
-
-
-def _content(value: Any, where: str) -> str:
-    """Return a message's text; parts of a list are joined."""
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return "".join(_part(part, where) for part in value)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: the content of a message is not text but {type(value).__name__}.")
-    return value
-
-
-def _part(part: Any, where: str) -> str:
-    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-    text = part.get("text") if isinstance(part, dict) else part
-    if kind not in ("text", "str") or not isinstance(text, str):
-        raise DataError(f"{where}: a message holds {kind}; only text can be read.")
-    return text
-
-
-def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Return calls of tools as templates take them: arguments as a record, not as its JSON."""
-    if not isinstance(calls, list) or not all(isinstance(one, dict) for one in calls):
-        raise DataError(f"{where}: 'tool_calls' is a list of records.")
-    read = []
-    for call in calls:
-        inner = dict(call.get("function", call))
-        if isinstance(inner.get("arguments"), str):
-            try:
-                inner["arguments"] = json.loads(inner["arguments"])
-            except ValueError as error:
-                raise DataError(f"{where}: the arguments of a call are invalid JSON.") from error
-        read.append({**call, "function": inner} if "function" in call else inner)
-    return read
-
-
-def _tools(row: Row) -> str:
-    tools = _from_json(row.values.get("tools") or [], row, "tools")
-    if not isinstance(tools, list):
-        raise DataError(f"{row.where}: 'tools' is a list of records.")
-    return json.dumps(tools, ensure_ascii=False) if tools else ""
-
-
-def _from_json(value: Any, row: Row, column: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{row.where}: '{column}' is invalid JSON.") from error
 
 
 # -- prompts and answers --------------------------------------------------------------------------
 
 
-def _as_prompt(names: set[Any], _row: Row) -> Shape | None:
+def _as_prompt(names: set[Any], _rows: Sequence[Row]) -> Shape | None:
     answer = _first(names, ANSWERS)
     if "prompt" not in names or answer is None:
         return None
     return Shape("plain", frozenset({"prompt", answer}), lambda row: _answered(row, text_of(row, "prompt"), answer))
 
 
-def _as_instruction(names: set[Any], row: Row) -> Shape | None:
+def _as_instruction(names: set[Any], rows: Sequence[Row]) -> Shape | None:
     answer = _first(names, ("output", *ANSWERS))
     if "instruction" not in names or answer is None:
         return None
     used = {"instruction", "input", "context", "system", "history", answer}
-    chat = any(row.values.get(name) for name in ("system", "history"))
+    chat = any(row.values.get(name) for row in rows for name in ("system", "history"))
     read = _instruction_chat if chat else _instruction
     return Shape("chat" if chat else "plain", frozenset(used), lambda row: read(row, answer))
 
@@ -264,44 +165,51 @@ def _instruction_chat(row: Row, answer: str) -> TextExample:
     return chat_example(row.where, turns, Turn("assistant", text_of(row, answer)))
 
 
-def _as_question(names: set[Any], row: Row) -> Shape | None:
+def _as_question(names: set[Any], _rows: Sequence[Row]) -> Shape | None:
     answer = _first(names, ("answers", "answerKey", *ANSWERS))
     if "question" not in names or answer is None:
         return None
     passage = _first(names, _PASSAGES)
     used = frozenset({"question", answer, *([passage] if passage else [])})
-    if "choices" in names:
-        return Shape("plain", used | {"choices"}, lambda row: _choice(row, answer))
+    choices = _first(names, _CHOICES)
+    if choices is not None:
+        return Shape("plain", used | {choices}, lambda row: _choice(row, passage, choices, answer))
     return Shape("plain", used, lambda row: _asked(row, passage, answer))
 
 
 def _asked(row: Row, passage: str | None, answer: str) -> TextExample:
+    return _answered(row, _question(row, passage), answer)
+
+
+def _question(row: Row, passage: str | None) -> str:
     question = text_of(row, "question")
     given = row.values.get(passage) if passage else None
     if given is not None and not isinstance(given, str):
         raise DataError(f"{row.where}: '{passage}' is not text but {type(given).__name__}.")
-    return _answered(row, f"{given}\n\n{question}" if given and given.strip() else question, answer)
+    return f"{given}\n\n{question}" if given and given.strip() else question
 
 
-def _choice(row: Row, answer: str) -> TextExample:
-    texts, letters = _choices(row)
+def _choice(row: Row, passage: str | None, column: str, answer: str) -> TextExample:
+    texts, letters = _choices(row, column)
     given = row.values.get(answer)
     if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(texts):
         given = letters[given]
-    if given in texts:
+    if given in texts and given not in letters:
         given = letters[texts.index(given)]
     if given not in letters:
         raise DataError(f"{row.where}: {answer} {given!r} is none of the choices {', '.join(letters)}.")
     lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
-    return TextExample(row.where, "\n".join([text_of(row, "question"), *lines]), str(given))
+    return TextExample(row.where, "\n".join([_question(row, passage), *lines]), str(given))
 
 
-def _choices(row: Row) -> tuple[list[str], list[str]]:
-    """Return the choices' texts and letters."""
-    choices = row.values.get("choices")
+def _choices(row: Row, column: str) -> tuple[list[str], list[str]]:
+    """Return the choices' texts and letters: of a list, of texts beside labels, or of texts by letter."""
+    choices = row.values.get(column)
     texts, named = (choices.get("text"), choices.get("label")) if isinstance(choices, dict) else (choices, None)
+    if isinstance(choices, dict) and texts is None:
+        texts, named = list(choices.values()), list(choices)
     if not isinstance(texts, list) or not 2 <= len(texts) <= len(_LETTERS):
-        raise DataError(f"{row.where}: 'choices' is a list of two or more texts.")
+        raise DataError(f"{row.where}: '{column}' is a list of two or more texts.")
     letters = [str(one) for one in named] if isinstance(named, list) and len(named) == len(texts) else []
     return [str(one) for one in texts], letters or list(_LETTERS[: len(texts)])
 
@@ -324,23 +232,29 @@ def _answered(row: Row, prompt: str, column: str) -> TextExample:
 # -- labels and free text -------------------------------------------------------------------------
 
 
-def _as_labelled(names: set[Any], _row: Row) -> Shape | None:
-    if "label" not in names:
+def _as_labelled(names: set[Any], rows: Sequence[Row]) -> Shape | None:
+    label = "label" if "label" in names else next((name for name in _LABELS if _holds_labels(name, rows)), None)
+    if label is None:
         return None
     column = _first(names, ("sentence", "text"))
-    if column is not None:
-        return Shape("labels", frozenset({column, "label"}), lambda row: _labelled(row, (column,)))
-    pair = next((pair for pair in _PAIRS if names >= set(pair)), None)
-    return None if pair is None else Shape("labels", frozenset({*pair, "label"}), lambda row: _labelled(row, pair))
+    columns = (column,) if column is not None else next((pair for pair in _PAIRS if names >= set(pair)), None)
+    if columns is None:
+        return None
+    return Shape("labels", frozenset({*columns, label}), lambda row: _labelled(row, columns, label), label)
 
 
-def _labelled(row: Row, columns: Sequence[str]) -> TextExample:
+def _holds_labels(name: str, rows: Sequence[Row]) -> bool:
+    values = {str(row.values[name]) for row in rows if row.values.get(name) is not None}
+    return 2 <= len(values) <= _FEW and all(len(value) <= _SHORT for value in values)
+
+
+def _labelled(row: Row, columns: Sequence[str], label: str) -> TextExample:
     texts = [text_of(row, name).strip() for name in columns]
     marked = texts if len(columns) == 1 else [f"{name}: {text}" for name, text in zip(columns, texts, strict=True)]
-    return TextExample(row.where, "\n".join(marked), text_of(row, "label").strip())
+    return TextExample(row.where, "\n".join(marked), text_of(row, label).strip())
 
 
-def _as_text(names: set[Any], _row: Row) -> Shape | None:
+def _as_text(names: set[Any], _rows: Sequence[Row]) -> Shape | None:
     if "text" not in names:
         return None
     return Shape("text", frozenset({"text"}), lambda row: TextExample(row.where, "", text_of(row, "text")))
@@ -355,8 +269,8 @@ def text_of(row: Row, column: str) -> str:
     if column not in row.values:
         raise DataError(f"{row.where}: no '{column}'. Found {', '.join(map(str, row.values))}.")
     value = row.values[column]
-    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
-        value = None if math.isnan(value) else int(value)  # a column with gaps makes whole numbers floats
+    if isinstance(value, float) and (not math.isfinite(value) or value.is_integer()):
+        value = int(value) if math.isfinite(value) else None  # a column with gaps makes whole numbers floats
     if isinstance(value, bool | int | float):
         value = str(value)
     if value is None or (isinstance(value, str) and not value.strip()):

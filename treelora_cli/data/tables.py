@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.data.delimited import read_delimited
-from treelora_cli.data.files import decode, read_bytes, unpacked_name
-from treelora_cli.data.layout import val_unused
-from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, says_unlabelled
+from treelora_cli.data.files import decode, lines_of, read_bytes, refuse_archive, refuse_zeros, unpacked_name
+from treelora_cli.data.names import part_of
 from treelora_cli.errors import DataError
 
 TABLE_SUFFIXES = {
@@ -25,10 +24,11 @@ TABLE_SUFFIXES = {
     ".json": "json",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
-FORMATS = ("csv", "json", "jsonl", "parquet", "text", "tsv")
+FORMATS = ("arrow", "csv", "json", "jsonl", "parquet", "text", "tsv")
 TEXT_SUFFIXES = {".txt": "text", ".md": "text"}
-_SPLIT_COLUMNS = ("split", "partition", "subset", "part")
 _SPACE = re.compile(r"\s*")
 
 
@@ -70,7 +70,10 @@ def table_format(path: Path, named: str | None) -> str:
         return named
     found = {**TABLE_SUFFIXES, **TEXT_SUFFIXES}.get(table_suffix(path)) if named is None else None
     if found is None:
-        raise DataError(f"{path}: unknown format '{named or path.suffix}'. Use {', '.join(FORMATS)}.")
+        refuse_archive(path)
+        raise DataError(
+            f"{path}: unknown format '{named or path.suffix}'. Pass --format with one of {', '.join(FORMATS)}."
+        )
     return found
 
 
@@ -102,6 +105,19 @@ def _rename(row: Row, columns: Mapping[str, str]) -> Row:
     return Row({columns.get(name, name): value for name, value in row.values.items()}, row.where)
 
 
+def column_called(wanted: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the first of the wanted columns that is there: by its very name, else whatever its case and signs."""
+    exact = next((name for name in wanted if name in names), None)
+    if exact is not None:
+        return exact
+    plain = {_plain(str(name)): name for name in reversed(names)}
+    return next((plain[key] for key in map(_plain, wanted) if key in plain), None)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
 def check_text(row: Row) -> None:
     """Raise ``DataError`` when a row holds text that no encoding can write, such as half a surrogate pair."""
     for name, value in row.values.items():
@@ -117,51 +133,20 @@ def _writable(value: Any) -> bool:
     return not isinstance(value, list) or all(_writable(part) for part in value)
 
 
-def divide_rows(rows: list[Row], notes: list[str], kind: str) -> tuple[list[Row], list[Row]]:
-    """Divide rows by a column of parts, ``split`` or the like, into training and held-out ones.
-
-    The validation part is held out where there is no test part; where there is one, it is left out, and said.
-
-    Raises:
-        DataError: A value of ``split`` that names no part.
-    """
-    column = _split_column(rows)
-    if column is None:
-        return rows, []
-    found: dict[str, list[Row]] = {TRAIN: [], TEST: [], VAL: []}
-    for row in rows:
-        value = row.values.get(column)
-        part = TRAIN if value is None or value == "" else part_of(str(value))
-        if part is not None:
-            others = {name: one for name, one in row.values.items() if name != column}
-            found[part].append(replace(row, values=others))
-        elif not says_unlabelled(str(value)):
-            raise DataError(f"{row.where}: {column} '{value}' is none of train, test, validation.")
-    if found[TEST] and found[VAL]:
-        notes.append(val_unused(len(found[VAL]), kind))
-    return found[TRAIN], found[TEST] or found[VAL]
-
-
-def _split_column(rows: Sequence[Row]) -> str | None:
-    """Return the column of parts; of another name than ``split`` only where all its values are parts."""
-    for column in _SPLIT_COLUMNS:
-        values = {str(row.values[column]) for row in rows if row.values.get(column) not in (None, "")}
-        if values and (column == "split" or all(part_of(value) for value in values)):
-            return column
-    return None
-
-
 # -- formats --------------------------------------------------------------------------------------
 
 
 def _read_csv(data: bytes, path: Path, notes: list[str], *, tabs: bool = False) -> Iterator[Row]:
     text = decode(data, path, notes, western=True)
+    refuse_zeros(text, path)
     for values, line in read_delimited(text, path.name, tabs):
         yield Row(dict(values), f"{path.name}:{line}")
 
 
 def _read_text(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
-    for number, line in enumerate(decode(data, path, notes, western=True).splitlines(), start=1):
+    text = decode(data, path, notes, western=True)
+    refuse_zeros(text, path)
+    for number, line in enumerate(lines_of(text), start=1):
         if line.strip():
             yield Row({"text": line}, f"{path.name}:{number}")
 
@@ -206,12 +191,20 @@ def _read_json(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
         return (_record(value, f"{path.name}:{line}") for value, line in values)
     content = values[0][0] if values else None
     if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        if len(lists) == 1:
-            content = lists[0]
+        content = _list_in(content)
     if not isinstance(content, list):
         raise DataError(f"{path.name}: expected a list of records.")
     return (_record(value, f"{path.name} record {index + 1}") for index, value in enumerate(content))
+
+
+def _list_in(content: dict[str, Any]) -> Any:
+    """Return the one list in a document, or the lists of its parts as one with a column ``split``."""
+    lists = {name: value for name, value in content.items() if isinstance(value, list)}
+    if len(lists) == 1:
+        return next(iter(lists.values()))
+    if len(lists) > 1 and all(part_of(name) is not None for name in lists):
+        return [{**one, "split": name} if isinstance(one, dict) else one for name in lists for one in lists[name]]
+    return content
 
 
 def _json_values(text: str, name: str) -> list[tuple[Any, int]]:
@@ -259,27 +252,43 @@ def _record(value: Any, where: str) -> Row:
 
 
 def _read_parquet(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
-    import pyarrow
     from pyarrow import parquet
 
+    return _read_arrow_table(data, path, "parquet", parquet.read_table)
+
+
+def _read_arrow(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
+    """Read what ``save_to_disk`` of ``datasets`` writes (a stream), or a feather file."""
+    import pyarrow
+
+    opened = pyarrow.ipc.open_file if data.startswith(b"ARROW1") else pyarrow.ipc.open_stream
+    return _read_arrow_table(data, path, "arrow", lambda buffer: opened(buffer).read_all())
+
+
+def _read_arrow_table(data: bytes, path: Path, kind: str, read: Callable[[Any], Any]) -> Iterator[Row]:
+    import pyarrow
+
     try:
-        table = parquet.read_table(pyarrow.BufferReader(data))
+        table = read(pyarrow.BufferReader(data))
         names = class_names(table.schema.metadata or {})
         records = [dict(record) for record in table.to_pylist()]
     except MemoryError:
         raise
     except Exception as error:  # arrow's own errors, and Python's for values it cannot hold, such as year 20000
-        raise DataError(f"{path.name}: invalid parquet ({(str(error).splitlines() or ['damaged'])[0]}).") from error
+        raise DataError(f"{path.name}: invalid {kind} ({(str(error).splitlines() or ['damaged'])[0]}).") from error
+    for column, found in names.items():
+        if len(set(found)) < len(found):
+            raise DataError(f"{path.name}: the class names of '{column}' in its schema are not distinct.")
     for index, record in enumerate(records):
         row = Row(record, f"{path.name} row {index + 1}")
         yield replace(row, values={**record, **{key: _name_of(row, key, names[key]) for key in names if key in record}})
 
 
 def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """Return the class names by column that ``datasets`` writes beside a table's schema."""
+    """Return the class names by column that ``datasets`` writes beside a table's schema, those of lists included."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        named = {column: feature["names"] for column, feature in features.items() if "names" in feature}
+        named = {column: _names_in(feature) for column, feature in features.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return {
@@ -289,9 +298,17 @@ def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     }
 
 
+def _names_in(feature: Any) -> Any:
+    """Return the names of a class label, or of the labels in a list."""
+    inner = feature[0] if isinstance(feature, list) and len(feature) == 1 else feature.get("feature", feature)
+    return inner.get("names") if isinstance(inner, dict) else None
+
+
 def _name_of(row: Row, column: str, names: Sequence[str]) -> Any:
     """Return the name of a number; -1 is how ``datasets`` writes a missing label."""
     value = row.values[column]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
         return value
     if value == -1:
@@ -307,5 +324,6 @@ _READERS: dict[str, Callable[[bytes, Path, list[str]], Iterator[Row]]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
     "parquet": _read_parquet,
+    "arrow": _read_arrow,
     "text": _read_text,
 }

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.examples import TextExample
@@ -19,9 +20,10 @@ from treelora_cli.data.held_out import (
     set_aside,
     set_aside_by_position,
 )
-from treelora_cli.data.labels import label_texts, named, read_label_names
+from treelora_cli.data.labels import column_of_names, label_notes, label_texts, named, read_label_names
+from treelora_cli.data.messages import is_chat
 from treelora_cli.data.paths import existing, paths_of
-from treelora_cli.data.records import ANSWERS, NEED, Shape, shape_of, unused_text
+from treelora_cli.data.records import ANSWERS, NEED, Shape, shape_of, unfolded, unused_text
 from treelora_cli.data.tables import Row, check_text
 from treelora_cli.data.text_files import WRONG_KIND, read_parts
 from treelora_cli.data.text_scores import METRICS
@@ -74,13 +76,14 @@ def list_texts(request: DataRequest) -> TextListing:
     """
     path = paths_of(request)[0]
     notes: list[str] = []
-    train_rows, test_rows = read_parts(request, notes)
+    train_rows, test_rows = (unfolded(rows) for rows in read_parts(request, notes))
     shape = _shape(train_rows or test_rows)
     style = shape.style
-    notes += _unused(train_rows or test_rows, shape)
     names = _label_names(request, path) if style == "labels" else None
     if style == "labels":
-        train_rows, test_rows = (_with_labels(rows, request, names) for rows in (train_rows, test_rows))
+        column = shape.label if names else column_of_names(train_rows or test_rows, shape.label)
+        train_rows, test_rows = (_with_labels(rows, request, names, shape, column) for rows in (train_rows, test_rows))
+    notes += _unused(train_rows or test_rows, shape)
     labels = None if names is None else tuple((request.label_prefix or "") + name for name in names[1])
     train = _examples(train_rows, shape, labels, request, notes)
     test = _examples(test_rows, shape, labels, request, notes)
@@ -88,6 +91,9 @@ def list_texts(request: DataRequest) -> TextListing:
         labels = _labels_of(train or test, style)
     if request.classes is not None:
         labels, train, test = _chosen(labels, train, test, request)
+    if style == "labels":
+        notes += label_notes([one.answer for one in train])
+        _check_labels(labels, test)
     if style == "labels" and len(labels) < 2:
         raise DataError(f"{path}: one label only ('{labels[0]}'); a task of texts needs two or more.")
     metric = _metric(request.metric, style, labels, train or test)
@@ -126,16 +132,22 @@ def _label_names(request: DataRequest, path: Path) -> tuple[Path, tuple[str, ...
     return source, read_label_names(source)
 
 
-def _with_labels(rows: list[Row], request: DataRequest, names: tuple[Path, tuple[str, ...]] | None) -> list[Row]:
+def _with_labels(
+    rows: list[Row], request: DataRequest, names: tuple[Path, tuple[str, ...]] | None, shape: Shape, column: str
+) -> list[Row]:
     """Return rows whose labels are names: numbers are looked up, or written without ``.0``."""
-    labels = label_texts(rows, "label")
+    labels = label_texts(rows, column)
     if names is not None:
         labels = named(labels, rows, names[1], names[0])
     prefix = request.label_prefix or ""
     return [
-        replace(row, values={**row.values, "label": None if label is None else prefix + label})
+        replace(row, values={**_without(row.values, column), shape.label: None if label is None else prefix + label})
         for row, label in zip(rows, labels, strict=True)
     ]
+
+
+def _without(values: Mapping[str, object], column: str) -> dict[str, object]:
+    return {name: value for name, value in values.items() if name != column}
 
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -143,10 +155,13 @@ def _with_labels(rows: list[Row], request: DataRequest, names: tuple[Path, tuple
 
 def _shape(rows: Sequence[Row]) -> Shape:
     """Tell how records are read by the first one's columns."""
-    found = shape_of(rows[0])
+    found = shape_of(rows)
     if found is not None:
         return found
     names = ", ".join(map(str, rows[0].values))
+    chats = [str(name) for name, value in rows[0].values.items() if is_chat(value) and {"role", "from"} & set(value[0])]
+    if chats:
+        raise DataError(f"Found {names}. {NEED} Try --map {quote(f'{chats[0]}=messages')}")
     if any(isinstance(value, bytes | dict) for value in rows[0].values.values()):
         raise DataError(f"{rows[0].where}: Found {names}. {WRONG_KIND}")
     raise DataError(f"Found {names}. {NEED}{_hint(rows[0])}")
@@ -165,10 +180,10 @@ def _hint(row: Row) -> str:
     """Guess which columns are question and answer."""
     names = [str(name) for name in row.values]
     if len(names) < 2:
-        return "".join(f" Try --map {name}=text" for name in names)
+        return "".join(f" Try --map {quote(f'{name}=text')}" for name in names)
     answer = next((name for name in names if name in ("label", *ANSWERS, "output", "target")), names[1])
     question = next(name for name in names if name != answer)
-    pairs = [f"--map {source}={wanted}" for source, wanted in ((question, "prompt"), (answer, "answer"))]
+    pairs = [f"--map {quote(f'{source}={wanted}')}" for source, wanted in ((question, "prompt"), (answer, "answer"))]
     return f" Try {' '.join(pairs)}"
 
 
@@ -209,6 +224,12 @@ def _labels_of(examples: Sequence[TextExample], style: str) -> tuple[str, ...]:
         return ()
     closed = min(counts.values()) >= _CLOSED_REPEATS and all(len(answer) <= _CLOSED_LENGTH for answer in counts)
     return tuple(sorted(counts)) if closed else ()
+
+
+def _check_labels(labels: Sequence[str], test: Sequence[TextExample]) -> None:
+    strange = next((one for one in test if one.answer not in labels), None)
+    if strange is not None:
+        raise DataError(f"{strange.where}: held-out label '{strange.answer}' has no training examples.")
 
 
 def _chosen(

@@ -7,24 +7,26 @@ A table is one part or, by a column ``split``, several. A folder holds one table
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.divided import answered_part, divide_rows
 from treelora_cli.data.files import decode, read_bytes
-from treelora_cli.data.layout import Folder, Labelled, Passed, read_layout, scan, val_unused
+from treelora_cli.data.layout import Folder, Labelled, Passed, read_layout, scan
 from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, parts_among
 from treelora_cli.data.paths import existing, paths_of
 from treelora_cli.data.pixels import is_image
-from treelora_cli.data.tables import Row, divide_rows, is_table, read_table, table_stem, table_suffix
+from treelora_cli.data.table_folders import TableParts, tables_in
+from treelora_cli.data.tables import TEXT_SUFFIXES, Row, read_table, table_suffix
 from treelora_cli.errors import DataError
 
 WRONG_KIND = (
     "This project's backend is causal-lm: give JSONL, JSON, CSV or parquet with messages, prompt+answer,"
     " sentence+label or text."
 )
-_ABOUT = {"labels.json", "dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
-"""Tables beside the data that say something about it."""
+_ABOUT = re.compile(r"(read[ _-]?me|licen[cs]e|notice|changelog|changes|citation)\b.*", re.IGNORECASE)
+"""Texts beside the data that say something about it."""
 
 Parts = tuple[list[Row], list[Row]]
 """Training and held-out rows."""
@@ -53,6 +55,41 @@ def _read_all(paths: Sequence[Path], request: DataRequest, notes: list[str]) -> 
     return train, test
 
 
+def _texts_in(path: Path) -> Folder:
+    """Find text files: by their ending or, where none has it, those without any that hold text."""
+    found = scan(path, lambda file: table_suffix(file) == ".txt", Passed())
+    if not found.files and not found.inner:
+        found = scan(path, lambda file: table_suffix(file) == ".md" and not _ABOUT.fullmatch(file.stem), Passed())
+    if not found.files and not found.inner:
+        found = scan(path, _is_bare_text, Passed())
+    return found
+
+
+def _refuse_table(path: Path, lines: Sequence[str]) -> None:
+    """Raise ``DataError`` when every line of a text file is a record, and so no text to learn."""
+    tabs = {line.count("\t") for line in lines}
+    if all(line.lstrip().startswith("{") and line.rstrip().endswith("}") for line in lines):
+        seen, advice = "is a JSON record", "Pass --format jsonl"
+    elif all(line.startswith("__label__") for line in lines):
+        seen, advice = "begins with __label__", "Write it as a table with a head: label, text"
+    elif len(lines) > 1 and len(tabs) == 1 and tabs != {0}:
+        seen, advice = "has as many tabs", "If they divide columns, write their names above and pass --format tsv"
+    else:
+        return
+    raise DataError(f"{path}: every line {seen}. {advice}; if lines are texts to learn, pass --format text.")
+
+
+def _is_bare_text(file: Path) -> bool:
+    if file.suffix and not file.suffix[1:].isdigit():
+        return False
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(4096)
+    except OSError:
+        return False
+    return bool(head.strip()) and not any(sign < 9 for sign in head) and not _ABOUT.fullmatch(file.name)
+
+
 class _Reader:
     def __init__(self, request: DataRequest, notes: list[str]) -> None:
         self.request = request
@@ -67,70 +104,66 @@ class _Reader:
         return divide_rows(self._table(path), self.notes, "examples")
 
     def _table(self, path: Path) -> list[Row]:
-        return read_table(path, self.request.data_format, self.request.columns, self.notes)
+        rows = read_table(path, self.request.data_format, self.request.columns, self.notes)
+        if self.request.data_format is None and table_suffix(path) in TEXT_SUFFIXES:
+            _refuse_table(path, [str(row.values.get("text")) for row in rows])
+        return rows
 
     def _tables(self, paths: Sequence[Path]) -> list[Row]:
         return [row for path in paths for row in self._table(path)]
 
     def _read_folder(self, path: Path) -> Parts:
-        passed = Passed()
-        tables = scan(path, lambda file: is_table(file) and file.name.lower() not in _ABOUT, passed)
-        if tables.files:
-            return self._read_tables(path, tables.files)
-        if tables.inner:
-            return self._read_inner(tables)
-        texts = scan(path, lambda file: table_suffix(file) == ".txt", Passed())
+        tables = tables_in(path, self.notes)
+        if tables is not None:
+            return self._read_tables(tables)
+        texts = _texts_in(path)
         if texts.files or texts.inner:
             return self._read_texts(texts)
         pictures = any(is_image(entry) for entry in path.glob("**/*") if entry.is_file())
         raise DataError(f"{path} holds {'images' if pictures else 'no table'}. {WRONG_KIND}")
 
-    def _read_tables(self, folder: Path, files: Sequence[Path]) -> Parts:
-        found: dict[str | None, list[Path]] = {TRAIN: [], TEST: [], VAL: [], None: []}
-        meant = parts_among(table_stem(file) for file in files)
-        for file in files:
-            found[meant[table_stem(file)]].append(file)
-        others = found[None]
-        if found[TRAIN]:
-            if others:
-                self.notes.append(f"Not read, beside train and test: {', '.join(file.name for file in others)}.")
-            return self._held_out(self._tables(found[TRAIN]), self._tables(found[TEST]), self._tables(found[VAL]))
-        if len(files) == 1 or len({re.sub(r"\d+", "", file.name) for file in files}) == 1:
-            return divide_rows(self._tables(files), self.notes, "examples")
-        names = ", ".join(sorted(table_stem(file).lower() for file in files))
-        raise DataError(f"{folder} holds several tables and no train.*: {names}. Name one of them.")
-
-    def _held_out(self, train: list[Row], test: list[Row], val: list[Row]) -> Parts:
-        if test and val:
-            self.notes.append(val_unused(len(val), "examples"))
-        return train, test or val
-
-    def _read_inner(self, folder: Folder) -> Parts:
-        """Read tables in folders: of parts, or in a single one."""
-        if len(folder.inner) == 1:
-            return self._read_folder(folder.inner[0].path)
-        parts = [part_of(inner.name) for inner in folder.inner]
-        if None in parts or TRAIN not in parts:
-            names = ", ".join(f"{inner.name}/" for inner in folder.inner)
-            raise DataError(f"{folder.path} holds tables in {names}. Name one of them.")
-        found: dict[str, list[Path]] = {TRAIN: [], TEST: [], VAL: []}
-        for part, inner in zip(parts, folder.inner, strict=True):
-            found[str(part)] += inner.all_files()
-        return self._held_out(*(self._tables(found[part]) for part in (TRAIN, TEST, VAL)))
+    def _read_tables(self, tables: TableParts) -> Parts:
+        train, test, val = (self._tables(paths) for paths in (tables.train, tables.test, tables.val))
+        if not tables.divided:
+            return divide_rows(train, self.notes, "examples")
+        return train, answered_part(train, test, val, self.notes, "examples")
 
     def _read_texts(self, folder: Folder) -> Parts:
         """Read text files: one text each; in class folders the folder's name is the label."""
-        if folder.files:
-            return self._free(folder.all_files()), []
+        own = [file for file in folder.files if not _ABOUT.fullmatch(file.stem)]
+        if len(own) < len(folder.files):
+            self.notes.append(f"{len(folder.files) - len(own)} texts about the data were left out.")
+        if own and folder.inner:
+            seen = ", ".join(f"{inner.name}/" for inner in folder.inner[:3])
+            raise DataError(
+                f"{folder.path} holds {len(own)} texts beside folders of texts ({seen}): are the folders labels?"
+                " Separate them, or name files."
+            )
+        meant = parts_among(file.stem for file in own)
+        if own and TRAIN in meant.values():
+            return self._read_text_parts(own, meant)
+        if not folder.inner:
+            return self._free(own or folder.files), []
         if all(part_of(inner.name) is not None and not inner.inner for inner in folder.inner):
             found: dict[str, list[Row]] = {TRAIN: [], TEST: [], VAL: []}
             for inner in folder.inner:
                 found[str(part_of(inner.name))] += self._free(inner.all_files())
-            return self._held_out(found[TRAIN] or found[TEST], found[TEST] if found[TRAIN] else [], found[VAL])
+            train, test, val = found[TRAIN], found[TEST], found[VAL]
+            return (train, answered_part(train, test, val, self.notes, "examples")) if train else (test or val, [])
         passed = Passed()
         layout = read_layout(folder, self.request.classes, passed, "texts")
         self.notes += passed.lines(folder.path, "texts")
         return self._labelled(layout.train), self._labelled(layout.test)
+
+    def _read_text_parts(self, files: Sequence[Path], meant: Mapping[str, str | None]) -> Parts:
+        """Read ``train.txt`` and ``valid.txt``: a text a line."""
+        found: dict[str | None, list[Row]] = {TRAIN: [], TEST: [], VAL: [], None: []}
+        for file in files:
+            found[meant[file.stem]] += read_table(file, "text", {}, self.notes)
+        if found[None]:
+            names = ", ".join(file.name for file in files if meant[file.stem] is None)
+            self.notes.append(f"Not read, beside train and test: {names}.")
+        return found[TRAIN], answered_part(found[TRAIN], found[TEST], found[VAL], self.notes, "examples")
 
     def _free(self, files: Sequence[Path]) -> list[Row]:
         return [Row({"text": self._text(file)}, file.name) for file in files]

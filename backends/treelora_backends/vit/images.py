@@ -17,13 +17,15 @@ from torch import Tensor
 from treelora_cli.backend.runtime import Reporter
 from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.held_out import content_hash
-from treelora_cli.data.images import ImageItem, list_images
+from treelora_cli.data.images import list_images
+from treelora_cli.data.manifests import ImageItem
 from treelora_cli.data.paths import shown
 from treelora_cli.data.pixels import open_image
 from treelora_cli.errors import DataError, UsageError
 
 _IN_MEMORY_BYTES = 2 * 1024**3
 _CHUNK = 256
+_DARK = 16
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
         notes = (*notes, f"{len(bad)} unreadable images were skipped, such as {bad[0]}.")
     if not request.test_only and len(train.labels.unique()) < len(listing.labels):
         raise DataError(f"{request.path}: a class has no readable training image left.")
+    _refuse_dark(request, train)
     height, width = preprocessing.size
     sample = (
         f"{shown(listing.train[0].name)} -> 3x{height}x{width}, label '{listing.train[0].label}'"
@@ -193,6 +196,16 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
     )
     digits = digest.hexdigest()
     return ImageTask(listing.labels, train, test, digits, notes, sample, listing.change, numbered=listing.numbered)
+
+
+def _refuse_dark(request: DataRequest, train: Pictures) -> None:
+    """Raise ``DataError`` when no pixel of any image is brighter than a few of 255: numbers of classes or of 4 bits."""
+    brightest = int(train.pixels.max()) if len(train) else 255
+    if brightest <= _DARK:
+        raise DataError(
+            f"{request.path}: the brightest pixel of all {len(train)} images is {brightest} of 255; such numbers are no"
+            " brightness (masks, or fewer bits). Scale them to 0 to 255."
+        )
 
 
 def _decode(

@@ -1,0 +1,167 @@
+"""Messages of chats as people have them: OpenAI's, ShareGPT's, with calls of tools and parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from treelora_cli.backend.values import Turn
+from treelora_cli.data.examples import TextExample, chat_example
+from treelora_cli.data.tables import Row
+from treelora_cli.errors import DataError
+
+CHATS = ("messages", "conversations", "conversation")
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "ai", "bot", "chatbot", "chatgpt", "bing", "bard"), "assistant"),
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+_OPENAI_ROLES = ("system", "user", "assistant", "tool")
+_EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+"""What templates look for in a message beside role and content."""
+_SWITCHES = ("train", "loss", "train_on_turn")
+"""What other tools call the weight of a message."""
+
+
+def is_chat(value: Any) -> bool:
+    """Return whether a value is a list of messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def prompt_chat(row: Row, answer: str) -> TextExample:
+    """Return a chat whose last messages are in a column of their own.
+
+    Raises:
+        DataError: They are no messages; names file and line.
+    """
+    given, wanted = row.values.get("prompt"), row.values.get(answer)
+    if isinstance(wanted, str):
+        wanted = [{"role": "assistant", "content": wanted}]
+    if not is_chat(given) or not is_chat(wanted):
+        raise DataError(f"{row.where}: 'prompt' and '{answer}' are lists of messages with role and content.")
+    return chat_of(row, [*list(given or ()), *list(wanted or ())], "prompt")
+
+
+def chat_of(row: Row, messages: Any, column: str) -> TextExample:
+    """Return a chat as an example.
+
+    Raises:
+        DataError: The column holds no messages, or they do not end with the assistant's; names file and line.
+    """
+    messages = _from_json(messages, row, column)
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages) or len(messages) < 2:
+        raise DataError(f"{row.where}: '{column}' is a list of two or more records with role and content.")
+    turns = [_turn(one, row.where) for one in messages]
+    system = row.values.get("system")
+    if isinstance(system, str) and system.strip() and turns[0].role != "system":
+        turns.insert(0, Turn("system", system))
+    if turns[-1].role != "assistant":
+        raise DataError(f"{row.where}: the last message, the answer, is by '{turns[-1].role}' and not by 'assistant'.")
+    if not any(turn.learned for turn in turns if turn.role == "assistant"):
+        raise DataError(f"{row.where}: every message of the assistant has weight 0; there is nothing to learn.")
+    return chat_example(row.where, turns[:-1], turns[-1], _tools(row))
+
+
+def read_messages(messages: Any, where: str) -> list[Turn]:
+    """Read messages that wait for an answer.
+
+    Raises:
+        DataError: They are no messages, or end with the assistant's.
+    """
+    if isinstance(messages, dict):
+        column = next((name for name in CHATS if name in messages), None)
+        messages = messages if column is None else messages[column]
+    if not is_chat(messages):
+        raise DataError(f"{where}: expected a list of messages with role and content.")
+    turns = [_turn(one, where) for one in messages]
+    if turns[-1].role in ("assistant", "system"):
+        raise DataError(f"{where}: the last message is by '{turns[-1].role}'; there is nothing to answer.")
+    return turns
+
+
+def _turn(message: Mapping[str, Any], where: str) -> Turn:
+    named = message.get("role", message.get("from"))
+    role = _ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+    if role is None:
+        raise DataError(f"{where}: role {named!r} is not one of {', '.join(_OPENAI_ROLES)}.")
+    content = _content(message.get("content", message.get("value")), where)
+    if not content.strip() and isinstance(message.get("refusal"), str):
+        content = message["refusal"]
+    more = {key: message[key] for key in _EXTRA if message.get(key) not in (None, "", [])}
+    if "tool_calls" not in more and isinstance(message.get("function_call"), dict):
+        more["tool_calls"] = [{"type": "function", "function": message["function_call"]}]
+    if "tool_calls" in more:
+        more["tool_calls"] = _calls(more["tool_calls"], where)
+    if not content.strip() and "tool_calls" not in more and role != "tool":
+        raise DataError(f"{where}: empty content of a message.")
+    written = json.dumps(more, ensure_ascii=False) if more else ""
+    return Turn(role, content, written, learned=_is_learned(message))
+
+
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    """Return whether a message is to be learned: a weight of 0, ``train: false`` and ``loss: false`` say no."""
+    return message.get("weight") not in (0, "0") and not any(message.get(key) in (False, 0) for key in _SWITCHES)
+
+
+def _content(value: Any, where: str) -> str:
+    """Return a message's text; parts of a list are joined."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return "".join(_part(part, where) for part in value)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: the content of a message is not text but {type(value).__name__}.")
+    return value
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    text = part.get("text", part.get("refusal")) if isinstance(part, dict) else part
+    if kind not in ("text", "str", "refusal", "input_text", "output_text") or not isinstance(text, str):
+        raise DataError(f"{where}: a message holds {kind}; only text can be read.")
+    return text
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Return calls of tools as templates take them: arguments as a record, not as its JSON."""
+    if not isinstance(calls, list) or not all(isinstance(one, dict) for one in calls):
+        raise DataError(f"{where}: 'tool_calls' is a list of records.")
+    read = []
+    for call in calls:
+        inner = dict(call.get("function", call))
+        if isinstance(inner.get("arguments"), str):
+            try:
+                inner["arguments"] = json.loads(inner["arguments"])
+            except ValueError as error:
+                raise DataError(f"{where}: the arguments of a call are invalid JSON.") from error
+        read.append({**call, "function": inner} if "function" in call else inner)
+    return read
+
+
+def _tools(row: Row) -> str:
+    old = [{"type": "function", "function": one} for one in _list(row.values.get("functions"), row, "functions")]
+    tools = _list(row.values.get("tools"), row, "tools") or old
+    return json.dumps(tools, ensure_ascii=False) if tools else ""
+
+
+def _list(value: Any, row: Row, column: str) -> list[Any]:
+    tools = _from_json(value or [], row, column)
+    if not isinstance(tools, list):
+        raise DataError(f"{row.where}: '{column}' is a list of records.")
+    return tools
+
+
+def _from_json(value: Any, row: Row, column: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{row.where}: '{column}' is invalid JSON.") from error
