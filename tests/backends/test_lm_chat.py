@@ -134,6 +134,26 @@ def test_every_turn_of_the_assistant_is_learned_or_the_last():
     assert parts(encoder_of(TEMPLATE, learn="last"), example) == (before, ["Yes<|end|>"])
 
 
+def test_the_time_in_a_template_does_not_make_prompts_answers():
+    clock = "{{ '[' + strftime_now('%H:%M:%S.%f') + ']' }}"
+    prompt, learned = parts(encoder_of(clock + TEMPLATE), chat("Hi", "Ho", "And?", "Yes"))
+    assert prompt.endswith("]<|user|>Hi<|end|><|assistant|>")
+    assert learned == ["Ho<|end|>", "Yes<|end|>"]
+
+
+def test_what_a_template_leaves_out_is_said(tmp_path):
+    deaf = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    turns = [("user", "a"), ("assistant", "b"), ("tool", "c"), ("assistant", "d")]
+    record = {"messages": [{"role": r, "content": c} for r, c in turns], "tools": [{"name": "f"}]}
+    path = written(tmp_path / "d.jsonl", record, record)
+    notes = {t: read_lm_task(DataRequest(path, held_out=0.0), encoder_of(t), Silent()).notes for t in (deaf, TEMPLATE)}
+    line = "The chat template leaves out what stands in {}: the model does not read it."
+    assert line.format("tool, tools") in notes[deaf]
+    assert line.format("tools") in notes[TEMPLATE]
+    plain = written(tmp_path / "e.jsonl", {"messages": record["messages"][:2]})
+    assert read_lm_task(DataRequest(plain, held_out=0.0), encoder_of(deaf), Silent()).notes == ()
+
+
 def test_only_learned_tokens_are_labelled():
     encoder = encoder_of(TEMPLATE)
     one = encoder.encode(chat("Hi", "Ho", "And?", "Yes"), "chat", ())

@@ -224,7 +224,7 @@ USAGE = {
     "unknown export format": (
         ["export", "OUT", "--format", "merge"],
         2,
-        r"--format is one of merged, adapter; got 'merge' \(did you mean 'merged'\?\)\.",
+        r"--format is one of merged, adapter.*; got 'merge' \(did you mean 'merged'\?\)\.",
     ),
     "unknown dtype": (["export", "OUT", "--dtype", "int8"], 2, r"--dtype is one of float32, float16, bfloat16"),
     "task of a merged export": (["export", "OUT", "--task", "warm"], 2, r"--task goes with --format adapter"),

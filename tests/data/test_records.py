@@ -190,9 +190,10 @@ def test_messages_that_are_not_to_be_learned(read, silent):
     turns = [("user", "a", {}), ("assistant", "b", silent), ("user", "c", {}), ("assistant", "d", {})]
     one, _, _ = read({"messages": [{"role": role, "content": text, **more} for role, text, more in turns]})
     assert [turn.learned for turn in one.messages] == [True, False, True, True]
-    with pytest.raises(
-        DataError, match=r"d\.jsonl:1: every message of the assistant has weight 0; there is nothing to"
-    ):
+    turns[1], turns[3] = ("assistant", "b", {}), ("assistant", "d", silent)
+    one, _, _ = read({"messages": [{"role": role, "content": text, **more} for role, text, more in turns]})
+    assert (one.answer, [turn.content for turn in one.messages]) == ("b", ["a", "b"])
+    with pytest.raises(DataError, match=r"d\.jsonl:1: every answer of the assistant has weight 0; there is noth"):
         read({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **silent}]})
 
 

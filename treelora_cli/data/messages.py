@@ -64,8 +64,10 @@ def chat_of(row: Row, messages: Any, column: str) -> TextExample:
         turns.insert(0, Turn("system", system))
     if turns[-1].role != "assistant":
         raise DataError(f"{row.where}: the last message, the answer, is by '{turns[-1].role}' and not by 'assistant'.")
-    if not any(turn.learned for turn in turns if turn.role == "assistant"):
-        raise DataError(f"{row.where}: every message of the assistant has weight 0; there is nothing to learn.")
+    learned = [place for place, turn in enumerate(turns) if turn.role == "assistant" and turn.learned]
+    if not learned or learned[-1] == 0:
+        raise DataError(f"{row.where}: every answer of the assistant has weight 0; there is nothing to learn.")
+    turns = turns[: learned[-1] + 1]  # what follows the last learned answer is never read
     return chat_example(row.where, turns[:-1], turns[-1], _tools(row))
 
 

@@ -16,6 +16,8 @@ from treelora_cli.errors import DataError
 
 _AFTER_END = 3
 """Learned tokens at the end of an answer among which its end is looked for."""
+_LOOKED_AT = 50
+"""Chats that are searched for what the template leaves out."""
 _SHOWN = 600
 """Characters of the sample that are shown."""
 
@@ -203,6 +205,10 @@ def _template_notes(listing: TextListing, records: int, encoder: Encoder) -> lis
         notes.append(f"The chat template ends no turn; '{encoder.tokenizer.eos_token}' is learned as the end.")
     if not encoder.template.takes_system and any(one.system for one in listing.train or listing.test):
         notes.append("The chat template takes no system prompt: it opens the user's first message instead.")
+    examples = (listing.train or listing.test)[:_LOOKED_AT]
+    silent = sorted(set().union(*(encoder.template.left_out(one) for one in examples)))
+    if silent:
+        notes.append(f"The chat template leaves out what stands in {', '.join(silent)}: the model does not read it.")
     if records and len(listing.train) > records:
         notes.append(f"{records} chats are learned as {len(listing.train)} examples, one for each answer.")
     return notes

@@ -7,8 +7,10 @@ only the beginning has, such as an opened ``<think>``, is left out of prompts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +21,7 @@ from treelora_cli.errors import DataError
 _ANSWER = "Treelora7answer"
 _SYSTEM = "Treelora7system"
 _USER = "Hello"
+_CLOCK = re.compile(r"\bstrftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        template = getattr(tokenizer, "chat_template", None)
+        self._frozen = _without_clock(template) if isinstance(template, str) else None
 
     @property
     def exists(self) -> bool:
@@ -111,6 +116,8 @@ class ChatTemplate:
 
         fields = [turn.fields() for turn in turns]
         more = {"tools": json.loads(tools)} if tools else {}
+        if self._frozen is not None:
+            more["chat_template"] = self._frozen
         try:
             text = self.tokenizer.apply_chat_template(fields, tokenize=False, add_generation_prompt=asks, **more)
         except Exception as error:  # a template is a program, and may raise anything
@@ -140,6 +147,16 @@ class ChatTemplate:
         text = self._applied(turns, tools, asks=True)
         extra = self.form.only_asked
         return text[: len(text) - len(extra)] if extra and text.endswith(extra) else text
+
+    def left_out(self, example: TextExample) -> set[str]:
+        """Return what of a chat the template does not write: roles of messages, and ``tools``."""
+        if not self.exists:
+            return set()
+        written = self._finished(example.messages, example.tools)
+        turns = [turn for turn in self.adapted(example.messages)[:-1] if "</think>" not in turn.content]
+        silent = {turn.role for turn in turns if turn.content.strip() not in written}
+        deaf = bool(example.tools) and written == self._finished(example.messages, "")
+        return silent | ({"tools"} if deaf else set())
 
     def _finished(self, turns: Sequence[Turn], tools: str) -> str:
         turns = self.adapted(turns)
@@ -211,6 +228,12 @@ def shortened(example: TextExample, start: int) -> TextExample | None:
         return None
     kept = [turn for turn in example.turns[: users[start]] if turn.role == "system"]
     return replace(example, turns=(*kept, *example.turns[users[start] :]))
+
+
+def _without_clock(template: str) -> str:
+    """Return a template with the time of now written in: else what is asked and what is written may differ by it."""
+    now = datetime.now()
+    return _CLOCK.sub(lambda found: repr(now.strftime(found[2])), template)
 
 
 def _in_common(one: str, other: str) -> int:
