@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -298,3 +299,28 @@ def _no_room(error: OSError) -> ResourceError:
         f"Activations cannot be kept in {tempfile.gettempdir()}: {error.strerror or error}. Nothing was committed."
         " Free some space there, or set TMPDIR."
     )
+
+
+class Aside:
+    """A tensor that is not needed for a while: it waits in an unnamed temporary file, or in memory where none fits.
+
+    Args:
+        tensor: On the CPU.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        array = tensor.contiguous().numpy()
+        self._shape, self._type = array.shape, array.dtype
+        self._array: np.ndarray[Any, Any] | None = None
+        try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+            array.tofile(self._file)
+        except OSError:  # such as a full disk
+            self._array = array
+
+    def read(self) -> Tensor:
+        """Return a copy."""
+        if self._array is not None:
+            return torch.from_numpy(self._array.copy())
+        self._file.seek(0)
+        return torch.from_numpy(np.fromfile(self._file, self._type).reshape(self._shape))

@@ -10,8 +10,7 @@ from treelora_cli.algorithm.arms import SearchArms, search_arms
 from treelora_cli.algorithm.bandit import TreeBandit, _where_adequate, pull_summary
 from treelora_cli.algorithm.budget import merge_to_budget
 from treelora_cli.algorithm.distances import mutual_pairs
-from treelora_cli.algorithm.growth import grow
-from treelora_cli.algorithm.nodes import nodes_from_list
+from treelora_cli.algorithm.nodes import grow, nodes_from_list
 from treelora_cli.algorithm.pull import soft_threshold_
 from treelora_cli.algorithm.signature import SketchSpec, sketch_layer
 from treelora_cli.algorithm.split import _TIE, halve, median_l1_cut, principal_gap_cut

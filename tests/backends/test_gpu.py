@@ -12,7 +12,7 @@ import torch
 from tiny_lm import tiny_models
 from treelora_backends.causal_lm.backend import CausalLmBackend
 from treelora_backends.kept import Keeping, KeptRows, each_expected
-from treelora_backends.vit.chunks import images_at_once
+from treelora_backends.vit.images import images_at_once
 
 from treelora_cli.backend import adapters
 from treelora_cli.backend.runtime import Runtime, Silent, open_runtime

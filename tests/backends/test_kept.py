@@ -11,12 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from treelora_backends import kept as module
-from treelora_backends.kept import Keeping, KeptRows, each_expected, size_of
+from treelora_backends.kept import Aside, Keeping, KeptRows, each_expected, size_of
 
 from treelora_cli.errors import ResourceError
 
 CPU = torch.device("cpu")
 MIB = 2**20
+
+
+def full_disk() -> NoReturn:
+    raise OSError(28, "No space left on device")
 
 
 def rows_of(count: int) -> torch.Tensor:
@@ -119,9 +123,6 @@ def test_while_a_batch_is_worked_on_the_next_one_is_being_read() -> None:
 
 @pytest.mark.parametrize("when", ["made", "written"])
 def test_a_full_disk_is_said_in_one_line(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk() -> NoReturn:
-        raise OSError(28, "No space left on device")
-
     class Full(io.RawIOBase):
         def seek(self, offset: int, _whence: int = 0) -> int:
             return offset
@@ -132,3 +133,14 @@ def test_a_full_disk_is_said_in_one_line(when: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: full_disk() if when == "made" else Full())
     with pytest.raises(ResourceError, match=r"No space left on device.*TMPDIR"):
         KeptRows(1, (2,), Keeping.of(CPU, 0)).write(torch.tensor([0]), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_waits_aside_comes_back(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if full:
+        monkeypatch.setattr(tempfile, "TemporaryFile", full_disk)
+    wanted = torch.randn(3, 5)
+    waiting = Aside(wanted.clone())
+    assert (waiting._array is None) is not full
+    waiting.read().zero_()
+    assert torch.equal(waiting.read(), wanted), "what is read is a copy"

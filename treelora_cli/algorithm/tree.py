@@ -26,8 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treelora_cli.algorithm.distances import Float32Array, FloatArray, l1_distance, nearest_neighbours
-from treelora_cli.algorithm.growth import Shape, grow, number
-from treelora_cli.algorithm.nodes import Node, check_keys, node_to_dict, nodes_from_list, read_count
+from treelora_cli.algorithm.nodes import (
+    Node,
+    Shape,
+    check_keys,
+    grow,
+    node_to_dict,
+    nodes_from_list,
+    number,
+    read_count,
+)
 from treelora_cli.algorithm.split import rule_named
 
 __all__ = ["Node", "Tree", "build_tree", "extend_tree", "l1_distance"]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treelora_cli.backend.contract import STORED_KINDS, Backend, Base, Predictor, Session, TaskData
-from treelora_cli.backend.members import missing_members
+from treelora_cli.backend.registry import missing_members
 from treelora_cli.backend.values import DataRequest, ExportOptions, Learned, Memory, Score, TaskMemory, layout_of
 from treelora_cli.config import BaseConfig, Config, resolve
 from treelora_cli.config.fields import check_range

@@ -1,4 +1,4 @@
-"""Where and in which arithmetic a command computes: device, processes, precision, progress."""
+"""Where and in which arithmetic a command computes: device, processes, precision, memory, progress."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+import torch
 
 from treelora_cli.errors import UsageError
 
@@ -262,6 +264,13 @@ def usable_processors() -> int:
         return max(1, min(count, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):
         return count  # no control group, or one without a limit
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a CPU tensor on ``device``; a GPU fetches it from pinned memory while the caller goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def quiet_libraries() -> None:

@@ -38,7 +38,7 @@ from treelora_cli.errors import UsageError
 from treelora_cli.learning.opening import held_in, load_base
 from treelora_cli.learning.provenance import peak_bytes, versions
 from treelora_cli.learning.stream import PlannedTask, StreamRequest, plan_stream, run_stream
-from treelora_cli.learning.training import task_context, train_session
+from treelora_cli.learning.trainer import task_context, train_session
 from treelora_cli.methods.catalogue import choose_head, load_method, runs_in_project
 from treelora_cli.score_matrix import ScoreMatrix
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.backend.contract import Backend, Base
-from treelora_cli.backend.members import require
-from treelora_cli.backend.registry import backend_for, load_backend
+from treelora_cli.backend.registry import backend_for, load_backend, require
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
 from treelora_cli.config.by_name import given_settings

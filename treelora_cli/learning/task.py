@@ -18,7 +18,7 @@ from treelora_cli.algorithm.signature import SignatureAccumulator, SketchSpec
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic
 from treelora_cli.backend.contract import Base, Session, TaskData
-from treelora_cli.backend.members import check_honoured, require
+from treelora_cli.backend.registry import check_honoured, require
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.backend.values import DataRequest, Score
 from treelora_cli.config import Config, to_dict
@@ -39,7 +39,7 @@ from treelora_cli.learning.new_task import Clock, NewTask, Probe, Trained
 from treelora_cli.learning.opening import check_base, recorded_arithmetic
 from treelora_cli.learning.provenance import peak_bytes
 from treelora_cli.learning.resuming import restore, save_step
-from treelora_cli.learning.training import task_context, train_session
+from treelora_cli.learning.trainer import task_context, train_session
 from treelora_cli.learning.watching import after_task, for_gate, of_tasks
 from treelora_cli.methods.base import Past
 from treelora_cli.methods.catalogue import project_method

@@ -5,7 +5,7 @@ TreeLoRA, the contenders of ``treelora compare`` and anyone else's method regist
 
 from __future__ import annotations
 
-from treelora_cli.entry_points import registered
+from treelora_cli.backend.registry import registered
 from treelora_cli.errors import ModelError, UsageError, suggest
 from treelora_cli.methods.base import Entry
 

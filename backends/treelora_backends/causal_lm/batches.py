@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.causal_lm.render import Encoded, Encoder, Ids
-from treelora_backends.transfer import sent
+from treelora_cli.backend.runtime import sent
 
 T = TypeVar("T")
 

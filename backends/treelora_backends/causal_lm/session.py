@@ -36,8 +36,8 @@ from treelora_backends.causal_lm.router import TaskRouter
 from treelora_backends.causal_lm.steps import LmSteps
 from treelora_backends.causal_lm.task import LmTask
 from treelora_backends.kept import Keeping, KeptRows, each_expected
-from treelora_backends.transfer import sent
 from treelora_cli import seeds
+from treelora_cli.backend.runtime import sent
 from treelora_cli.backend.values import Learned, Memory
 from treelora_cli.config import Config
 from treelora_cli.errors import DataError, UsageError

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.vit.branch import BranchHead, BranchSettings
-from treelora_backends.vit.chunks import filled
+from treelora_backends.vit.images import filled
 from treelora_backends.vit.trunk import Entering
 from treelora_cli.backend import adapters
 from treelora_cli.heads.ridge import LinearHead

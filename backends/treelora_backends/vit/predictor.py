@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.vit.branch_answers import BranchAnswers, Seen
-from treelora_backends.vit.chunks import filled, images_at_once
-from treelora_backends.vit.images import ImageTask, Pictures
+from treelora_backends.vit.images import ImageTask, Pictures, filled, images_at_once
 from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_names, class_of_column, columns_of
 from treelora_backends.vit.single import SingleNetwork
 from treelora_backends.vit.trunk import Entering

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.vit.branch_answers import BRANCHES_ASKED, FROZEN_SHARE, UNLIKELY, BranchAnswers
-from treelora_backends.vit.chunks import images_at_once
+from treelora_backends.vit.images import images_at_once
 from treelora_backends.vit.predictor import ADAPTER_SHARE, ANCHOR_SHARPNESS, TASKS_ASKED, VitPredictor
 from treelora_backends.vit.shared_head import SharedHead, class_names, class_of_column, columns_of
 from treelora_cli.backend import adapters

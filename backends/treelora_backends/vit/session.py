@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from treelora_backends.kept import Keeping, KeptRows, each_expected
-from treelora_backends.transfer import sent
 from treelora_backends.vit.branching import Branching
-from treelora_backends.vit.chunks import images_at_once
-from treelora_backends.vit.images import ImageTask, shuffled_views
+from treelora_backends.vit.images import ImageTask, images_at_once, shuffled_views
 from treelora_backends.vit.shared_head import SharedHead, columns_of
 from treelora_backends.vit.single import (
     COVARIANCE_RIDGE,
@@ -33,6 +31,7 @@ from treelora_backends.vit.single import (
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
+from treelora_cli.backend.runtime import sent
 from treelora_cli.backend.values import BranchLearned, Learned, Memory, Trial
 from treelora_cli.config import Config
 from treelora_cli.heads.gaussians import ClassStatistics

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from treelora_backends.spill import Aside
+from treelora_backends.kept import Aside
 from treelora_backends.vit.solved import SolvedFeatures, fits, grow, solved_statistics
 from treelora_backends.vit.trunk import Features, Trunk
 from treelora_cli.backend.runtime import Runtime
