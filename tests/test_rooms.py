@@ -30,7 +30,7 @@ ROOMS: dict[str, str] = {
     "project": "algorithm backend config errors score_matrix version",
     "learning": "algorithm backend config data errors locations methods project score_matrix seeds version",
     "compare": "backend config errors learning methods score_matrix seeds version",
-    "views": "algorithm backend compare errors project.watch score_matrix",
+    "views": "algorithm backend compare errors project.metrics score_matrix",
     "report": "algorithm errors project score_matrix views",
     "api": "algorithm backend config data errors learning project score_matrix",
     "__init__": "api version",

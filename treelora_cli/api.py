@@ -242,7 +242,7 @@ class Project:
             TreeLoraError: Bad data, no memory, another writer, ...; the project is as before.
         """
         from treelora_cli.backend.values import DataRequest
-        from treelora_cli.learning.naming import task_name
+        from treelora_cli.learning.new_task import task_name
         from treelora_cli.learning.task import learn_task
 
         path = Path(data).expanduser().absolute()

@@ -28,7 +28,7 @@ from treelora_cli.commands.status import status
 from treelora_cli.commands.train_task import train_task
 from treelora_cli.commands.watch import watch
 from treelora_cli.errors import Interrupted, describe_error
-from treelora_cli.project.signals import terminate_like_interrupt
+from treelora_cli.project.lock import terminate_like_interrupt
 from treelora_cli.version import __version__
 from treelora_cli.views.console import Output
 

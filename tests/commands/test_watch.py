@@ -9,7 +9,7 @@ import pytest
 from conftest import Cli, Result, check_error, learned_hashes, make_images
 
 from treelora_cli.project import Project, repair
-from treelora_cli.project.watch import WATCH
+from treelora_cli.project.metrics import WATCH
 
 
 @pytest.fixture(scope="module")

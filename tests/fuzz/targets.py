@@ -15,9 +15,9 @@ from pathlib import Path
 from treelora_cli.config import DEFAULTS, overlay, parse_config
 from treelora_cli.errors import TreeLoraError
 from treelora_cli.project import Project
-from treelora_cli.project.checkpoint import Checkpoint
 from treelora_cli.project.state import parse_state, seal
 from treelora_cli.project.store import FileRecord
+from treelora_cli.project.unfinished import Checkpoint
 
 Target = Callable[[bytes], None]
 
@@ -130,7 +130,7 @@ def _bandit(project: Project) -> None:
 
 
 def _watch(data: bytes) -> None:
-    from treelora_cli.project.watch import parse_watch, watch_document
+    from treelora_cli.project.metrics import parse_watch, watch_document
 
     with contextlib.suppress(TreeLoraError):
         found = parse_watch(data)
@@ -193,7 +193,7 @@ class _Folder:
             pass
 
     def pending(self, data: bytes) -> None:
-        from treelora_cli.project.pending import Pending
+        from treelora_cli.project.unfinished import Pending
 
         self.path.write_bytes(_sealed(data))
         try:

@@ -15,7 +15,7 @@ from treelora_cli.config import GateConfig
 from treelora_cli.errors import DamagedError
 from treelora_cli.learning.gate import WatchScore, refusal
 from treelora_cli.project import Project, damage_of_the_past, repair
-from treelora_cli.project.pending import PENDING
+from treelora_cli.project.unfinished import PENDING
 from treelora_cli.score_matrix import ScoreMatrix
 
 MATRIX = ScoreMatrix(("a", "b"), ((0.9,), (0.7, 0.8)))

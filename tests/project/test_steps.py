@@ -10,8 +10,8 @@ from conftest import STREAM, Cli
 
 from treelora_cli.errors import DamagedError
 from treelora_cli.project import Project, repair
-from treelora_cli.project.answers import TaskAnswers, answers_document, parse_answers
-from treelora_cli.project.steps import Step, StepLog, parse_steps
+from treelora_cli.project.metrics import TaskAnswers, answers_document, parse_answers
+from treelora_cli.project.unfinished import Step, StepLog, parse_steps
 
 
 def test_every_step_is_kept_with_its_task(learned_project: Path) -> None:

@@ -14,8 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from conftest import Cli, check_error, run_python, tree_hash
 
-from treelora_cli.project.answers import TaskAnswers
-from treelora_cli.project.watch import WatchSet
+from treelora_cli.project.metrics import TaskAnswers, WatchSet
 from treelora_cli.report.charts import shade, ticks
 from treelora_cli.report.drawing import COLOURS, STYLE, Drawing, plain, short
 from treelora_cli.report.figures import CELLS, curves_figure, matrix_figure, overall_figure

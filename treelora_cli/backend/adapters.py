@@ -317,3 +317,14 @@ def peft_config(network: nn.Module, base_name: str | None) -> dict[str, Any]:
     written["inference_mode"] = True
     written["target_modules"] = sorted(written["target_modules"])
     return cast("dict[str, Any]", written)
+
+
+def adapter_files(network: nn.Module, base_name: str | None, weights: AdapterWeights) -> dict[str, bytes]:
+    """Return the files of a stock PEFT directory of one adapter, name to content."""
+    from safetensors.torch import save
+
+    config = peft_config(network, base_name)
+    return {
+        "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        "adapter_model.safetensors": save(weights.to_tensors(), metadata={"format": "pt"}),
+    }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import resource
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -238,6 +240,12 @@ def _map_large_blocks() -> None:
     if mallopt is not None:
         mallopt(_MALLOC_MMAP, _LARGE_BLOCK)
         mallopt(_MALLOC_TRIM, 4 * _LARGE_BLOCK)
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def return_free_memory() -> None:

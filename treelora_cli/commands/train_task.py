@@ -78,7 +78,7 @@ def train_task(
     from treelora_cli.config import BaseConfig, from_flags
     from treelora_cli.config.by_name import add_set
     from treelora_cli.data.paths import existing, paths_of
-    from treelora_cli.learning.naming import task_name
+    from treelora_cli.learning.new_task import task_name
     from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.learning.task import learn_task
 

@@ -12,7 +12,7 @@ from treelora_cli.commands.context import parse_pairs, session_of
 from treelora_cli.locations import lasting
 
 if TYPE_CHECKING:
-    from treelora_cli.project.watch import WatchSet
+    from treelora_cli.project.metrics import WatchSet
 
 watch = typer.Typer(
     help="Data that is scored after each task and never learned from.", no_args_is_help=True, rich_markup_mode=None
@@ -36,10 +36,10 @@ def add(
     """
     from treelora_cli.backend.values import DataRequest
     from treelora_cli.config import Config
+    from treelora_cli.learning.gate import register
     from treelora_cli.learning.opening import open_base, project_config
-    from treelora_cli.learning.watching import register
     from treelora_cli.project import check_task_name
-    from treelora_cli.project.watch import check_new
+    from treelora_cli.project.metrics import check_new
 
     session = session_of(context)
     check_task_name(name)
@@ -82,7 +82,7 @@ def remove(
 
     Example: treelora watch remove acceptance
     """
-    from treelora_cli.project.watch import without
+    from treelora_cli.project.metrics import without
 
     session = session_of(context)
     with session.project().lock(f"watch remove {name}") as project:

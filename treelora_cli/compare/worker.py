@@ -30,17 +30,17 @@ from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic
 from treelora_cli.backend.registry import load_backend
-from treelora_cli.backend.runtime import Runtime, Silent, open_runtime
+from treelora_cli.backend.runtime import Runtime, Silent, open_runtime, peak_bytes
 from treelora_cli.compare.results import write_result
 from treelora_cli.compare.runs import Run
 from treelora_cli.config import AdapterConfig, Config, TrainConfig, TreeConfig, load_config, overlay, resolve
 from treelora_cli.errors import UsageError
 from treelora_cli.learning.opening import held_in, load_base
-from treelora_cli.learning.provenance import peak_bytes, versions
 from treelora_cli.learning.stream import PlannedTask, StreamRequest, plan_stream, run_stream
 from treelora_cli.learning.trainer import task_context, train_session
 from treelora_cli.methods.catalogue import choose_head, load_method, runs_in_project
 from treelora_cli.score_matrix import ScoreMatrix
+from treelora_cli.version import versions
 
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import Base, ContenderModel, TaskData

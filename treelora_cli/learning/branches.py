@@ -35,16 +35,10 @@ class BranchPlan:
         self.config = config
         self.task = task
         self.names = [one.name for one in memory.tasks]
-        self._branch_of = [one.branch for one in memory.tasks]
         self._memory: Memory | None = memory
         self._kind: Kind
         self._choice: BranchChoice
         self._learned: BranchLearned | None = None
-
-    @classmethod
-    def of(cls, config: Config, task: str, memory: Memory) -> BranchPlan | None:
-        """Return the plan of a task, `None` where tasks never share adapters."""
-        return None if config.tree.branch == "never" else cls(config, task, memory)
 
     def choose(self, session: Session, seed: int) -> None:
         """Decide by the kind of data, and tell the session.

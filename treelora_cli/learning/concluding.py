@@ -14,12 +14,12 @@ from treelora_cli.backend import adapters
 from treelora_cli.backend.values import Memory, Score, TaskMemory
 from treelora_cli.config import to_dict
 from treelora_cli.learning.evaluation import HeldOut, read_held_out, score_tasks
+from treelora_cli.learning.gate import watched
 from treelora_cli.learning.new_task import Clock, NewTask, Trained
-from treelora_cli.learning.provenance import adapter_files, versions
-from treelora_cli.learning.watching import watched
 from treelora_cli.project import Commit
-from treelora_cli.project.answers import TaskAnswers
+from treelora_cli.project.metrics import TaskAnswers
 from treelora_cli.score_matrix import ScoreMatrix
+from treelora_cli.version import versions
 
 if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
@@ -57,11 +57,11 @@ def with_new(new: NewTask, trained: Trained) -> Memory:
 
 def within_budget(new: NewTask, memory: Memory, tree: Tree) -> tuple[Memory, Merged]:
     """Merge the nearest adapters until no more than the budget are kept; say which."""
-    if new.config.tree.branch != "never":
+    if not new.config.budget or new.config.tree.branch != "never":
         return memory, {}  # no more branches than the budget are opened
     homes = [task.adapter for task in new.project.state.tasks] + [f"new/{new.name}"]
     groups = merge_to_budget(
-        tree, homes, lambda index: memory.tasks[index].adapter(), new.config.budget or 0, adapters.merge
+        tree, homes, lambda index: memory.tasks[index].adapter(), new.config.budget, adapters.merge
     )
     tasks, merged = list(memory.tasks), {}
     for group in groups:
@@ -98,14 +98,17 @@ def commit_of(new: NewTask, trained: Trained, clock: Clock, tree: Tree, matrix: 
         name=new.name,
         record=_record(new, trained, clock),
         labels=new.data.labels,
-        adapter_files=adapter_files(network, model, trained.adapter),
+        adapter_files=adapters.adapter_files(network, model, trained.adapter),
         tensors=trained.tensors,
         shared=trained.learned.shared(),
         tree=tree,
         bandit_arrays={key: np.ascontiguousarray(value) for key, value in arrays.items()},
         bandit_meta=searched if facts else {},
         matrix=matrix,
-        merged={newest: (names, adapter_files(network, model, weights)) for newest, (names, weights) in merged.items()},
+        merged={
+            newest: (names, adapters.adapter_files(network, model, weights))
+            for newest, (names, weights) in merged.items()
+        },
         **({} if trained.branches is None else trained.branches.commit_part(trained.learned)),
     )
 

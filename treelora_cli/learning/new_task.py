@@ -1,9 +1,11 @@
-"""The task that is learned, from its data to what is known of it in the end; values that its steps pass on."""
+"""The task that is learned, from its name to what training leaves: the values that the steps of ``task.py`` pass on."""
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +16,27 @@ from treelora_cli.backend.contract import Base, TaskData
 from treelora_cli.backend.runtime import Runtime, return_free_memory
 from treelora_cli.backend.values import DataRequest, Learned, Memory
 from treelora_cli.config import Config
+from treelora_cli.data.tables import table_stem
 from treelora_cli.learning.branches import BranchPlan
 from treelora_cli.learning.trainer import TrainReport
 from treelora_cli.methods.base import Found
-from treelora_cli.project import Project
+from treelora_cli.project import Project, check_task_name
 
 if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
+
+
+def task_name(given: str | None, data: Path) -> str:
+    """Return ``given`` when it is a safe name, else a name made of the data's.
+
+    Raises:
+        UsageError: ``given`` is no safe name.
+    """
+    if given is not None:
+        return check_task_name(given)
+    stem = table_stem(data.absolute()) if data.suffix else data.absolute().name
+    derived = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._")[:64]
+    return check_task_name(derived or "task")
 
 
 class Clock:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from treelora_cli.backend.values import DataRequest
     from treelora_cli.learning.trainer import Trainer
     from treelora_cli.methods.base import Method
-    from treelora_cli.project.checkpoint import Checkpoint
+    from treelora_cli.project.unfinished import Checkpoint
 
 S = TypeVar("S")
 

@@ -19,7 +19,7 @@ from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic
 from treelora_cli.backend.contract import Base, Session, TaskData
 from treelora_cli.backend.registry import check_honoured, require
-from treelora_cli.backend.runtime import Runtime
+from treelora_cli.backend.runtime import Runtime, peak_bytes
 from treelora_cli.backend.values import DataRequest, Score
 from treelora_cli.config import Config, to_dict
 from treelora_cli.errors import CheckError, DataError
@@ -34,17 +34,15 @@ from treelora_cli.learning.concluding import (
     within_budget,
 )
 from treelora_cli.learning.evaluation import blamed
-from treelora_cli.learning.gate import check_gate, refusal
+from treelora_cli.learning.gate import after_task, check_gate, for_gate, of_tasks, refusal
 from treelora_cli.learning.new_task import Clock, NewTask, Probe, Trained
 from treelora_cli.learning.opening import check_base, recorded_arithmetic
-from treelora_cli.learning.provenance import peak_bytes
 from treelora_cli.learning.resuming import restore, save_step
 from treelora_cli.learning.trainer import task_context, train_session
-from treelora_cli.learning.watching import after_task, for_gate, of_tasks
 from treelora_cli.methods.base import Past
 from treelora_cli.methods.catalogue import project_method
 from treelora_cli.project import Project
-from treelora_cli.project.watch import WatchSet
+from treelora_cli.project.metrics import WatchSet
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
@@ -222,7 +220,7 @@ def train_task(new: NewTask, clock: Clock, *, resume: bool) -> Trained:
     clock.lap("probe")
     earlier, checkpoint, identity = new.memory.tasks, new.project.checkpoint, _identity(new)
     context = replace(context, past=Past(new.tree, probe.queries, lambda index: earlier[index].adapter()))
-    plan = BranchPlan.of(new.config, new.name, new.memory)
+    plan = None if new.config.tree.branch == "never" else BranchPlan(new.config, new.name, new.memory)
     if plan is not None:
         plan.choose(session, context.seed)
         context = replace(context, config=plan.config)

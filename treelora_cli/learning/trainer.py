@@ -35,7 +35,7 @@ from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import TrainConfig
 from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError, is_out_of_memory
 from treelora_cli.methods.base import Method, StepView, TaskContext
-from treelora_cli.project.steps import Step
+from treelora_cli.project.unfinished import Step
 
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import Base

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from treelora_cli.errors import DamagedError, TreeLoraError
-from treelora_cli.project.answers import ANSWERS, TaskAnswers, answers_document
+from treelora_cli.project.metrics import ANSWERS, WATCH, TaskAnswers, WatchSet, answers_document, watch_document
 from treelora_cli.project.state import TaskEntry
-from treelora_cli.project.steps import STEPS
 from treelora_cli.project.store import Content, FileRecord
-from treelora_cli.project.watch import WATCH, WatchSet, watch_document
+from treelora_cli.project.unfinished import STEPS
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from treelora_cli.errors import DamagedError, UsageError
-from treelora_cli.project.answers import ANSWERS, TaskAnswers, parse_answers
 from treelora_cli.project.commit import all_finite, branch_file, stored_layout
+from treelora_cli.project.metrics import ANSWERS, WATCH, TaskAnswers, WatchSet, parse_answers, parse_watch
 from treelora_cli.project.state import State, TaskEntry
-from treelora_cli.project.steps import STEPS, Step, parse_steps
 from treelora_cli.project.store import Store
-from treelora_cli.project.watch import WATCH, WatchSet, parse_watch
+from treelora_cli.project.unfinished import STEPS, Step, parse_steps
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:

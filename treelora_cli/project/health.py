@@ -8,10 +8,9 @@ from typing import Any
 
 from treelora_cli.errors import DamagedError
 from treelora_cli.project.history import Undone
-from treelora_cli.project.pending import PENDING
 from treelora_cli.project.project import Project
 from treelora_cli.project.state import State, parse_state, read_state
-from treelora_cli.project.steps import STEPS
+from treelora_cli.project.unfinished import PENDING, STEPS
 
 
 def whole_tasks(state: State, damaged: Mapping[str, str]) -> list[str]:

@@ -1,18 +1,21 @@
-"""One writer at a time: an exclusive lock that dies with its process."""
+"""One writer at a time, by a lock that dies with its process; and no signal in the moment that decides."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from filelock import FileLock, Timeout
 
-from treelora_cli.errors import LockedError, ProjectError
+from treelora_cli.errors import Interrupted, LockedError, ProjectError
 from treelora_cli.project.store import refuse_links, user_mode
 
 _PATIENCE = 0.3
@@ -71,3 +74,50 @@ def _describe(holder: Path) -> str:
         return f"'treelora {facts['command']}' (process {int(facts['pid'])} on {facts['host']}, since {since})"
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "another process"
+
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Hold:
+    """Counts the signals that came."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+
+
+@contextmanager
+def signals_held(done: str) -> Iterator[None]:
+    """Hold signals back while the commit point is passed, so that what is then said is true.
+
+    Args:
+        done: What has happened when the block ends, for the message.
+
+    Raises:
+        Interrupted: A signal came and the block ended as it should.
+    """
+    elsewhere = threading.current_thread() is not threading.main_thread()
+    if elsewhere or isinstance(signal.getsignal(signal.SIGINT), _Hold):  # no signal comes here, or a wider block says
+        yield
+        return
+    hold = _Hold()
+    before = {number: signal.signal(number, hold) for number in _NUMBERS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if hold.count:
+        raise Interrupted(f"Interrupted, but {done}. See: treelora status")
+
+
+def terminate_like_interrupt() -> None:
+    """Let SIGTERM end a command as Ctrl-C does: with its clean-up, a line and the documented code."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)

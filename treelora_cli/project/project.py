@@ -12,16 +12,13 @@ from typing import Any
 
 from treelora_cli.config import Config, load_config
 from treelora_cli.errors import CheckError, ConfigError, DamagedError, ProjectError, ResourceError, UsageError
-from treelora_cli.project.checkpoint import Checkpoint
 from treelora_cli.project.commit import Commit, check_finite, contents_of, place_merged, to_json
 from treelora_cli.project.contents import Contents
-from treelora_cli.project.lock import exclusive_lock, lock_holder
-from treelora_cli.project.pending import Waiting
-from treelora_cli.project.signals import signals_held
+from treelora_cli.project.lock import exclusive_lock, lock_holder, signals_held
+from treelora_cli.project.metrics import WATCH, WatchSet, watch_document
 from treelora_cli.project.state import CONFIG, STATE, State, TaskEntry, parse_state, read_state
-from treelora_cli.project.steps import STEPS, StepLog
 from treelora_cli.project.store import Content, FileRecord, refuse_links, write_file
-from treelora_cli.project.watch import WATCH, WatchSet, watch_document
+from treelora_cli.project.unfinished import STEPS, Checkpoint, StepLog, Waiting
 from treelora_cli.project.writing import WRITTEN, Writer
 from treelora_cli.version import __version__
 

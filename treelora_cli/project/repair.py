@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treelora_cli.errors import DamagedError, ProjectError
-from treelora_cli.project.answers import ANSWERS
 from treelora_cli.project.commit import to_json, tree_files
 from treelora_cli.project.history import History
 from treelora_cli.project.lock import exclusive_lock
-from treelora_cli.project.pending import PENDING
+from treelora_cli.project.metrics import ANSWERS, WATCH
 from treelora_cli.project.project import Project
 from treelora_cli.project.state import STATE, State, parse_state
-from treelora_cli.project.steps import STEPS
 from treelora_cli.project.store import record_of, write_file
-from treelora_cli.project.watch import WATCH
+from treelora_cli.project.unfinished import PENDING, STEPS
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from pathlib import Path
 from treelora_cli.config import DEFAULTS, load_config
 from treelora_cli.errors import ConfigError, ProjectError, ResourceError
 from treelora_cli.project.history import History
-from treelora_cli.project.pending import Pending
-from treelora_cli.project.signals import signals_held
+from treelora_cli.project.lock import signals_held
 from treelora_cli.project.state import CONFIG, STATE, State, TaskEntry, parse_state, read_state
 from treelora_cli.project.store import Content, FileRecord, Store, as_user_error, write_file
+from treelora_cli.project.unfinished import Pending
 from treelora_cli.version import __version__
 
 WRITTEN = ("history", "trash", "run", "pending")

@@ -14,9 +14,8 @@ from treelora_cli.errors import UsageError
 if TYPE_CHECKING:
     from treelora_cli.algorithm.tree import Tree
     from treelora_cli.project import Project
-    from treelora_cli.project.answers import TaskAnswers
-    from treelora_cli.project.steps import Step
-    from treelora_cli.project.watch import WatchSet
+    from treelora_cli.project.metrics import TaskAnswers, WatchSet
+    from treelora_cli.project.unfinished import Step
     from treelora_cli.score_matrix import ScoreMatrix
 
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from treelora_cli.project.answers import TaskAnswers
-from treelora_cli.project.steps import Step
-from treelora_cli.project.watch import WatchSet
+from treelora_cli.project.metrics import TaskAnswers, WatchSet
+from treelora_cli.project.unfinished import Step
 from treelora_cli.report.charts import Line, bar_chart, heat_map, line_chart
 from treelora_cli.report.drawing import Drawing, short
 from treelora_cli.views.answers import class_scores

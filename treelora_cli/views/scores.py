@@ -12,7 +12,7 @@ from treelora_cli.score_matrix import ScoreMatrix, Standing
 
 if TYPE_CHECKING:
     from treelora_cli.backend.values import Score
-    from treelora_cli.project.watch import WatchSet
+    from treelora_cli.project.metrics import WatchSet
 
 _SAME = 5e-4
 FORMULAS = (
