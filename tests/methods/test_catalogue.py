@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from conftest import STREAM, Cli, check_error, learned_hashes, make_images
 from interrupting import OPTIONS, stop_after
+from treelora_backends.causal_lm.backend import CausalLmBackend
+from treelora_backends.vit.backend import VitBackend
 
 from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.methods import catalogue
+from treelora_cli.methods.catalogue import check_method, choose_head, load_method, method_names
 from treelora_cli.methods.treelora import TreeLora
 from treelora_cli.project import Project
 
@@ -159,3 +162,17 @@ def test_without_the_package_the_project_can_be_read_but_not_taught(
     assert cli("-C", root, "eval", "--device", "cpu").code == 0
     line = r"Unknown method 'anchor'\. Known: treelora, "
     check_error(cli("-C", root, "train-task", data / STREAM[1][0], *OPTIONS), 2, line)
+
+
+def test_every_contender_makes_a_strategy_and_has_a_head_somewhere() -> None:
+    offered = {*VitBackend.contender_heads, *CausalLmBackend.contender_heads}
+    for entry in (load_method(name) for name in method_names() if name != "treelora"):
+        assert entry.make().kept_bytes() == 0
+        assert set(entry.heads) <= offered
+
+
+def test_unknown_methods_and_unfit_backends_are_usage_errors() -> None:
+    with pytest.raises(UsageError, match=r"Unknown method 'seqlor' \(did you mean 'seqlora'\?\)"):
+        check_method("seqlor")
+    with pytest.raises(UsageError, match=r"'ranpac' does not work with the causal-lm backend\. These do: treelora"):
+        choose_head("ranpac", CausalLmBackend.contender_heads, "causal-lm")

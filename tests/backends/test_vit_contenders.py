@@ -1,21 +1,15 @@
-"""What contenders keep and how they answer: every head against numbers worked out by hand or in closed form."""
+"""How contenders learn and answer on images: every head against numbers worked out by hand or in closed form."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import MODEL, MODEL_ARGS, STREAM, plain_runtime
-from tiny_lm import save_model
 from torch import Tensor
-from treelora_backends.causal_lm.backend import CausalLmBackend
-from treelora_backends.causal_lm.contenders import PlainLmSession, RoutedLmContender
-from treelora_backends.causal_lm.session import LmSession
 from treelora_backends.vit.backend import VitBackend, VitBase
 from treelora_backends.vit.contenders.heads import AlignedContender, LinearContender, MeanContender, RidgeContender
 from treelora_backends.vit.contenders.heads import RoutedContender as Routed
@@ -27,121 +21,12 @@ from treelora_cli.backend.contract import ContenderModel
 from treelora_cli.backend.values import DataRequest, Memory
 from treelora_cli.compare.worker import Contest
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig, resolve
-from treelora_cli.errors import UsageError
-from treelora_cli.heads.gaussians import (
-    AlignSettings,
-    Gaussian,
-    RandomRidge,
-    align,
-    best_penalty,
-    class_means,
-    normalised_logits,
-)
 from treelora_cli.heads.ridge import LinearHead
 from treelora_cli.learning.stream import PlannedTask
-from treelora_cli.methods.catalogue import check_method, choose_head, load_method, method_names
+from treelora_cli.methods.catalogue import load_method
 
 WIDTH = 48
 """Random features in these tests."""
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-# -- pure parts ------------------------------------------------------------------------------------
-
-
-def test_class_means_are_the_means() -> None:
-    features = torch.tensor([[1.0, 0.0], [3.0, 2.0], [5.0, 5.0]])
-    assert torch.equal(class_means(features, torch.tensor([1, 1, 0]), 2), torch.tensor([[5.0, 5.0], [2.0, 1.0]]))
-
-
-def test_a_gaussian_has_the_mean_and_the_covariance_of_its_examples() -> None:
-    features = normal(50, 4) @ normal(4, 4, seed=1) + 3
-    measured = Gaussian.measure(features)
-    torch.testing.assert_close(measured.mean, features.mean(dim=0))
-    covariance = torch.cov(features.T)
-    jitter = 1e-4 * max(1.0, float(covariance.diagonal().mean()))
-    torch.testing.assert_close(
-        measured.root @ measured.root.T, covariance + jitter * torch.eye(4), rtol=1e-4, atol=1e-5
-    )
-    drawn = measured.sample(40_000, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(torch.cov(drawn.T), covariance, rtol=0.05, atol=0.05)
-
-
-def test_a_class_of_one_example_is_a_gaussian() -> None:
-    measured = Gaussian.measure(torch.tensor([[2.0, 4.0]]))
-    assert torch.equal(measured.mean, torch.tensor([2.0, 4.0]))
-    torch.testing.assert_close(measured.root, 0.01 * torch.eye(2))
-
-
-def test_logits_are_divided_by_the_mean_of_their_tasks_norms() -> None:
-    logits = torch.tensor([[3.0, 4.0, 1.0]])  # norms 5 and 1, mean 3
-    torch.testing.assert_close(normalised_logits(logits, torch.tensor([0, 0, 1])), logits / 3)
-
-
-@pytest.mark.parametrize("scale", [None, 0.1])
-def test_alignment_raises_the_class_that_training_favoured_less(scale: float | None) -> None:
-    gaussians = [Gaussian(torch.tensor([4.0 * one, 100.0, 0.0]), torch.eye(3)) for one in range(3)]
-    biased = LinearHead(torch.zeros(3, 3), torch.tensor([5.0, 0.1, 0.1]))
-    group = torch.tensor([0, 1, 1])
-    settings = AlignSettings(epochs=100, lr=0.1, logit_scale=scale)
-    head = align(biased, gaussians, range(3), settings, 0, group)
-    drawn = [one.sample(500, torch.Generator().manual_seed(9)) for one in gaussians]
-    right = [float((head(x).argmax(dim=1) == one).float().mean()) for one, x in enumerate(drawn)]
-    assert min(right) > 0.9  # 0.97 is the best there is
-    again = align(biased, gaussians, range(3), settings, 0, group)
-    assert torch.equal(head.weight, again.weight)
-
-
-def test_ridge_over_two_tasks_is_the_closed_form_on_all_examples() -> None:
-    ridge = RandomRidge(5, WIDTH, seed=3, device=torch.device("cpu"))
-    first, second = normal(60, 5), normal(90, 5, seed=1)
-    classes = torch.arange(150) % 2 + 2 * (torch.arange(150) >= 60)
-    ridge.add(first, classes[:60], 2)
-    ridge.add(second, classes[60:], 4)
-    expanded = torch.relu(torch.cat([first, second]).double() @ ridge.projection.double())
-    targets = torch.nn.functional.one_hot(classes, 4).double()
-    system = expanded.T @ expanded + ridge.penalty * torch.eye(WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(
-        ridge.solve().double(), torch.linalg.solve(system, expanded.T @ targets).T, rtol=1e-3, atol=1e-4
-    )
-
-
-@pytest.mark.parametrize("count", [40, 300])
-def test_the_penalty_is_the_one_of_least_error_on_the_held_fifth(count: int) -> None:
-    expanded = torch.relu(normal(count, WIDTH)).double()
-    noisy = (expanded[:, :1] > 0.5).long().squeeze(1) ^ (torch.arange(count) % 4 == 0)
-    targets = torch.nn.functional.one_hot(noisy.long(), 2).double()
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(7))
-    fit, held = order[: int(0.8 * count)], order[int(0.8 * count) :]
-    errors = {}
-    for power in range(-8, 9):
-        system = expanded[fit].T @ expanded[fit] + 10.0**power * torch.eye(WIDTH, dtype=torch.float64)
-        weight = torch.linalg.solve(system, expanded[fit].T @ targets[fit])
-        errors[10.0**power] = float((expanded[held] @ weight - targets[held]).square().mean())
-    assert best_penalty(expanded.float(), targets.float(), 7) == min(errors, key=lambda one: errors[one])
-
-
-# -- the catalogue ---------------------------------------------------------------------------------
-
-
-def test_every_contender_makes_a_strategy_and_has_a_head_somewhere() -> None:
-    offered = {*VitBackend.contender_heads, *CausalLmBackend.contender_heads}
-    for entry in (load_method(name) for name in method_names() if name != "treelora"):
-        assert entry.make().kept_bytes() == 0
-        assert set(entry.heads) <= offered
-
-
-def test_unknown_methods_and_unfit_backends_are_usage_errors() -> None:
-    with pytest.raises(UsageError, match=r"Unknown method 'seqlor' \(did you mean 'seqlora'\?\)"):
-        check_method("seqlor")
-    with pytest.raises(UsageError, match=r"'ranpac' does not work with the causal-lm backend\. These do: treelora"):
-        choose_head("ranpac", CausalLmBackend.contender_heads, "causal-lm")
-
-
-# -- images ----------------------------------------------------------------------------------------
 
 
 def load_vit(weights: Path, **train: Any) -> tuple[VitBase, Config]:
@@ -367,90 +252,3 @@ def test_prompts_learn_the_stream_without_an_adapter(weights: Path, data: Path, 
     assert contest.trained_parameters == trained + 3 * 33
     kept = pool if method == "l2p" else general + 3 * expert
     assert model.kept_bytes() == 4 * (kept + 7 * 33) and contest.strategy.kept_bytes() == 0
-
-
-# -- language models -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("texts")
-    words = {"moods": {"good": "happy glad", "bad": "sad sick"}, "colours": {"red": "apple rose", "green": "leaf frog"}}
-    for task, labels in words.items():
-        rows = [
-            {"sentence": f"{task} {word} {number}", "label": label}
-            for label, found in labels.items()
-            for word in found.split()
-            for number in range(5)
-        ]
-        (root / task).mkdir()
-        for part in ("train", "test"):
-            (root / task / f"{part}.json").write_text(json.dumps(rows))
-        (root / task / "labels.json").write_text(json.dumps(list(labels)))
-    return root
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(save_model(tmp_path_factory.mktemp("llama"), "llama"))
-
-
-def load_lm(model: Path) -> tuple[Any, Config]:
-    flags = Config(
-        base=BaseConfig(model=str(model)),
-        adapter=AdapterConfig(dropout=0.0),
-        train=TrainConfig(epochs=2, batch_size=4, lr=0.01, precision="fp32"),
-    )
-    backend = CausalLmBackend()
-    config = resolve(flags, Config(), backend.defaults())
-    return backend.load(config, plain_runtime()), config
-
-
-def test_the_plain_language_session_has_the_order_and_the_loss_of_ours(llama: Path, texts: Path) -> None:
-    base, config = load_lm(llama)
-    task = base.read_task(DataRequest(path=texts / "moods"))
-    plain, ours = PlainLmSession(base, [task], config, 0), LmSession(base, task, Memory((), dict), config)
-    assert list(plain.batches(1)) == list(ours.batches(1)) and plain.steps_per_epoch == 5
-    batch = next(plain.batches(0))
-    torch.testing.assert_close(plain.loss(batch), ours.loss(batch))
-    assert [float(one) for one in plain.probe_losses(3)] == [float(one) for one in plain.probe_losses(3)]
-    assert len(list(plain.probe_losses(99))) == 5
-
-
-def test_routed_language_statistics_are_those_of_the_bare_features(llama: Path, texts: Path) -> None:
-    base, config = load_lm(llama)
-    model = RoutedLmContender(base)
-    contest = contest_of(base, model, "hidelora", config)
-    scatter, count = 0.0, 0
-    for name in ("moods", "colours"):
-        contest.learn(planned(texts, name), config)
-        examples = base.read_task(DataRequest(path=texts / name)).listing.train
-        features = base.lm.routing(base.read_features(examples, "")).double()
-        for label in dict.fromkeys(one.answer for one in examples):
-            own = features[torch.tensor([one.answer == label for one in examples])]
-            torch.testing.assert_close(model.means[count].double(), own.mean(dim=0), rtol=1e-4, atol=1e-5)
-            scatter = scatter + (own - own.mean(dim=0)).T @ (own - own.mean(dim=0))
-            count += 1
-    torch.testing.assert_close(model.scatter, scatter, rtol=1e-3, atol=1e-3)
-    assert model.column_task == [0, 0, 1, 1]
-    held = [SimpleNamespace(content=f"{task} {word} 3") for task, word in (("moods", "sad"), ("colours", "leaf"))]
-    assert model.route(held) == [0, 1]
-    assert [len(row) for row in contest.matrix.rows] == [1, 2]
-
-
-def test_the_answer_head_scores_as_the_newest_adapter_does(llama: Path, texts: Path) -> None:
-    from treelora_backends.causal_lm.predictor import LmPredictor
-
-    base, config = load_lm(llama)
-    model = base.contender("answer", config)
-    contest = contest_of(base, model, "seqlora", config)
-    for name in ("moods", "colours"):
-        contest.learn(planned(texts, name), config)
-    task = base.read_task(DataRequest(path=texts / "moods", test_only=True))
-    trained = adapters.read_slot(base.network, base.layers, base.scale)
-    score = LmPredictor(base, model.memory, "latest").evaluate(task)
-    assert contest.matrix.rows[1][0] == score.value
-    assert model.kept_bytes() == 4 * sum(a.numel() + b.numel() for a, b in zip(trained.down, trained.up, strict=True))
-    for key in base.known_answers:  # they are kept by the adapter, and a strategy may change the frozen weights
-        base.known_answers[key] = ("neither", 0.0)
-    assert model.evaluate(task).value == score.value > 0

@@ -1,0 +1,97 @@
+"""What contenders keep of classes and how it is solved: every formula against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from treelora_cli.heads.gaussians import (
+    AlignSettings,
+    Gaussian,
+    RandomRidge,
+    align,
+    best_penalty,
+    class_means,
+    normalised_logits,
+)
+from treelora_cli.heads.ridge import LinearHead
+
+WIDTH = 48
+"""Random features in these tests."""
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_class_means_are_the_means() -> None:
+    features = torch.tensor([[1.0, 0.0], [3.0, 2.0], [5.0, 5.0]])
+    assert torch.equal(class_means(features, torch.tensor([1, 1, 0]), 2), torch.tensor([[5.0, 5.0], [2.0, 1.0]]))
+
+
+def test_a_gaussian_has_the_mean_and_the_covariance_of_its_examples() -> None:
+    features = normal(50, 4) @ normal(4, 4, seed=1) + 3
+    measured = Gaussian.measure(features)
+    torch.testing.assert_close(measured.mean, features.mean(dim=0))
+    covariance = torch.cov(features.T)
+    jitter = 1e-4 * max(1.0, float(covariance.diagonal().mean()))
+    torch.testing.assert_close(
+        measured.root @ measured.root.T, covariance + jitter * torch.eye(4), rtol=1e-4, atol=1e-5
+    )
+    drawn = measured.sample(40_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.cov(drawn.T), covariance, rtol=0.05, atol=0.05)
+
+
+def test_a_class_of_one_example_is_a_gaussian() -> None:
+    measured = Gaussian.measure(torch.tensor([[2.0, 4.0]]))
+    assert torch.equal(measured.mean, torch.tensor([2.0, 4.0]))
+    torch.testing.assert_close(measured.root, 0.01 * torch.eye(2))
+
+
+def test_logits_are_divided_by_the_mean_of_their_tasks_norms() -> None:
+    logits = torch.tensor([[3.0, 4.0, 1.0]])  # norms 5 and 1, mean 3
+    torch.testing.assert_close(normalised_logits(logits, torch.tensor([0, 0, 1])), logits / 3)
+
+
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_alignment_raises_the_class_that_training_favoured_less(scale: float | None) -> None:
+    gaussians = [Gaussian(torch.tensor([4.0 * one, 100.0, 0.0]), torch.eye(3)) for one in range(3)]
+    biased = LinearHead(torch.zeros(3, 3), torch.tensor([5.0, 0.1, 0.1]))
+    group = torch.tensor([0, 1, 1])
+    settings = AlignSettings(epochs=100, lr=0.1, logit_scale=scale)
+    head = align(biased, gaussians, range(3), settings, 0, group)
+    drawn = [one.sample(500, torch.Generator().manual_seed(9)) for one in gaussians]
+    right = [float((head(x).argmax(dim=1) == one).float().mean()) for one, x in enumerate(drawn)]
+    assert min(right) > 0.9  # 0.97 is the best there is
+    again = align(biased, gaussians, range(3), settings, 0, group)
+    assert torch.equal(head.weight, again.weight)
+
+
+def test_ridge_over_two_tasks_is_the_closed_form_on_all_examples() -> None:
+    ridge = RandomRidge(5, WIDTH, seed=3, device=torch.device("cpu"))
+    first, second = normal(60, 5), normal(90, 5, seed=1)
+    classes = torch.arange(150) % 2 + 2 * (torch.arange(150) >= 60)
+    ridge.add(first, classes[:60], 2)
+    ridge.add(second, classes[60:], 4)
+    expanded = torch.relu(torch.cat([first, second]).double() @ ridge.projection.double())
+    targets = torch.nn.functional.one_hot(classes, 4).double()
+    system = expanded.T @ expanded + ridge.penalty * torch.eye(WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(
+        ridge.solve().double(), torch.linalg.solve(system, expanded.T @ targets).T, rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_the_penalty_is_the_one_of_least_error_on_the_held_fifth(count: int) -> None:
+    expanded = torch.relu(normal(count, WIDTH)).double()
+    noisy = (expanded[:, :1] > 0.5).long().squeeze(1) ^ (torch.arange(count) % 4 == 0)
+    targets = torch.nn.functional.one_hot(noisy.long(), 2).double()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(7))
+    fit, held = order[: int(0.8 * count)], order[int(0.8 * count) :]
+    errors = {}
+    for power in range(-8, 9):
+        system = expanded[fit].T @ expanded[fit] + 10.0**power * torch.eye(WIDTH, dtype=torch.float64)
+        weight = torch.linalg.solve(system, expanded[fit].T @ targets[fit])
+        errors[10.0**power] = float((expanded[held] @ weight - targets[held]).square().mean())
+    assert best_penalty(expanded.float(), targets.float(), 7) == min(errors, key=lambda one: errors[one])
