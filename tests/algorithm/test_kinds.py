@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from treelora_cli.algorithm.kinds import BranchChoice, Kind, TokenMoments, choose_branch, explain, kind_distance
+from treelora_cli.algorithm.kinds import (
+    SAME_KIND,
+    BranchChoice,
+    Kind,
+    KindSignature,
+    TokenMoments,
+    choose_branch,
+    explain,
+    kind_distance,
+)
 
 
 def moments(means: list[list[float]], deviation: float = 1.0) -> TokenMoments:
@@ -14,18 +25,26 @@ def moments(means: list[list[float]], deviation: float = 1.0) -> TokenMoments:
     return TokenMoments(4 * mean, 4 * (mean**2 + deviation**2), np.full(len(means), 4.0))
 
 
-def at(angle: float, branch: str | None, halves: float = 0.1) -> Kind:
-    """A kind on the unit circle."""
-    return Kind(np.array([[np.cos(angle), np.sin(angle)]], dtype=np.float32), halves, branch)
+def signature(mean: float, variance: float = 1.0, classes: int = 5) -> KindSignature:
+    """A kind of one row and one channel."""
+    return KindSignature(np.array([[mean]], np.float32), np.array([[variance]], np.float32), classes)
+
+
+def at(mean: float, branch: str | None) -> Kind:
+    return Kind(signature(mean), branch)
 
 
 def test_signature_by_hand() -> None:
-    # one class: mean (3, 4), deviation (1, 1), each of norm 1
-    assert moments([[3.0, 4.0]]).signature() == pytest.approx(np.array([[0.6, 0.8], [0.5**0.5] * 2]))
-    # two classes of means 2 apart in the first channel: mean (1, 4); variance 1 + 1 and 1
-    two = moments([[0.0, 4.0], [2.0, 4.0]]).signature()
-    assert two[0] == pytest.approx(np.array([1, 4]) / 17**0.5)
-    assert two[1] == pytest.approx(np.array([2**0.5, 1]) / 3**0.5)
+    # one class: mean (3, 4), deviation (1, 1), each of norm 1; nothing lies between classes
+    one = moments([[3.0, 4.0]]).signature()
+    assert one.means == pytest.approx(np.array([[0.6, 0.8], [0.5**0.5] * 2]))
+    assert (one.variances.tolist(), one.classes) == ([[0.0, 0.0]] * 2, 1)
+    # two classes, of norm 1 each: (0, 1) and (0.6, 0.8); variances 2 x 0.3^2 and 2 x 0.1^2
+    two = moments([[0.0, 4.0], [3.0, 4.0]]).signature()
+    assert two.means[0] == pytest.approx([0.3, 0.9])
+    assert two.variances[0] == pytest.approx([0.18, 0.02])
+    assert two.variances[1] == pytest.approx([0.0, 0.0], abs=1e-9)
+    assert two.classes == 2
 
 
 def test_classes_count_alike_and_a_class_without_tokens_is_no_division_by_zero() -> None:
@@ -33,72 +52,93 @@ def test_classes_count_alike_and_a_class_without_tokens_is_no_division_by_zero()
     many.sums[1] *= 100
     many.squares[1] *= 100
     many.counts[1] *= 100
-    assert many.signature() == pytest.approx(few.signature())
-    none = TokenMoments(np.zeros((1, 1, 2)), np.zeros((1, 1, 2)), np.zeros(1))
-    assert none.signature().tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert many.signature().means == pytest.approx(few.signature().means)
+    none = TokenMoments(np.zeros((1, 1, 2)), np.zeros((1, 1, 2)), np.zeros(1)).signature()
+    assert none.means.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
-def test_halves_of_equal_classes_do_not_differ_and_one_class_has_none() -> None:
-    assert moments([[1.0, 2.0]] * 4).half_distance(0) == 0.0
-    assert moments([[1.0, 2.0]]).half_distance(0) == 0.0
-    two = moments([[1.0, 0.0], [0.0, 1.0]])
-    # every halving is the one class against the other: rows 2 / (2 sqrt 2) and 0 apart
-    assert two.half_distance(0) == pytest.approx(0.5 * 2 / (2 * 2**0.5))
-    assert two.half_distance(0) == pytest.approx(kind_distance(two.signature([0]), two.signature([1])))
+def test_distance_by_hand() -> None:
+    # pooled variance (4 x 1 + 2 x 4) / 6 = 2, of a difference of means 2 (1/5 + 1/3) = 16/15; 4^2 over it is 15
+    apart = kind_distance(signature(0.0), signature(4.0, 4.0, 3))
+    assert apart == pytest.approx(15 / (1 + 15 / 30))
+    assert kind_distance(signature(1.0), signature(1.0, 4.0, 3)) == 0.0
+    # nothing to measure by: as far as can be, unless the means are the same
+    single = KindSignature(np.array([[1.0]], np.float32), np.zeros((1, 1), np.float32), 1)
+    assert kind_distance(single, signature(0.0, 0.0, 1)) == pytest.approx(30.0)
+    assert kind_distance(single, single) == 0.0
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.integers(2, 9))
+def test_distance_is_symmetric_and_bounded(seed: int, classes: int, others: int) -> None:
+    rng = np.random.default_rng(seed)
+    one, other = (
+        TokenMoments(rng.normal(size=(k, 2, 3)), rng.uniform(1, 9, size=(k, 2, 3)), np.ones(k)).signature()
+        for k in (classes, others)
+    )
+    assert kind_distance(one, other) == pytest.approx(kind_distance(other, one))
+    assert 0.0 <= kind_distance(one, other) <= 30.0
+
+
+def test_tasks_whose_classes_are_drawn_alike_lie_about_one_apart() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [rng.normal(size=(6, 4000)) for _ in range(2)]
+    first, second = (
+        KindSignature(x.mean(0)[None].astype(np.float32), x.var(0, ddof=1)[None].astype(np.float32), 6) for x in drawn
+    )
+    assert 0.9 < kind_distance(first, second) < 1.2
 
 
 def test_the_first_task_opens() -> None:
-    assert choose_branch(at(0, None), [], "auto", 0) == BranchChoice(False, None, None, None, None, "new")
+    assert choose_branch(signature(0), [], "auto", 0) == BranchChoice(False, None, None, None, "new")
 
 
-def test_a_task_joins_the_nearest_within_its_own_spread_and_opens_beyond() -> None:
-    earlier = [at(0.0, "a"), at(1.0, "b"), at(1.1, "b", halves=0.3)]
-    near = choose_branch(at(0.1, None), earlier, "auto", 0)
-    # the chord to (1, 0): (0.005 + 0.0998) / (2 sqrt 2); limit 0.8 x 0.1
+def test_a_task_joins_the_nearest_of_its_kind_and_opens_beyond() -> None:
+    earlier = [at(0.0, "a"), at(9.0, "b"), at(10.0, "b")]
+    # variance 1, five classes each: a square over 2/5
+    near = choose_branch(signature(0.8), earlier, "auto", 0)
     assert (near.joins, near.branch, near.nearest, near.reason) == (True, "a", 0, "kind")
-    assert near.distance == pytest.approx((1 - np.cos(0.1) + np.sin(0.1)) / 8**0.5, abs=1e-6)
-    assert near.limit == pytest.approx(0.08)
-    far = choose_branch(at(0.45, None), earlier, "auto", 0)
-    assert (far.joins, far.nearest, far.reason) == (False, 0, "new")
-    # halves of the newcomer that differ more widen the limit; so do the branch's, on average 0.2
-    assert choose_branch(at(0.45, None, halves=0.5), earlier, "auto", 0).joins
-    assert choose_branch(at(1.3, None), earlier, "auto", 0).limit == pytest.approx(0.16)
+    assert near.distance == pytest.approx(1.6 / (1 + 1.6 / 30))
+    far = choose_branch(signature(1.0), earlier, "auto", 0)
+    assert (far.joins, far.branch, far.nearest, far.reason) == (False, None, 0, "new")
+    assert near.distance is not None and far.distance is not None
+    assert near.distance < SAME_KIND < far.distance
+    assert choose_branch(signature(9.6), earlier, "auto", 0).nearest == 2
 
 
 def test_who_lies_nearest_to_frozen_features_joins_them() -> None:
-    choice = choose_branch(at(0.02, None), [at(0.0, None), at(1.0, "b")], "auto", 0)
+    choice = choose_branch(signature(0.1), [at(0.0, None), at(9.0, "b")], "auto", 0)
     assert (choice.joins, choice.branch, choice.nearest) == (True, None, 0)
 
 
 def test_policies_and_the_bound() -> None:
-    earlier = [at(0.0, "a"), at(1.0, "b"), at(2.0, None)]
-    assert choose_branch(at(1.0, None), earlier, "first", 0).branch == "a"
-    always = choose_branch(at(1.0, None), earlier, "always", 0)
+    earlier = [at(0.0, "a"), at(5.0, "b"), at(9.0, None)]
+    assert choose_branch(signature(5.0), earlier, "first", 0).branch == "a"
+    always = choose_branch(signature(5.0), earlier, "always", 0)
     assert (always.joins, always.reason) == (False, "always")
-    bound = choose_branch(at(1.9, None, halves=0.0), earlier, "always", 2)
+    bound = choose_branch(signature(8.0), earlier, "always", 2)
     assert (bound.joins, bound.branch, bound.reason) == (True, "b", "bound")  # frozen features are no branch
-    assert choose_branch(at(2.6, None), earlier, "auto", 3).reason == "new"
+    assert choose_branch(signature(20.0), earlier, "auto", 3).reason == "new"
 
 
 def test_the_ablation_joins_at_random_but_opens_as_ever() -> None:
     earlier = [at(0.01 * index, f"b{index}") for index in range(8)]
-    drawn = {choose_branch(at(0.0, None), earlier, "auto", 0, np.random.default_rng(s)).branch for s in range(40)}
+    drawn = {choose_branch(signature(0), earlier, "auto", 0, np.random.default_rng(s)).branch for s in range(40)}
     assert drawn == {f"b{index}" for index in range(8)}
-    assert not choose_branch(at(3.0, None), earlier, "auto", 0, np.random.default_rng(0)).joins
+    assert not choose_branch(signature(30), earlier, "auto", 0, np.random.default_rng(0)).joins
 
 
 def test_sentences() -> None:
-    first = BranchChoice(False, None, None, None, None, "new")
+    first = BranchChoice(False, None, None, None, "new")
     assert explain(first, "t", [], (0.1, 0.07), opened=True) == (
         "'t' opened a branch: it is the first task; with its adapter images kept out of the training are"
-        " +0.100 nats likelier, 0.070 or more pays."
+        " +0.100 nats likelier, 0.070 or more is asked."
     )
     assert explain(first, "t", [], None, opened=False).endswith(
         "it is the first task; too few images could be kept out to say that an adapter pays."
     )
-    joins = BranchChoice(True, "a", 0, 0.02, 0.08, "kind")
+    joins = BranchChoice(True, "a", 0, 0.9, "kind")
     assert explain(joins, "t", ["a"], None, opened=True) == (
-        "'t' joined branch 'a': kind 0.020 from 'a', limit 0.080: the same."
+        "'t' joined branch 'a': kind 0.90 from 'a', limit 1.8: the same."
     )
-    frozen = BranchChoice(True, None, 0, 0.02, 0.08, "kind")
+    frozen = BranchChoice(True, None, 0, 0.9, "kind")
     assert explain(frozen, "t", ["a"], None, opened=False).startswith("'t' joined the frozen features: kind")

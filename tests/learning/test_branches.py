@@ -44,6 +44,23 @@ def first(shared_first: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shared_first, tmp_path / "p"))
 
 
+@pytest.fixture(scope="session")
+def shared_opener(tmp_path_factory: pytest.TempPathFactory, init_options: list[str]) -> Path:
+    """A project whose only task tried to open a branch, with its data beside it."""
+    folder = tmp_path_factory.mktemp("opener")
+    more = make_images(folder / "more", ["pink", "brown", "red", "blue"], train=10)
+    must("init", folder / "p", *init_options, "--branch", "auto")
+    must("-C", folder / "p", "train-task", more, *OPTIONS)
+    return folder / "p"
+
+
+def test_an_opener_is_judged_by_the_images_kept_out(shared_opener: Path) -> None:
+    found = record(shared_opener, "more")
+    assert found["steps"] == 20  # all images, from the second epoch on
+    assert " it is the first task; with its adapter images kept out of the training are " in found["branch_reason"]
+    assert found["branch"] == ("more" if " opened a branch: " in found["branch_reason"] else None)
+
+
 def record(root: Path, name: str) -> dict[str, Any]:
     return Project.open(root).task_record(name)
 
@@ -140,17 +157,17 @@ def test_a_class_in_two_branches_is_one_class(init_options: list[str], tmp_path:
     assert cli("-C", root, "eval", "--json", "--device", "cpu").code == 0
 
 
-def test_an_interrupted_opener_is_resumed_exactly(cli: Cli, init_options: list[str], tmp_path: Path) -> None:
-    more = make_images(tmp_path / "more", ["pink", "brown"], train=10)
-    root, whole = tmp_path / "p", tmp_path / "whole"
-    must("init", root, *init_options, "--branch", "always")
-    shutil.copytree(root, whole)
-    assert cli("-C", whole, "train-task", more, *OPTIONS).code == 0
-    stop_after(cli, root, more, 2)
+@pytest.mark.parametrize("step", [2, 5, 8])
+def test_an_interrupted_opener_is_resumed_exactly(
+    step: int, cli: Cli, init_options: list[str], shared_opener: Path, tmp_path: Path
+) -> None:
+    # one image in five is kept out until the adapter is judged, after the first of four epochs of five steps
+    root = tmp_path / "p"
+    must("init", root, *init_options, "--branch", "auto")
+    stop_after(cli, root, shared_opener.parent / "more", step, of=20)
     assert cli("-C", root, "train-task", "--resume", *OPTIONS).code == 0
-    assert learned_hashes(root) == learned_hashes(whole)
-    # one image in five of each class is kept out: 16 of 20 images, two steps of eight, four epochs
-    assert record(root, "more")["steps"] == 8
+    assert learned_hashes(root) == learned_hashes(shared_opener)
+    assert record(root, "more")["branch_reason"] == record(shared_opener, "more")["branch_reason"]
 
 
 def test_rollback_brings_the_branch_back_bit_for_bit(cli: Cli, first: Path) -> None:

@@ -1,8 +1,9 @@
 """What kind of data a task is made of, and which branch of the tree a new task joins.
 
-A kind signature says how the frozen network sees a task's data as a whole: the mean and the spread of its tokens
-after each block. Classes differ in it less than kinds do, where the mean gradient of the probe, which tells classes
-apart, does the opposite (recipes/RESULTS.md).
+A kind signature says how the frozen network sees a task's classes: the mean and the spread of their tokens after each
+block. Two tasks are of one kind where their means differ no more than classes within a task do: the square of a
+two-sample t statistic (Student, Biometrika 1908), channel by channel. The mean gradient of the probe finds tasks with
+the same classes instead (recipes/RESULTS.md).
 
 Pure numpy. Symbols: `T` tasks, `k` classes, `B` blocks, `C` width of a token.
 """
@@ -13,16 +14,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from treelora_cli.algorithm.distances import Float32Array, FloatArray, l1_distance
+from treelora_cli.algorithm.distances import Float32Array, FloatArray
 
-_PARTITIONS = 10
-"""Ways of halving a task's classes that are averaged."""
-_MARGIN = 0.8
-"""A task is of a branch's kind within so much of what halves of its tasks differ by. Halves hold half the classes, so
-that two whole tasks of one kind differ by 0.71 of it; 0.8 made no wrong join in 80 tasks of 6 kinds, and 5 branches
-that one kind had already, 0.9 made 6 wrong joins."""
+SAME_KIND = 1.8
+"""Distance up to which two tasks are of one kind; such tasks lie about 1 apart. In 36 orders of 9 to 20 tasks of 6
+kinds 1.8 made no wrong join, and 16 of 540 tasks opened a branch that their kind had (recipes/RESULTS.md)."""
+_MOST = 30.0
+"""What one channel counts, at most: a few that hardly vary within one task would outweigh all others."""
+
+
+@dataclass(frozen=True)
+class KindSignature:
+    """How the frozen network sees the classes of a task.
+
+    Attributes:
+        means: float32 `(2 B, C)`, over classes, of their mean tokens and of their tokens' deviations.
+        variances: float32 `(2 B, C)`, between classes, unbiased; zeros for a single class.
+        classes: k.
+    """
+
+    means: Float32Array
+    variances: Float32Array
+    classes: int
 
 
 @dataclass(frozen=True)
@@ -39,37 +53,28 @@ class TokenMoments:
     squares: FloatArray
     counts: FloatArray
 
-    def signature(self, classes: Sequence[int] | None = None) -> Float32Array:
-        """Return the kind signature, float32 `(2 B, C)`: means, then deviations, each row of L2 norm 1.
-
-        Args:
-            classes: Only these; each counts alike, however many its images.
-        """
-        rows = np.arange(len(self.counts)) if classes is None else np.asarray(classes)
-        per = np.maximum(self.counts[rows], 1.0)[:, None, None]
-        mean = (self.sums[rows] / per).mean(axis=0)  # (B, C)
-        spread = np.sqrt(np.maximum((self.squares[rows] / per).mean(axis=0) - mean**2, 0.0))
-        both = np.concatenate([mean, spread])
-        norm = np.linalg.norm(both, axis=1, keepdims=True)
-        return np.asarray(both / np.maximum(norm, np.finfo(np.float64).tiny), dtype=np.float32)
-
-    def half_distance(self, seed: int) -> float:
-        """Return how far two halves of the task's classes lie apart, on average; 0 for a single class."""
-        count = len(self.counts)
-        if count < 2:
-            return 0.0
-        rng = np.random.default_rng(seed)
-        apart = []
-        for _ in range(_PARTITIONS):
-            order = rng.permutation(count)
-            halves = [self.signature(order[: count // 2].tolist()), self.signature(order[count // 2 :].tolist())]
-            apart.append(kind_distance(*halves))
-        return float(np.mean(apart))
+    def signature(self) -> KindSignature:
+        """Return the kind signature; each class counts alike, each of its rows scaled to L2 norm 1."""
+        per = np.maximum(self.counts, 1.0)[:, None, None]
+        mean = self.sums / per  # (k, B, C)
+        spread = np.sqrt(np.maximum(self.squares / per - mean**2, 0.0))
+        rows = np.concatenate([mean, spread], axis=1)  # (k, 2B, C)
+        rows /= np.maximum(np.linalg.norm(rows, axis=2, keepdims=True), np.finfo(np.float64).tiny)
+        count = len(rows)
+        variances = rows.var(axis=0, ddof=1) if count > 1 else np.zeros_like(rows[0])
+        return KindSignature(rows.mean(axis=0).astype(np.float32), variances.astype(np.float32), count)
 
 
-def kind_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
-    """Scaled L1 distance of two kind signatures, averaged over their rows, in [0, 1]."""
-    return float(l1_distance(first, second).mean())
+def kind_distance(first: KindSignature, second: KindSignature) -> float:
+    """Return the mean over rows and channels of the squared t statistic `z / (1 + z / 30)`, in [0, 30].
+
+    About 1 where the classes of both tasks are drawn alike; 30 where neither has two classes to measure by.
+    """
+    n, m = first.classes, second.classes
+    pooled = ((n - 1) * first.variances.astype(np.float64) + (m - 1) * second.variances) / max(1, n + m - 2)
+    apart = (first.means.astype(np.float64) - second.means) ** 2
+    squared = apart / np.maximum(pooled * (1 / n + 1 / m), np.finfo(np.float64).tiny)
+    return float((squared / (1 + squared / _MOST)).mean())
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,11 @@ class Kind:
     """One learned task as the choice of a branch sees it.
 
     Attributes:
-        signature: float32 `(2 B, C)`.
-        half_distance: What two halves of its classes differ by.
+        signature: Its kind.
         branch: Name of the branch it belongs to; `None` for the frozen features alone.
     """
 
-    signature: Float32Array
-    half_distance: float
+    signature: KindSignature
     branch: str | None
 
 
@@ -96,7 +99,6 @@ class BranchChoice:
         branch: The branch joined; `None` for the frozen features alone, and where it opens one.
         nearest: Index of the nearest task by kind; `None` for the first.
         distance: To it; `None` for the first.
-        limit: Distance up to which a task is of the same kind; `None` for the first.
         reason: `kind`, `first`, `always`, `bound` or `new`: why.
     """
 
@@ -104,32 +106,27 @@ class BranchChoice:
     branch: str | None
     nearest: int | None
     distance: float | None
-    limit: float | None
     reason: str
 
 
 def choose_branch(
-    new: Kind, earlier: Sequence[Kind], policy: str, most: int, drawn: np.random.Generator | None = None
+    new: KindSignature, earlier: Sequence[Kind], policy: str, most: int, drawn: np.random.Generator | None = None
 ) -> BranchChoice:
     """Decide whether a task joins a branch or tries to open one.
 
-    It joins that of the nearest task if their distance is within what halves of that branch's tasks, or of its own
-    classes, differ by.
+    It joins that of the nearest task if both are of one kind.
 
     Args:
-        new: The task; its branch means nothing.
+        new: The task's kind.
         earlier: Learned tasks.
         policy: `auto`, `first` (all join the first task's) or `always` (each opens its own).
         most: Most branches, 0 for no bound; beyond it a task joins the nearest whatever the distance.
         drawn: The ablation: whoever joins, joins a task drawn at random.
     """
     if not earlier:
-        return BranchChoice(False, None, None, None, None, "new")
-    apart = [kind_distance(new.signature, one.signature) for one in earlier]
+        return BranchChoice(False, None, None, None, "new")
+    apart = [kind_distance(new, one.signature) for one in earlier]
     nearest = int(np.argmin(apart))
-    branch = earlier[nearest].branch
-    members = [one.half_distance for one in earlier if one.branch == branch]
-    limit = _MARGIN * max(float(np.mean(members)), new.half_distance)
     opened = {one.branch for one in earlier if one.branch is not None}
     if policy == "first":
         reason, joins, nearest = "first", True, 0
@@ -139,11 +136,11 @@ def choose_branch(
     elif policy == "always":
         reason, joins = "always", False
     else:
-        joins = apart[nearest] <= limit
+        joins = apart[nearest] <= SAME_KIND
         reason = "kind" if joins else "new"
     if joins and drawn is not None:
         nearest = int(drawn.integers(len(earlier)))
-    return BranchChoice(joins, earlier[nearest].branch if joins else None, nearest, apart[nearest], limit, reason)
+    return BranchChoice(joins, earlier[nearest].branch if joins else None, nearest, apart[nearest], reason)
 
 
 def explain(
@@ -167,14 +164,14 @@ def explain(
         return f"'{name}' {verb}: {_why(choice, names)}{doubt}."
     return (
         f"'{name}' {verb}: {_why(choice, names)}; with its adapter images kept out of the training are"
-        f" {gain[0]:+.3f} nats likelier, {gain[1]:.3f} or more pays."
+        f" {gain[0]:+.3f} nats likelier, {gain[1]:.3f} or more is asked."
     )
 
 
 def _why(choice: BranchChoice, names: Sequence[str]) -> str:
-    if choice.nearest is None or choice.distance is None or choice.limit is None:
+    if choice.nearest is None or choice.distance is None:
         return "it is the first task"
-    figures = f"kind {choice.distance:.3f} from '{names[choice.nearest]}', limit {choice.limit:.3f}"
+    figures = f"kind {choice.distance:.2f} from '{names[choice.nearest]}', limit {SAME_KIND:g}"
     return {
         "kind": f"{figures}: the same",
         "new": f"{figures}: another",

@@ -124,6 +124,17 @@ class Session(Protocol):
 
 
 @runtime_checkable
+class StatefulSession(Protocol):
+    """A session that an interrupted task continues from by more than its parameters."""
+
+    def state(self) -> Tensors:
+        """Return it, tensors on the CPU; may be empty."""
+
+    def load_state(self, saved: Tensors) -> None:
+        """Continue from what ``state`` returned."""
+
+
+@runtime_checkable
 class BranchSession(Protocol):
     """A session that can share one adapter among tasks of a kind; the core asks for it where ``tree.branch`` does."""
 
@@ -131,7 +142,7 @@ class BranchSession(Protocol):
         """Return sums over the task's tokens in the frozen network, after ``prepare``."""
 
     def open_branch(self, name: str, *, ask: bool) -> None:
-        """Try a branch of this name; with ``ask`` only if images kept out of the training gain by it."""
+        """Try a branch of this name; with ``ask`` not if images kept out of the first epochs lose by it."""
 
     def join_branch(self, name: str | None) -> None:
         """Belong to a branch, or to the frozen features, and train nothing; the branch's adapter is in the slot."""

@@ -69,8 +69,8 @@ class TreeConfig:
     )
     branch: str | None = setting(
         None,
-        "which tasks share an adapter and a feature space: auto, those of a kind, where images kept out of its training"
-        " gain by it; first: all, the first task's; always: none; never: adapters only re-rank answers",
+        "which tasks share an adapter and a feature space: auto, those of a kind, unless images kept out of its first"
+        " epochs lose by it; first: all, the first task's; always: none; never: adapters only re-rank answers",
         choices=("auto", "first", "always", "never"),
     )
     branch_adapter: str | None = setting(

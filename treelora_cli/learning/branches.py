@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from treelora_cli.algorithm.kinds import BranchChoice, Kind, choose_branch, explain
+from treelora_cli.algorithm.kinds import BranchChoice, Kind, KindSignature, choose_branch, explain
 from treelora_cli.backend.contract import BranchSession
 from treelora_cli.errors import ProjectError, UsageError
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from treelora_cli.backend.values import BranchLearned, Learned, Memory
     from treelora_cli.config import Config
 
-_SIGNATURE = "kind.signature"
-_HALVES = "kind.half_distance"
+_MEANS, _VARIANCES, _CLASSES = "kind.means", "kind.variances", "kind.classes"
 
 
 class BranchPlan:
@@ -36,7 +35,7 @@ class BranchPlan:
         self.task = task
         self.names = [one.name for one in memory.tasks]
         self._memory: Memory | None = memory
-        self._kind: Kind
+        self._kind: KindSignature
         self._choice: BranchChoice
         self._learned: BranchLearned | None = None
 
@@ -49,8 +48,7 @@ class BranchPlan:
         if not isinstance(session, BranchSession):
             raise UsageError(f"tree.branch: {self.policy} is for images; set it to never.")
         assert self._memory is not None
-        moments = session.token_moments()
-        self._kind = Kind(moments.signature(), moments.half_distance(seed), None)
+        self._kind = session.token_moments().signature()
         drawn = np.random.default_rng(seed) if self.config.tree.search == "random" else None
         earlier, most = _kinds(self._memory), self.config.budget or 0
         self._choice = choose_branch(self._kind, earlier, self.policy, most, drawn)
@@ -104,8 +102,9 @@ class BranchPlan:
 
     def with_kind(self, tensors: Tensors) -> Tensors:
         """Return what is kept with the task, its kind included."""
-        halves = torch.tensor(self._kind.half_distance, dtype=torch.float64)
-        return {**tensors, _SIGNATURE: torch.from_numpy(self._kind.signature), _HALVES: halves}
+        kind = self._kind
+        means, variances = torch.from_numpy(kind.means), torch.from_numpy(kind.variances)
+        return {**tensors, _MEANS: means, _VARIANCES: variances, _CLASSES: torch.tensor(kind.classes)}
 
     def record(self) -> dict[str, Any]:
         """Return what `task.json` keeps."""
@@ -122,7 +121,8 @@ def _kinds(memory: Memory) -> list[Kind]:
     kinds = []
     for task in memory.tasks:
         own = task.tensors()
-        if _SIGNATURE not in own or _HALVES not in own:
+        if not {_MEANS, _VARIANCES, _CLASSES} <= own.keys():
             raise ProjectError(f"Task '{task.name}' does not say what kind of data it is. Run treelora doctor.")
-        kinds.append(Kind(own[_SIGNATURE].numpy(), float(own[_HALVES]), task.branch))
+        signature = KindSignature(own[_MEANS].numpy(), own[_VARIANCES].numpy(), int(own[_CLASSES]))
+        kinds.append(Kind(signature, task.branch))
     return kinds

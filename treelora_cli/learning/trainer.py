@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import Session
+from treelora_cli.backend.contract import Session, StatefulSession
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import TrainConfig
 from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError, is_out_of_memory
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from treelora_cli.backend.contract import Base
     from treelora_cli.config import Config
 
+_SESSION = "session."
+"""Begins the names of a session's own tensors in a checkpoint."""
 _CHECK_EVERY = 10
 """Steps between looks at the loss; each costs a synchronisation with the device."""
 
@@ -349,11 +351,16 @@ class Trainer:
             saved[f"parameter.{index}"] = parameter.detach().cpu().clone()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 saved[f"optimizer.{index}.{key}"] = torch.as_tensor(value).detach().cpu().clone()
+        if isinstance(self.session, StatefulSession):
+            saved |= {f"{_SESSION}{key}": tensor.cpu() for key, tensor in self.session.state().items()}
         return saved
 
     def load(self, step: int, saved: dict[str, Tensor]) -> None:
         """Continue after ``step`` from what ``tensors`` returned there."""
         self.step = step
+        if isinstance(self.session, StatefulSession):
+            own = {key.removeprefix(_SESSION): tensor for key, tensor in saved.items() if key.startswith(_SESSION)}
+            self.session.load_state(own)
         with torch.no_grad():
             for index, parameter in enumerate(self.parameters):
                 parameter.copy_(saved[f"parameter.{index}"])

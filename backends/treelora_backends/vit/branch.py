@@ -1,7 +1,10 @@
 """The head of one branch: tasks that share an adapter, seen through the frozen network and through the adapted one.
 
-Frozen base and branch adapter no longer change once the branch's first task is learned, so the sums are exact whatever
-the order of tasks. Symbols as in ``shared_head``; ``F`` features of one view, ``W`` of the head.
+Of each view the head reads mean patches and class token: the patches' spread, which the shared head reads too, adds
+nothing to what both views say (recipes/RESULTS.md). Frozen base and branch adapter no longer change once the branch's
+first task is learned, so the sums are exact whatever the order of tasks.
+
+Symbols as in ``shared_head``; ``M`` features read of one view, ``W = 2 M + R`` of the head, ``R`` of them random.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import torch
 from torch import Tensor
 
 from treelora_cli.heads.gram import Gram
-from treelora_cli.heads.ridge import LinearHead, RidgeStatistics, ridge_share
-from treelora_cli.heads.two_views import Tensors, TwoViews
+from treelora_cli.heads.ridge import FeatureMap, LinearHead, RidgeStatistics, Tensors, ridge_share
+from treelora_cli.heads.two_views import LEAST_SHARP, MOST_SHARP
 
 if TYPE_CHECKING:
     from treelora_backends.vit.trunk import Trunk
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 _FIRST_LOOK = 512
 """Images of a branch's first task by which features are standardised."""
-DEFAULT_SHARPNESS = 16.0
+_DEFAULT_SHARPNESS = (LEAST_SHARP * MOST_SHARP) ** 0.5
 """Factor on scores before the softmax where no image was kept out to choose it by."""
 
 
@@ -33,26 +36,32 @@ class BranchSettings:
     """What the sums of every branch of a project depend on.
 
     Attributes:
-        widths: Columns P of the linear projection and R of the random features: half of what the shared head has, so
-            that a branch's Gram matrix takes a quarter of its disk (recipes/RESULTS.md).
+        columns: Which of a view's features are read, (M,).
+        random: R, a third of the shared head's: with both views a Gram matrix no larger than its.
         ridge: As ``head.ridge``.
-        seed: Of the projections.
+        seed: Of the random features.
     """
 
-    widths: tuple[int, int]
+    columns: Tensor
+    random: int
     ridge: float
     seed: int
 
     @classmethod
-    def of(cls, trunk: Trunk, config: Config) -> BranchSettings:
+    def of(cls, trunk: Trunk, config: Config, device: torch.device) -> BranchSettings:
         """Return the settings that go with a network and a configuration."""
         assert config.head.width is not None and config.head.ridge is not None and config.seed is not None
-        return cls((max(1, trunk.feature_width // 2), max(1, config.head.width // 2)), config.head.ridge, config.seed)
+        columns = torch.tensor(trunk.mean_columns, device=device)
+        return cls(columns, max(1, config.head.width // 3), config.head.ridge, config.seed)
 
     @property
     def width(self) -> int:
         """W."""
-        return sum(self.widths)
+        return 2 * len(self.columns) + self.random
+
+    def views(self, frozen: Tensor, adapted: Tensor) -> Tensor:
+        """Put what is read of both views' features, (n, F) each, side by side: (n, 2 M)."""
+        return torch.cat([frozen[:, self.columns], adapted[:, self.columns]], dim=1)
 
     def share(self, examples: float) -> float:
         """Return the penalty for so many examples."""
@@ -71,9 +80,9 @@ class BranchHead:
         self.settings = settings
         self.runtime = runtime
         self.device = runtime.device
-        self.views: TwoViews | None = None
+        self.features: FeatureMap | None = None
         self.gram: Gram | None = None
-        self.sharpness = DEFAULT_SHARPNESS
+        self.sharpness = _DEFAULT_SHARPNESS
         self._sums: Tensor
         self._counts: Tensor
 
@@ -81,31 +90,31 @@ class BranchHead:
     def restore(cls, tensors: Tensors, settings: BranchSettings, runtime: Runtime) -> BranchHead:
         """Rebuild the head from what its branch stores."""
         head = cls(settings, runtime)
-        head.views = TwoViews.from_tensors(tensors, settings.widths, settings.seed, head.device)
+        head.features = FeatureMap.from_tensors(tensors, settings.random, settings.seed, head.device)
         head.gram = Gram.read(tensors, "branch", settings.width, head.device)
         head.sharpness = float(tensors["branch.sharpness"])
         return head
 
-    def standardise(self, features: Tensor) -> None:
-        """Fix the standard by the first task's features, (n, 2F); with several processes, by all of theirs."""
-        some = features[: self.runtime.smallest(min(len(features), _FIRST_LOOK))]
-        self.views = TwoViews.fit(self.runtime.concatenate(some), self.settings.widths, self.settings.seed)
+    def standardise(self, views: Tensor) -> None:
+        """Fix the standard by both views of the first task's images, (n, 2 M); of all processes."""
+        some = views[: self.runtime.smallest(min(len(views), _FIRST_LOOK))]
+        self.features = FeatureMap.fit(some, self.settings.random, self.settings.seed, self.runtime.sum)
 
-    def learn(self, features: Tensor, labels: Tensor, classes: int) -> None:
-        """Count a task in: both views side by side (n, 2F), labels (n,) from 0."""
-        assert self.views is not None
+    def learn(self, views: Tensor, labels: Tensor, classes: int) -> None:
+        """Count a task in: both views side by side (n, 2 M), labels (n,) from 0."""
+        assert self.features is not None
         alone = self.runtime.accelerator.num_processes == 1
         new = RidgeStatistics.empty(self.settings.width, classes, self.device, self.gram if alone else None)
-        for rows in torch.arange(len(features), device=features.device).split(_FIRST_LOOK):
-            new.add(self.views(features[rows]), labels[rows])
+        for rows in torch.arange(len(views), device=views.device).split(_FIRST_LOOK):
+            new.add(self.features(views[rows]), labels[rows])
         total = new.over_processes(self.gram, self.runtime)
         self.gram, self._sums, self._counts = total.gram, total.sums, total.counts
 
     def to_tensors(self) -> Tensors:
         """Return what the branch stores."""
-        assert self.views is not None and self.gram is not None
+        assert self.features is not None and self.gram is not None
         sharpness = torch.tensor(self.sharpness, dtype=torch.float32)
-        return {**self.views.to_tensors(), "branch.half_gram": self.gram.half(), "branch.sharpness": sharpness}
+        return {**self.features.to_tensors(), "branch.half_gram": self.gram.half(), "branch.sharpness": sharpness}
 
     def task_tensors(self) -> Tensors:
         """Return the columns of the task counted in last."""

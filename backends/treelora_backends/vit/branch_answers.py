@@ -1,7 +1,7 @@
 """P(class | image) = P(branch | image) P(class | branch, image): the second factor, from solved heads.
 
 The shared head says how likely each branch is. The heads of the likeliest say which of their classes it is, with
-adapter; the shared head's own opinion inside the branch is multiplied in with a smaller weight.
+adapter; the shared head's own opinion inside the branch is multiplied in. Tasks without a branch are the caller's.
 
 Symbols: ``B`` images, ``K`` columns, ``F`` features of a view.
 """
@@ -19,8 +19,8 @@ from treelora_backends.vit.branch import BranchHead, BranchSettings
 from treelora_backends.vit.images import filled
 from treelora_backends.vit.trunk import Entering
 from treelora_cli.backend import adapters
-from treelora_cli.heads.ridge import LinearHead
-from treelora_cli.heads.two_views import TwoViews
+from treelora_cli.heads.ridge import FeatureMap, LinearHead
+from treelora_cli.heads.two_views import fused
 
 if TYPE_CHECKING:
     from treelora_backends.vit.loaded import LoadedVit
@@ -30,8 +30,6 @@ BRANCHES_ASKED = 2
 """Branches whose adapters run for an image, at most."""
 UNLIKELY = 0.01
 """Branches less likely than this are not asked."""
-FROZEN_SHARE = 0.25
-"""Weight of the shared head's log-probabilities inside a branch: 0.7 points of OP on three kinds of nine tasks."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Seen:
 @dataclass(frozen=True)
 class _Solved:
     adapter: adapters.AdapterWeights
-    views: TwoViews
+    features: FeatureMap
     head: LinearHead
     sharpness: float
 
@@ -65,15 +63,15 @@ class BranchAnswers:
         self.names = list(dict.fromkeys(task.branch for task in memory.tasks))
         place = torch.tensor([self.names.index(task.branch) for task in memory.tasks], device=task_of.device)
         self.group_of = place[task_of]
+        self.settings = BranchSettings.of(base.trunk, base.config, task_of.device)
         self.solved = lru_cache(maxsize=None)(self._solve)
 
     def _solve(self, name: str) -> _Solved:
         """Solve a branch's head and take its adapter."""
-        settings = BranchSettings.of(self.base.trunk, self.base.config)
-        head = BranchHead.restore(self.memory.branch(name), settings, self.base.runtime)
-        assert head.views is not None
+        head = BranchHead.restore(self.memory.branch(name), self.settings, self.base.runtime)
+        assert head.features is not None
         opener = next(task for task in self.memory.tasks if task.branch == name)
-        return _Solved(opener.adapter(), head.views, head.solve_(self.memory, name), head.sharpness)
+        return _Solved(opener.adapter(), head.features, head.solve_(self.memory, name), head.sharpness)
 
     def refine_(self, log_columns: Tensor, log_branches: Tensor, seen: tuple[Seen, ...]) -> None:
         """Put the branches' opinions in place of the shared head's.
@@ -91,18 +89,18 @@ class BranchAnswers:
                 continue
             own = (self.group_of == index).nonzero().squeeze(1)
             inside = log_columns[rows][:, own] - log_branches[rows, index][:, None]
-            fused = (self._opinion(name, rows, seen) + FROZEN_SHARE * inside).log_softmax(dim=1)
-            log_columns[rows[:, None], own[None, :]] = fused + log_branches[rows, index][:, None]
+            opinion = fused(*self._scores(name, rows, seen), inside)
+            log_columns[rows[:, None], own[None, :]] = opinion + log_branches[rows, index][:, None]
 
-    def _opinion(self, name: str, rows: Tensor, seen: tuple[Seen, ...]) -> Tensor:
-        """Return log-probabilities of a branch's classes for some images, (n, classes)."""
+    def _scores(self, name: str, rows: Tensor, seen: tuple[Seen, ...]) -> tuple[Tensor, float]:
+        """Return scores of a branch's classes for some images, (n, classes), and the factor on them."""
         solved, trunk = self.solved(name), self.base.trunk
         adapters.write_slot(self.base.network, solved.adapter)
         chosen = filled(rows)
         scores = torch.zeros(len(rows), len(solved.head.bias), device=rows.device)
         for view in seen:
-            frozen = view.layered[chosen]
             with self.base.runtime.autocast():
                 adapted = trunk.after(Entering(view.cut.tokens[chosen], view.cut.early[chosen])).layered
-            scores += solved.head(solved.views(torch.cat([frozen, adapted], dim=1)))[: len(rows)] / len(seen)
-        return (solved.sharpness * scores).log_softmax(dim=1)
+            both = self.settings.views(view.layered[chosen], adapted)
+            scores += solved.head(solved.features(both))[: len(rows)] / len(seen)
+        return scores, solved.sharpness

@@ -1,6 +1,6 @@
 """What a session does for branches: kind of its data, images kept out, and the branch's sums.
 
-Symbols as in ``session``; ``B`` blocks, ``F`` features of a view.
+Symbols as in ``session``; ``B`` blocks, ``F`` features of a view, ``M`` of them read.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from treelora_backends.kept import KeptRows
 from treelora_backends.vit.branch import BranchHead, BranchSettings
-from treelora_backends.vit.trunk import Entering, Features
+from treelora_backends.vit.trunk import Entering
 from treelora_cli import seeds
 from treelora_cli.algorithm.kinds import TokenMoments
-from treelora_cli.heads.ridge import ridge_share
+from treelora_cli.heads.ridge import FeatureMap, ridge_share
 from treelora_cli.heads.two_views import Examples, Judgement, judge
 
 if TYPE_CHECKING:
@@ -32,10 +32,15 @@ if TYPE_CHECKING:
     from treelora_cli.backend.values import Memory
     from treelora_cli.config import Config
 
+SOLVED = "head.solved"
+"""Marks a task without an adapter of its own: its linear head is solved, for one network alone, not trained."""
 _KEPT_OUT = 5
-"""One image of a class in so many is kept out of a branch adapter's training."""
+"""One image of a class in so many is kept out of the adapter's training until it is judged."""
 _FEWEST_KEPT_OUT = 8
 """With fewer images kept out nothing is judged."""
+_JUDGED_AFTER = 1 / 3
+"""Share of the epochs after which an adapter is judged; it goes on to learn from every image. Kept out to the end they
+cost a branch of hand signs 7 points, kept out for half of the epochs 2 (recipes/RESULTS.md)."""
 _MOST_JUDGED = 2000
 """Images that take part in a judgement, at most: it solves a system as large."""
 
@@ -109,13 +114,14 @@ class Branching:
     def __init__(self, session: OwnImages) -> None:
         self.session = session
         self.trunk = session.base.trunk
-        self.settings = BranchSettings.of(self.trunk, session.config)
+        self.settings = BranchSettings.of(self.trunk, session.config, session.device)
         self.moments = MomentSums(self.trunk, len(session.task.labels), session.device)
         self.kept_out = torch.zeros(len(session.own), dtype=torch.bool)
         self.name: str | None = None
         self.asks = False
         self.joined = False
         self.judgement: Judgement | None = None
+        self._judged = False
         self._frozen: KeptRows | None = None
 
     def keep(self, rows: Tensor, view: int, layered: Tensor) -> None:
@@ -137,14 +143,42 @@ class Branching:
         return not self.joined
 
     def open(self, name: str, ask: bool) -> None:
-        """Try a branch: keep one image in five of each class out of its adapter's training, which are asked."""
+        """Try a branch; ``ask`` one image in five of each class, kept out of the first epochs, whether it pays."""
         self.name, self.asks = name, ask
+        if not ask:
+            return
         generator = torch.Generator().manual_seed(seeds.of_kept_out(self.session.seed))
         labels = self.session.labels.cpu()
         for one in labels.unique().tolist():
             rows = (labels == one).nonzero().squeeze(1)
             chosen = rows[torch.randperm(len(rows), generator=generator)[: len(rows) // _KEPT_OUT]]
             self.kept_out[chosen] = True
+
+    def trained_rows(self, epoch: int) -> Tensor:
+        """Return which of this process's images an epoch trains on; judges the adapter first, when it is time."""
+        epochs = self.session.config.train.epochs
+        assert epochs is not None
+        if self.asks and not self._judged and epoch >= max(1, round(epochs * _JUDGED_AFTER)):
+            self._judge()
+        if self.asks and not self._judged:
+            return (~self.kept_out).nonzero().squeeze(1)
+        return torch.arange(len(self.session.own))
+
+    def state(self) -> Tensors:
+        """Return what an interrupted task continues from, beyond the parameters."""
+        found = self.judgement
+        if not self._judged:
+            return {}
+        known = [] if found is None else [found.gain, found.asked, found.sharpness, float(found.count)]
+        return {"branch.judgement": torch.tensor(known, dtype=torch.float64)}
+
+    def load_state(self, saved: Tensors) -> None:
+        """Continue from ``state``."""
+        known = saved.get("branch.judgement")
+        self._judged = known is not None
+        if known is not None and len(known):
+            gain, asked, sharpness, count = known.tolist()
+            self.judgement = Judgement(gain, asked, sharpness, int(count))
 
     def join(self, name: str | None) -> None:
         """Train nothing: the task belongs to a branch, or to the frozen features."""
@@ -159,52 +193,59 @@ class Branching:
         """
         if self.name is None:
             return None, {}, {}
-        features, labels = self._both_views()
-        classes = len(self.session.task.labels)
+        if self.asks and not self._judged:
+            self._judge()
+        if self.asks and (self.judgement is None or not self.judgement.pays):
+            return None, {}, {}
+        views, labels = self._both_views()
         if self.joined:
             head = BranchHead.restore(self.session.memory.branch(self.name), self.settings, self.session.runtime)
         else:
             head = BranchHead(self.settings, self.session.runtime)
-            head.standardise(features)
-            self.judgement = self._judged(head, features, classes)
-            if self.asks and (self.judgement is None or not self.judgement.pays):
-                return None, {}, {}
+            head.standardise(views)
             if self.judgement is not None:
                 head.sharpness = self.judgement.sharpness
-        head.learn(features, labels, classes)
+        head.learn(views, labels, len(self.session.task.labels))
         return self.name, head.to_tensors(), head.task_tensors()
 
     def _both_views(self) -> tuple[Tensor, Tensor]:
-        """Return frozen and adapted features side by side of every view, plain views first, (V n, 2F), and labels."""
-        session, parts = self.session, []
+        """Return frozen and adapted features side by side of every view, plain views first, (V n, 2 M), and labels."""
+        session = self.session
         rows = torch.arange(len(session.own))
-        for view in range(session.views):
-            for chunk in rows.split(session.at_once):
-                seen, frozen = self._adapted(chunk, torch.full_like(chunk, view))
-                parts.append(torch.cat([frozen, seen.layered], dim=1))
+        parts = [
+            self.settings.views(*self._seen(chunk, view))
+            for view in range(session.views)
+            for chunk in rows.split(session.at_once)
+        ]
         return torch.cat(parts), session.labels.repeat(session.views)
 
-    def _adapted(self, rows: Tensor, views: Tensor) -> tuple[Features, Tensor]:
+    def _seen(self, rows: Tensor, view: int) -> tuple[Tensor, Tensor]:
+        """Return frozen and adapted features of one view of some images, (n, F) each."""
         assert self._frozen is not None
-        frozen = self._frozen.read(rows * self.session.views + views).float()
-        tokens = self.session.entering(rows, views)
+        which = torch.full_like(rows, view)
+        frozen = self._frozen.read(rows * self.session.views + which).float()
+        tokens = self.session.entering(rows, which)
         with self.session.runtime.autocast():
-            return self.trunk.after(Entering(tokens, frozen[:, : self.trunk.early_width])), frozen
+            return frozen, self.trunk.after(Entering(tokens, frozen[:, : self.trunk.early_width])).layered
 
-    def _judged(self, head: BranchHead, features: Tensor, classes: int) -> Judgement | None:
-        """Judge by the plain views; `None` with too few images kept out, as where classes have hardly any."""
+    @torch.no_grad()
+    def _judge(self) -> None:
+        """Judge by the plain views; not with too few images kept out, as where classes have hardly any."""
+        self._judged = True
         session, runtime = self.session, self.session.runtime
         generator = torch.Generator().manual_seed(session.seed)
         most = min(len(session.own), _MOST_JUDGED // runtime.accelerator.num_processes)
         chosen = torch.randperm(len(session.own), generator=generator)[: runtime.smallest(most)]
-        some = chosen.to(features.device)
-        out = runtime.concatenate(self.kept_out[chosen].to(features.device).float()) > 0
+        out = runtime.concatenate(self.kept_out[chosen].to(session.device).float()) > 0
         if int(out.sum()) < _FEWEST_KEPT_OUT or bool(out.all()):
-            return None
-        assert head.views is not None
-        both, labels = runtime.concatenate(features[some]), runtime.concatenate(session.labels[some])
-        plain = cast("Any", session.shared_head.features).plain
-        frozen = plain(both[:, : self.trunk.feature_width])
+            return
+        seen = [self._seen(rows, 0) for rows in chosen.split(session.at_once)]
+        frozen = runtime.concatenate(torch.cat([one for one, _ in seen]))
+        views = runtime.concatenate(torch.cat([self.settings.views(*both) for both in seen]))
+        labels = runtime.concatenate(session.labels[chosen.to(session.device)])
+        plain = cast("Any", session.shared_head.features).plain(frozen)
+        both = FeatureMap.fit(views, self.settings.random, self.settings.seed, lambda one: one)(views)
         count = float((~out).sum())
-        ridges = (ridge_share(self.settings.ridge, frozen.shape[1], count), self.settings.share(count))
-        return judge(Examples(frozen, labels, out), Examples(head.views(both), labels, out), ridges, classes)
+        ridges = (ridge_share(self.settings.ridge, plain.shape[1], count), self.settings.share(count))
+        classes = len(session.task.labels)
+        self.judgement = judge(Examples(plain, labels, out), Examples(both, labels, out), ridges, classes)

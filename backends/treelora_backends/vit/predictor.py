@@ -2,7 +2,8 @@
 
 ``routed``: the anchor, a ridge head on frozen features, says how likely each (task, class) column is; the
 adapters of the likeliest tasks then say which of their own classes it is, and both opinions are
-multiplied. Where tasks share adapters, those of the likeliest branches say it (``branch_answers``).
+multiplied. Where tasks share adapters, those of the likeliest branches say it (``branch_answers``), and of tasks
+without a branch their own.
 ``latest`` and ``merged``: one network, one linear head.
 
 Symbols: ``B`` images, ``K`` columns, ``C`` width.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.vit.branch_answers import BranchAnswers, Seen
+from treelora_backends.vit.branching import SOLVED
 from treelora_backends.vit.images import ImageTask, Pictures, filled, images_at_once
 from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_names, class_of_column, columns_of
 from treelora_backends.vit.single import SingleNetwork
@@ -41,6 +43,17 @@ ADAPTER_SHARE = 0.25
 """Weight of the adapter's log-probabilities beside the anchor's, within a task."""
 TASKS_ASKED = 2
 """Adapters run for each image: those of its likeliest tasks."""
+
+
+def tasks_asked(memory: Memory, *, shared: bool) -> set[int]:
+    """Return the tasks whose own adapters are asked: all, or, where tasks share some, those that belong to no branch.
+
+    Args:
+        memory: Everything learned.
+        shared: Whether tasks share adapters.
+    """
+    tasks = enumerate(memory.tasks)
+    return {index for index, task in tasks if not shared or (task.branch is None and SOLVED not in task.tensors())}
 
 
 class VitPredictor:
@@ -160,13 +173,15 @@ class VitPredictor:
             by_branch = self._by_group(log_columns, self._branches.group_of, len(self._branches.names))
             self._branches.refine_(log_columns, by_branch, (plain, other))
         log_tasks = self._by_group(log_columns, self.task_of, len(self.memory.tasks))
-        if self._branches is not None:
-            return self._by_group(log_columns, self.class_of, len(self.names)), log_tasks.argmax(dim=1)
         asked = log_tasks.topk(min(TASKS_ASKED, log_tasks.shape[1]), dim=1).indices
-        for task in asked.unique().tolist():
+        for task in self._with_own_adapter.intersection(asked.unique().tolist()):
             rows = (asked == task).any(dim=1).nonzero().squeeze(1)
             self._ask_adapter(int(task), rows, plain.cut, log_columns, log_tasks)
         return self._by_group(log_columns, self.class_of, len(self.names)), asked[:, 0]
+
+    @cached_property
+    def _with_own_adapter(self) -> set[int]:
+        return tasks_asked(self.memory, shared=self._branches is not None)
 
     @cached_property
     def _branches(self) -> BranchAnswers | None:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from treelora_backends.vit.branch_answers import BRANCHES_ASKED, FROZEN_SHARE, UNLIKELY, BranchAnswers
+from treelora_backends.vit.branch_answers import BRANCHES_ASKED, UNLIKELY, BranchAnswers
 from treelora_backends.vit.images import images_at_once
-from treelora_backends.vit.predictor import ADAPTER_SHARE, ANCHOR_SHARPNESS, TASKS_ASKED, VitPredictor
+from treelora_backends.vit.predictor import ADAPTER_SHARE, ANCHOR_SHARPNESS, TASKS_ASKED, VitPredictor, tasks_asked
 from treelora_backends.vit.shared_head import SharedHead, class_names, class_of_column, columns_of
 from treelora_cli.backend import adapters
 from treelora_cli.backend.values import ExportCheck, ExportOptions, Memory
 from treelora_cli.errors import CheckError
+from treelora_cli.heads.two_views import FROZEN_SHARE
 
 if TYPE_CHECKING:
     from treelora_backends.vit.images import ImageTask
@@ -68,12 +69,14 @@ class RoutedExport:
         columns = columns_of(memory)
         tensors, facts = _router(self.base, memory)
         names = class_names(columns)
+        asked = tasks_asked(memory, shared=self.base.config.tree.branch != "never")
+        tensors |= _task_heads(memory, asked)
         document: dict[str, Any] = {
             "format": _FORMAT,
             "labels": names,
             "tasks": [
-                {"name": task.name, "adapter": place, "labels": list(task.labels)}
-                for task, place in zip(memory.tasks, places, strict=True)
+                {"name": task.name, "adapter": place, "labels": list(task.labels), "asked": index in asked}
+                for index, (task, place) in enumerate(zip(memory.tasks, places, strict=True))
             ],
             "adapters": list(dict.fromkeys(places)),
             "columns": [
@@ -81,12 +84,12 @@ class RoutedExport:
             ],
             "first_block": self.base.trunk.first_feature,
             "sharpness": ANCHOR_SHARPNESS,
+            "tasks_asked": TASKS_ASKED,
+            "adapter_share": ADAPTER_SHARE,
+            "branches": [],
             **facts,
         }
-        if self.base.config.tree.branch == "never":
-            tensors |= _task_heads(memory)
-            document |= {"branches": [], "tasks_asked": TASKS_ASKED, "adapter_share": ADAPTER_SHARE}
-        else:
+        if self.base.config.tree.branch != "never":
             more, branches = _branches(self.base, memory, places)
             tensors |= more
             document |= branches
@@ -175,17 +178,17 @@ def _router(base: LoadedVit, memory: Memory) -> tuple[dict[str, Tensor], dict[st
     return {**tensors, "weight": head.weight, "bias": head.bias}, facts
 
 
-def _task_heads(memory: Memory) -> dict[str, Tensor]:
-    """Return the heads of the tasks' adapters."""
+def _task_heads(memory: Memory, asked: Set[int]) -> dict[str, Tensor]:
+    """Return the heads of those tasks whose own adapters are asked."""
     found: dict[str, Tensor] = {}
-    for index, task in enumerate(memory.tasks):
-        tensors = task.tensors()
+    for index in sorted(asked):
+        tensors = memory.tasks[index].tensors()
         found |= {f"task.{index}.{part}": tensors[f"head.{part}"] for part in ("weight", "bias")}
     return found
 
 
 def _branches(base: LoadedVit, memory: Memory, places: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the heads of the branches, the linear projection folded into them."""
+    """Return the heads of the branches."""
     task_of = torch.tensor([column.task for column in columns_of(memory)], device=base.runtime.device)
     answers = BranchAnswers(base, memory, task_of)
     tensors: dict[str, Tensor] = {}
@@ -195,12 +198,10 @@ def _branches(base: LoadedVit, memory: Memory, places: Sequence[str]) -> tuple[d
             branches.append({"name": None, "adapter": None})
             continue
         solved = answers.solved(name)
-        views, head = solved.views, solved.head
-        width = views.linear.shape[1]
-        own = {"mean": views.mean, "scale": views.scale, "bias": head.bias}
-        own |= {"linear": head.weight[:, :width] @ views.linear.T, "random": head.weight[:, width:]}
+        features, head = solved.features, solved.head
+        own = {"mean": features.mean, "scale": features.scale, "weight": head.weight, "bias": head.bias}
         tensors |= {f"branch.{index}.{key}": one for key, one in own.items()}
-        tensors["branch.projection"] = views.random
+        tensors |= {"branch.projection": features.projection, "branch.columns": answers.settings.columns}
         opener = next(place for task, place in zip(memory.tasks, places, strict=True) if task.branch == name)
         branches.append({"name": name, "adapter": opener, "sharpness": solved.sharpness})
     return tensors, {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from treelora_backends.kept import Keeping, KeptRows, each_expected
-from treelora_backends.vit.branching import Branching
+from treelora_backends.vit.branching import SOLVED, Branching
 from treelora_backends.vit.images import ImageTask, images_at_once, shuffled_views
 from treelora_backends.vit.shared_head import SharedHead, columns_of
 from treelora_backends.vit.single import (
@@ -161,23 +161,25 @@ class VitSession:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass."""
-        return -(-(self.task.train_size - self._kept_out) // self.batch_size)
-
-    @property
-    def _kept_out(self) -> int:
-        """Images of all processes that are kept out of the training."""
-        if self.branching is None:
-            return 0
-        own = self.branching.kept_out.sum().to(self.device, torch.float64)
-        return int(self.runtime.sum(own[None]))
+        """Optimizer steps in one pass; where images are kept out, of fewer images each."""
+        return -(-self.task.train_size // self.batch_size)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of each step, both (B,)."""
-        trained = torch.arange(len(self.own)) if self.branching is None else (~self.branching.kept_out).nonzero()[:, 0]
+        branching = self.branching
+        trained = torch.arange(len(self.own)) if branching is None else branching.trained_rows(epoch)
         shuffled = shuffled_views(len(trained), self.views, self.steps_per_epoch, seeds.of_order(self.seed, epoch))
         batches = ((trained[rows], views) for rows, views in shuffled)
         yield from each_expected(self.kept, batches, lambda batch: batch[0] * self.views + batch[1])
+
+    def state(self) -> Tensors:
+        """Return what an interrupted task continues from, beyond the parameters."""
+        return {} if self.branching is None else self.branching.state()
+
+    def load_state(self, saved: Tensors) -> None:
+        """Continue from ``state``."""
+        if self.branching is not None:
+            self.branching.load_state(saved)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the task's own classes."""
@@ -222,6 +224,7 @@ class VitSession:
             every = ClassStatistics.from_tensors(statistics, "latest", self.device).discriminant(COVARIANCE_RIDGE)
             count = len(self.task.labels)
             tensors |= {"head.weight": every.weight[-count:].cpu(), "head.bias": every.bias[-count:].cpu()}
+            tensors[SOLVED] = torch.tensor(True)
         name, stored, columns = branching.finish()
         tensors |= columns
         judged = branching.judgement

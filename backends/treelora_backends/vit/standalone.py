@@ -79,9 +79,7 @@ class Routed:
         columns = (self.config["sharpness"] * router).log_softmax(dim=1)  # (B, K)
         if self.config["branches"]:
             self._ask_branches(columns, views, [layered for layered, _ in seen])
-            tasks = _by_group(columns, self.task_of, len(self.tasks)).argmax(dim=1)
-        else:
-            tasks = self._ask_tasks(columns, images)
+        tasks = self._ask_tasks(columns, images)
         return _by_group(columns, self.label_of, len(self.labels)), tasks
 
     # -- the frozen base ------------------------------------------------------------------------------
@@ -135,6 +133,8 @@ class Routed:
         by_task = _by_group(columns, self.task_of, len(self.tasks))
         asked = by_task.topk(min(self.config["tasks_asked"], len(self.tasks)), dim=1).indices
         for task in asked.unique().tolist():
+            if not self.config["tasks"][task]["asked"]:
+                continue
             rows = (asked == task).any(dim=1).nonzero().squeeze(1)
             own = (self.task_of == task).nonzero().squeeze(1)
             self.network.set_adapter(_named(self.config["tasks"][task]["adapter"]))
@@ -152,6 +152,7 @@ class Routed:
         by_branch = _by_group(columns, branch_of, len(branches))
         top = by_branch.topk(min(self.config["branches_asked"], len(branches)), dim=1)
         likely = top.values.exp() >= self.config["unlikely"]
+        read = self.tensors.get("branch.columns")
         for index, branch in enumerate(branches):
             rows = ((top.indices == index) & likely).any(dim=1).nonzero().squeeze(1)
             if branch["adapter"] is None or not len(rows):
@@ -160,7 +161,7 @@ class Routed:
             self.network.set_adapter(_named(branch["adapter"]))
             scores = torch.zeros(len(rows), len(own), device=self.device)
             for view, plain in zip(views, frozen, strict=True):
-                both = torch.cat([plain[rows], self._features(view[rows])[0]], dim=1)
+                both = torch.cat([plain[rows][:, read], self._features(view[rows])[0][:, read]], dim=1)
                 scores += self._branch_head(index, both) / len(views)
             inside = columns[rows][:, own] - by_branch[rows, index][:, None]
             opinion = (branch["sharpness"] * scores).log_softmax(dim=1)
@@ -168,11 +169,11 @@ class Routed:
             columns[rows[:, None], own[None, :]] = fused + by_branch[rows, index][:, None]
 
     def _branch_head(self, index: int, features: Tensor) -> Tensor:
-        """Return a branch's scores of its columns from both views' features, (n, 2F)."""
-        held = {key: self.tensors[f"branch.{index}.{key}"] for key in ("mean", "scale", "linear", "random", "bias")}
-        z = (features - held["mean"]) / held["scale"]
+        """Return a branch's scores of its columns from what is read of both views' features."""
+        own = f"branch.{index}"
+        z = (features - self.tensors[f"{own}.mean"]) / self.tensors[f"{own}.scale"]
         drawn = functional.gelu(z @ self.tensors["branch.projection"])
-        return z @ held["linear"].T + drawn @ held["random"].T + held["bias"]
+        return torch.cat([z, drawn], dim=1) @ self.tensors[f"{own}.weight"].T + self.tensors[f"{own}.bias"]
 
 
 def _named(path: str) -> str:

@@ -94,6 +94,13 @@ class Trunk:
         return self._block_features * (len(self.blocks) - self.first_feature) + self._token_features
 
     @property
+    def mean_columns(self) -> tuple[int, ...]:
+        """Which of the layered features are mean patches or the class token, in order."""
+        blocks = range(0, self.feature_width - self._token_features, self._block_features)
+        means = (column for start in blocks for column in range(start, start + self.width))
+        return (*means, *range(self.feature_width - self._token_features, self.feature_width))
+
+    @property
     def early_width(self) -> int:
         """Features of blocks before the cut, which an adapter leaves as they are."""
         return self._block_features * max(0, self.cut - self.first_feature)
