@@ -80,7 +80,7 @@ class Campaign:
         """Start the command, kill it at a random instant, and check what is there."""
         in_commit = self.random.random() < 0.5
         resume = Project.open(self.root).checkpoint.facts() is not None and self.random.random() < 0.3
-        command = [*self.learn, "--resume"] if resume else self.learn
+        command = [*self.learn, "--resume" if resume else "--abandon"]
 
         def work(committing: Callable[[], None]) -> int:
             commit = Project.commit

@@ -223,6 +223,7 @@ class Project:
         test_limit: int | None = None,
         settings: Mapping[str, Any] | None = None,
         evaluate: bool = True,
+        abandon: bool = False,
     ) -> TaskReport:
         """Learn one more task and commit it; the earlier tasks' data is not needed.
 
@@ -237,6 +238,7 @@ class Project:
             test_limit: Most held-out examples per class or task.
             settings: Settings of this task by full name, such as ``{"train.epochs": 1}``.
             evaluate: Score every task afterwards.
+            abandon: Give up a task that was interrupted, which otherwise is an error.
 
         Raises:
             TreeLoraError: Bad data, no memory, another writer, ...; the project is as before.
@@ -261,7 +263,17 @@ class Project:
         config = self._config(settings)
         with self._writing(f"train-task {chosen}") as stored:
             base = self._loaded(config)
-            report = learn_task(stored, base, request, chosen, config, self.runtime, evaluate=evaluate, resume=False)
+            report = learn_task(
+                stored,
+                base,
+                request,
+                chosen,
+                config,
+                self.runtime,
+                evaluate=evaluate,
+                resume=False,
+                abandon=abandon,
+            )
         self.reload()
         return report
 

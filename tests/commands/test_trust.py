@@ -179,7 +179,7 @@ def test_a_crafted_checkpoint_is_refused(cli: Cli, project: Path, tmp_path: Path
         checkpoint.save(facts, changed)
         before = tree_hash(project)
         check_error(
-            cli(*resume), 3, r"step-00000003\.safetensors does not fit this task\. Train it anew, without --res"
+            cli(*resume), 3, r"step-00000003\.safetensors does not fit this task\. Train it anew: train-task DATA --ab"
         )
         assert tree_hash(project) == before
     (kept / "checkpoint.json").write_bytes(seal({**facts, "request": {"path": 3}}))

@@ -78,7 +78,7 @@ def test_other_settings_are_refused(cli: Cli, interrupted: Path, arguments: list
 def test_other_data_is_refused(cli: Cli, interrupted: Path, more: Path) -> None:
     make_images(more, ["pink"], train=1, test=0, seed=99)
     before = tree_hash(interrupted)
-    line = r"The interrupted task cannot be resumed: its data has changed\. Train it anew, without --resume\."
+    line = r"The interrupted task cannot be resumed: its data has changed\. Train it anew: train-task DATA --abandon\."
     check_error(cli("-C", interrupted, "train-task", "--resume", *OPTIONS), 3, line)
     shutil.rmtree(more)
     check_error(cli("-C", interrupted, "train-task", "--resume", *OPTIONS), 4, r"more not found\.")
@@ -111,7 +111,7 @@ def test_the_printed_command_is_enough(cli: Cli, project: Path, more: Path, tmp_
 def test_another_task_does_not_drop_the_interrupted_one(cli: Cli, interrupted: Path, data: Path) -> None:
     other = ["-C", interrupted, "train-task", data / "warm", "--name", "between", "--device", "cpu"]
     before = tree_hash(interrupted)
-    line = r"Task 'more' was interrupted after step 3 and would be lost\. Continue it first: treelora"
+    line = r"Task 'more' was interrupted after step 3 and would be lost\. Continue it: treelora"
     check_error(cli(*other), 3, line)
     assert tree_hash(interrupted) == before
     assert cli(*other, "--dry-run").code == 0
@@ -132,18 +132,27 @@ def test_a_rollback_keeps_the_checkpoint_for_the_state_it_belongs_to(
     assert cli("-C", whole, "train-task", more, *OPTIONS).code == 0
     stop_after(cli, project, more, 3)
     assert cli("-C", project, "rollback", "grey").code == 0
-    line = r"The interrupted task cannot be resumed: its state has changed\. Train it anew, without --resume\."
+    line = r"The interrupted task cannot be resumed: its state has changed\. Train it anew: train-task DATA --abandon\."
     check_error(cli("-C", project, "train-task", "--resume", *OPTIONS), 3, line)
     assert cli("-C", project, "rollback", "--undo").code == 0
     assert cli("-C", project, "train-task", "--resume", *OPTIONS).code == 0
     assert learned_hashes(project) == learned_hashes(whole)
 
 
+def test_the_same_task_does_not_drop_what_was_interrupted(cli: Cli, interrupted: Path, more: Path) -> None:
+    before = tree_hash(interrupted)
+    line = r"Task 'more' was interrupted after step 3 and would be lost\. Continue it: treelora train-task --resume\."
+    for given in ([more], [more, "--epochs", "1"], [more, "--name", "other"]):
+        check_error(cli("-C", interrupted, "train-task", *given, "--device", "cpu"), 3, line)
+    assert tree_hash(interrupted) == before
+    assert cli("-C", interrupted, "train-task", "--resume", "--device", "cpu").code == 0
+
+
 def test_training_anew_ignores_the_checkpoint(cli: Cli, interrupted: Path, more: Path, tmp_path: Path) -> None:
     whole = Path(shutil.copytree(interrupted, tmp_path / "whole"))
     shutil.rmtree(whole / ".treelora" / "run")
     for root in (interrupted, whole):
-        assert cli("-C", root, "train-task", more, *OPTIONS, "--lr", "0.02").code == 0
+        assert cli("-C", root, "train-task", more, *OPTIONS, "--lr", "0.02", "--abandon").code == 0
     assert learned_hashes(interrupted) == learned_hashes(whole)
 
 

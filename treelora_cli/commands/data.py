@@ -30,7 +30,7 @@ def data(
     project = session.project()
     project.entry(task)
     project.check_decided()
-    project.check_uninterrupted(None)
+    project.check_uninterrupted()
     for path in paths:
         existing(path)
     runtime = session.runtime(device)

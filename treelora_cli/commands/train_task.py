@@ -64,7 +64,7 @@ def train_task(
     device: options.Device = None,
     settings: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted task.")] = False,
-    abandon: Annotated[bool, typer.Option("--abandon", help="Give up another task that was interrupted.")] = False,
+    abandon: Annotated[bool, typer.Option("--abandon", help="Give up the task that was interrupted.")] = False,
     accept: Annotated[bool, typer.Option("--accept", help="Commit the task that its gate refused.")] = False,
     drop: Annotated[bool, typer.Option("--drop", help="Delete the task that its gate refused.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and sample; learn nothing.")] = False,
@@ -139,8 +139,8 @@ def train_task(
     project.check_free(chosen)
     if not dry_run:
         project.check_decided()
-        if not abandon and project.lock_holder() is None:  # else the task is in training, which the lock says
-            project.check_uninterrupted(chosen)
+        if not (abandon or resume) and project.lock_holder() is None:  # else it is in training, which the lock says
+            project.check_uninterrupted()
     config = project_config(project, flags)
     runtime = session.runtime(device)
     if dry_run:

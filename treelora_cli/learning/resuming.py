@@ -101,7 +101,7 @@ def _known(empty: S, values: Mapping[str, Any]) -> S:
 def _differs(name: str, new: object, old: object) -> str:
     flag = f"--{name.replace('_', '-')}"
     begun = f"without {flag}" if old is None else f"with {flag} {old}, not {new}"
-    return f"The interrupted task was begun {begun}. Leave {flag} out, or train it anew, without --resume."
+    return f"The interrupted task was begun {begun}. Leave {flag} out, or train it anew: train-task DATA --abandon."
 
 
 def check_request(request: DataRequest, given: Mapping[str, Any]) -> None:
@@ -132,7 +132,8 @@ def restore(checkpoint: Checkpoint, identity: Mapping[str, Any], trainer: Traine
     for key, value in json.loads(json.dumps(identity)).items():
         if facts.get(key) != value:
             raise ProjectError(
-                f"The interrupted task cannot be resumed: its {key} has changed. Train it anew, without --resume."
+                f"The interrupted task cannot be resumed: its {key} has changed."
+                " Train it anew: train-task DATA --abandon."
             )
     saved = checkpoint.tensors(facts)
     prefix = f"{_STATE}."
@@ -141,4 +142,6 @@ def restore(checkpoint: Checkpoint, identity: Mapping[str, Any], trainer: Traine
         method.load_state(arrays, facts[_STATE])
         trainer.load(int(facts["step"]), saved)
     except (RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
-        raise DamagedError(f"{facts['file']} does not fit this task. Train it anew, without --resume.") from error
+        raise DamagedError(
+            f"{facts['file']} does not fit this task. Train it anew: train-task DATA --abandon."
+        ) from error

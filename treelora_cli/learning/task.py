@@ -130,7 +130,7 @@ def learn_task(
         runtime: Device and reporter.
         evaluate: Score every task afterwards.
         resume: Continue from the checkpoint.
-        abandon: Give up another task that was interrupted.
+        abandon: Give up what was interrupted, this task or another.
 
     Raises:
         CheckError: The gate refused it: nothing is committed, and the learned task waits in ``.treelora``.
@@ -138,8 +138,8 @@ def learn_task(
     """
     project.check_free(name)
     project.check_decided()
-    if not abandon:
-        project.check_uninterrupted(name)
+    if not (abandon or resume):
+        project.check_uninterrupted()
     check_gate(config.gate, evaluate=evaluate)
     check_base(project, base)
     clock = Clock()

@@ -142,15 +142,15 @@ class Project(Contents):
                 " First accept it with treelora train-task --accept, or drop it with --drop."
             )
 
-    def check_uninterrupted(self, name: str | None) -> None:
-        """Raise ``ProjectError`` while another task than ``name`` can be resumed: its checkpoint would be dropped."""
+    def check_uninterrupted(self) -> None:
+        """Raise ``ProjectError`` while a task can be resumed: whatever is learned now would drop its checkpoint."""
         if not self.checkpoint.fits(self.state):
             return
         facts = self.checkpoint.facts()
-        if facts is not None and facts["task"] != name:
+        if facts is not None:
             raise ProjectError(
                 f"Task '{facts['task']}' was interrupted after step {facts['step']} and would be lost."
-                " Continue it first: treelora train-task --resume. Or give it up: --abandon."
+                " Continue it: treelora train-task --resume. Or give it up: --abandon."
             )
 
     def lock_holder(self) -> str | None:
