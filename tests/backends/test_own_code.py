@@ -36,6 +36,10 @@ PLANTS = {
     "image processor": ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "own.OwnTokenizer"}}),
     "nested": ("config.json", {"text_config": {"auto_map": MODEL}}),
     "another repository's": ("config.json", {"auto_map": {"AutoModelForCausalLM": "somebody/else--own.OwnModel"}}),
+    "generation settings": ("generation_config.json", {"auto_map": CONFIG}),
+    "feature extractor": ("feature_extractor_config.json", {"auto_map": MODEL}),
+    "video processor": ("video_preprocessor_config.json", {"auto_map": {"AutoVideoProcessor": "own.OwnModel"}}),
+    "a list": ("config.json", {"auto_map": ["own.OwnModel"]}),
     "kernel": ("config.json", {"attn_implementation": "somebody/kernel"}),
 }
 
@@ -170,4 +174,4 @@ def test_every_loader_says_no_to_a_models_code() -> None:
                 told += 1
             else:
                 untold.append(f"{path}:{node.lineno}")
-    assert (told, untold) == (4, [])
+    assert (told, untold) == (6, [])

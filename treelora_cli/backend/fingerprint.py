@@ -39,6 +39,15 @@ def all_finite(network: nn.Module) -> bool:
     return not found or bool(torch.stack(found).all())
 
 
+def whole_numbers(path: Path) -> list[str]:
+    """Return the tensors of a safetensors file that hold whole numbers, by name; only its head is read."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, no mapping
+        return [name for name, part in slices.items() if part.get_dtype().startswith(("I", "U", "BOOL"))]
+
+
 def identity(files: Sequence[Path], loaded_as: Mapping[str, object], measure: Callable[[], str]) -> str:
     """Return the identity of a base that was loaded from local files.
 

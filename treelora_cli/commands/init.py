@@ -62,7 +62,7 @@ def init(
         seed=seed,
         inference=inference,
         budget=budget,
-        base__model=model,
+        base__model=None if model is None else plain_model(model),
         base__weights=None if weights is None else str(weights),
         base__model_args=_typed(parse_pairs(model_arg, "--model-arg")),
         base__preprocess=_typed(parse_pairs(preprocess, "--preprocess")),
@@ -95,6 +95,18 @@ def init(
         f"Made {project.root}: {project.state.backend} on {model_name}, {len(base['layers'])} adapted layers.",
         f"Next: treelora -C {directory} train-task DATA",
     )
+
+
+def plain_model(model: str) -> str:
+    """Return a model's name or path without what others put before a hub id, a leading ``~`` written out."""
+    import os
+
+    if model.startswith("~"):
+        return os.path.expanduser(model)
+    for prefix in ("hf-hub:", "hf_hub:", "local-dir:", "https://huggingface.co/"):
+        if model.startswith(prefix):
+            return model.removeprefix(prefix).rstrip("/")
+    return model
 
 
 def _typed(pairs: dict[str, str]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from treelora_backends.causal_lm.network.network import blocks_of
-from treelora_backends.causal_lm.own_code import refuse_kernels, refuse_own_code
-from treelora_cli.backend.fingerprint import all_finite
+from treelora_backends.causal_lm.own_code import refuse_kernels, refuse_own_code, refuse_pointers
+from treelora_cli.backend.fingerprint import all_finite, whole_numbers
 from treelora_cli.config import AdapterConfig, BaseConfig
 from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.locations import lasting
@@ -59,13 +59,14 @@ def resolve(base: BaseConfig, *, offline: bool) -> BaseConfig:
     looks_local = path.suffix in (".gguf", ".safetensors") or base.model.startswith((".", "/", "~"))
     if looks_local or base.model.count("/") > 1:
         raise ModelError(f"{base.model} not found. Pass --model ID, DIRECTORY or FILE.gguf.")
-    if offline and not _is_cached(base.model):
+    if offline and _cached_config(base.model) is None:
         raise ModelError(f"{base.model} is not cached and --offline is set. Pass --model PATH.")
     return base
 
 
 def _local(path: Path) -> Path:
     if path.is_dir():
+        _refuse_adapter(path)
         if (path / "config.json").is_file():
             return lasting(path)
         files = sorted(path.glob("*.gguf"))
@@ -80,6 +81,19 @@ def _local(path: Path) -> Path:
     return lasting(path)
 
 
+def _refuse_adapter(folder: Path) -> None:
+    """Raise ``ModelError`` for a directory of an adapter: transformers would load the base that it names instead."""
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return
+    try:
+        base = json.loads(config.read_text(encoding="utf-8-sig")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        base = None
+    named = f" ({base})" if isinstance(base, str) and base else ""
+    raise ModelError(f"{folder} holds an adapter. Give its base model{named}, or merge both first.")
+
+
 def is_language_model(model: str) -> bool:
     """Return whether a path or cached hub id is a causal language model, by its GGUF file or ``config.json``."""
     path = Path(model)
@@ -88,28 +102,37 @@ def is_language_model(model: str) -> bool:
     if path.is_dir():
         config = path / "config.json"
         if not config.is_file():
-            return any(path.glob("*.gguf"))
+            return any(path.glob("*.gguf")) or (path / "adapter_config.json").is_file()
     elif model.count("/") == 1 and not path.exists():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model, "config.json")
-        if not isinstance(cached, str):
+        cached = _cached_config(model)
+        if cached is None:
             return False
-        config = Path(cached)
+        config = cached
     else:
         return False
     try:
         written = json.loads(config.read_text(encoding="utf-8-sig"))
         declared = [str(name) for name in written.get("architectures") or ()]
+        family = written.get("model_type")
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return False
+    if not declared and isinstance(family, str):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        return family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return any("CausalLM" in name or name.endswith("LMHeadModel") for name in declared)
 
 
-def _is_cached(hub_id: str) -> bool:
+def _cached_config(hub_id: str) -> Path | None:
+    """Return the cached configuration of a repository; ``None`` for one that is not here, or no id of one."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
+    try:
+        cached = try_to_load_from_cache(hub_id, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def source_of(model: str) -> Source:
@@ -125,12 +148,10 @@ def files_of(model: str) -> list[Path]:
         return [Path(model)]
     folder = Path(source.name)
     if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model, "config.json")
-        if not isinstance(cached, str):
+        cached = _cached_config(model)
+        if cached is None:
             return []
-        folder = Path(cached).parent
+        folder = cached.parent
     return sorted(one for one in folder.iterdir() if one.suffix in (".safetensors", ".json"))
 
 
@@ -147,6 +168,7 @@ def load_tokenizer(base: BaseConfig, *, offline: bool) -> Any:
 
     source = source_of(str(base.model))
     refuse_own_code(source.name, offline=offline)
+    refuse_pointers(source.name)
     try:
         return AutoTokenizer.from_pretrained(
             source.name, local_files_only=offline, trust_remote_code=False, **source.options
@@ -171,6 +193,7 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
 
     source = source_of(str(base.model))
     refuse_own_code(source.name, offline=offline)
+    refuse_pointers(source.name)
     refuse_kernels(base.model_args)
     chosen = dtype or base.dtype or "float32"
     options: dict[str, Any] = {**source.options, "local_files_only": offline, **base.model_args}
@@ -190,6 +213,7 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
         model, report = loaded
     except Exception as error:  # the libraries raise many kinds for a missing, malformed or foreign file
         raise ModelError(f"{base.model}: cannot be loaded as a {config.model_type} model ({_line(error)}).") from error
+    _check_types(model, source)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(f"{base.model} lacks {len(missing)} weights, such as '{missing[0]}'.")
@@ -198,6 +222,17 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
     if not all_finite(model):
         raise ModelError(f"{base.model} holds weights that are not finite.")
     return cast("nn.Module", model.eval())
+
+
+def _check_types(model: nn.Module, source: Source) -> None:
+    """Raise ``ModelError`` when a file holds whole numbers for weights that the model has as fractions."""
+    if not Path(source.name).is_dir() or getattr(model, "is_quantized", False):
+        return
+    own = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    for path in sorted(Path(source.name).glob("*.safetensors")):
+        wrong = next((name for name in whole_numbers(path) if name in own), None)
+        if wrong is not None:
+            raise ModelError(f"{path}: '{wrong}' holds whole numbers, and the model has fractions there.")
 
 
 def _checked_config(base: BaseConfig, options: dict[str, Any]) -> Any:

@@ -18,6 +18,7 @@ _CONFIGS = (
     "generation_config.json",
 )
 """Where a repository of the hub may name code; of a local directory every ``*config.json`` is read."""
+_POINTER, _POINTER_SIZE = b"version https://git-lfs.github.com/spec/", 1024
 _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Where a path names a kernel that transformers would fetch and run."""
 
@@ -45,6 +46,14 @@ def refuse_own_code(name: str, *, offline: bool) -> None:
                 f"{name}: {path.name} names code of the model's own ({found[:80]!r}), which is never run."
                 " Use a model that transformers knows by itself."
             )
+
+
+def refuse_pointers(name: str) -> None:
+    """Raise ``ModelError`` when a file of a local model is what Git LFS puts in place of what it did not fetch."""
+    folder = Path(name)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_file() and path.stat().st_size < _POINTER_SIZE and path.read_bytes().startswith(_POINTER):
+            raise ModelError(f"{path} is a pointer of Git LFS and not the file. Fetch it: git lfs pull")
 
 
 def refuse_kernels(arguments: Mapping[str, Any]) -> None:

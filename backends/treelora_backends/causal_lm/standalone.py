@@ -273,7 +273,7 @@ def _load_base(recorded: dict[str, Any], given: str | None, device: torch.device
     if given is not None:
         path = Path(given)
         name, gguf = (str(path.parent), path.name) if path.suffix == ".gguf" else (given, None)
-    options: dict[str, Any] = {**recorded["model_args"], "trust_remote_code": False}
+    options: dict[str, Any] = {k: v for k, v in recorded["model_args"].items() if k != "trust_remote_code"}
     if recorded["dtype"] == "nf4":
         from transformers import BitsAndBytesConfig
 
@@ -291,7 +291,7 @@ def _load_base(recorded: dict[str, Any], given: str | None, device: torch.device
             options["quantization_config"] = GgufConfig(dequantize=True)
         except ImportError:  # before transformers 5.20 nothing else is given
             pass
-    model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
     return model.eval() if recorded["dtype"] == "nf4" else model.to(device).eval()
 
 

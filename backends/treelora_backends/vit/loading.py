@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from treelora_cli.backend.fingerprint import all_finite
+from treelora_cli.backend.fingerprint import all_finite, whole_numbers
 from treelora_cli.config import BaseConfig, Config
 from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.locations import lasting
@@ -52,7 +52,7 @@ def check_model_name(model: str, weights: str | None, offline: bool) -> None:
     import timm
 
     if "/" in model:
-        if Path(model).suffix or model.startswith((".", "/")) or model.count("/") > 1:
+        if Path(model).suffix or model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise ModelError(f"{model} not found.")
         if offline and not _is_cached(model):
             raise ModelError(f"{model} is not cached and --offline is set. Pass --model PATH.")
@@ -70,8 +70,12 @@ def check_model_name(model: str, weights: str | None, offline: bool) -> None:
 
 def _is_cached(hub_id: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = [try_to_load_from_cache(hub_id, name) for name in ("model.safetensors", "config.json")]
+    try:
+        found = [try_to_load_from_cache(hub_id, name) for name in ("model.safetensors", "config.json")]
+    except HFValidationError:
+        return False
     return any(isinstance(path, str) for path in found)
 
 
@@ -87,6 +91,7 @@ def create_vit(base: BaseConfig, *, offline: bool) -> nn.Module:
     if name == "embedded":
         name = f"local-dir:{EMBEDDED}"
     elif Path(name).is_dir():
+        _refuse_foreign(Path(name))
         name = f"local-dir:{name}"
     elif "/" in name:
         name = f"hf-hub:{name}"
@@ -112,6 +117,19 @@ def create_vit(base: BaseConfig, *, offline: bool) -> nn.Module:
     return vit
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Raise ``ModelError`` for a model that transformers saved and not timm."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return  # timm says what is wrong with it
+    if isinstance(config, dict) and "architecture" not in config and "model_type" in config:
+        kind = ", ".join(map(str, config.get("architectures") or ())) or config["model_type"]
+        raise ModelError(
+            f"{folder} is {kind} of transformers: neither a causal language model nor a vision transformer of timm."
+        )
+
+
 def _load_weights(vit: nn.Module, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -125,6 +143,9 @@ def _load_weights(vit: nn.Module, path: Path) -> None:
     if convert is not None:
         stored = convert(stored, vit)
     own = vit.state_dict()
+    wrong = next((key for key in whole_numbers(path) if key in own and own[key].is_floating_point()), None)
+    if wrong is not None:
+        raise ModelError(f"{path}: '{wrong}' holds whole numbers, and the model has fractions there.")
     stored = {key: value for key, value in stored.items() if not key.startswith(("head.", "head_dist."))}
     for key, value in stored.items():
         if key in own and own[key].shape != value.shape:
