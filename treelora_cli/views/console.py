@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -16,8 +17,21 @@ from treelora_cli.views.fitting import fitted
 
 T = TypeVar("T")
 
+_MORE_THAN_SPACE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _PIPE_WIDTH = 4096
 """Columns where there is no terminal: nothing is cut off."""
+
+
+def harmless(text: str, *, one_line: bool = False) -> str:
+    """Return a text with its control characters written out: names in data must not steer a terminal.
+
+    Args:
+        text: May hold names of files and classes.
+        one_line: Write out line breaks and tabs, too.
+    """
+    pattern = _CONTROLS if one_line else _MORE_THAN_SPACE
+    return pattern.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class Output:
@@ -51,10 +65,12 @@ class Output:
             return
         for view in views:
             if isinstance(view, Table):
+                for column in view.columns:
+                    column._cells = [harmless(cell) if isinstance(cell, str) else cell for cell in column._cells]
                 for part in fitted(view, self.out):
                     self.out.print(part, soft_wrap=False)
             else:
-                self.out.print(view)
+                self.out.print(harmless(view) if isinstance(view, str) else view)
 
     def line(self, text: str) -> None:
         """Write one line of a result that comes in lines, as it is, at once."""
@@ -65,7 +81,7 @@ class Output:
     def note(self, message: str) -> None:
         """Print one line beside the result."""
         if not (self.quiet or self.silent):
-            self.err.print(message)
+            self.err.print(harmless(message))
 
     def detail(self, message: str) -> None:
         """Print one line beside the result where details are wanted."""
@@ -74,7 +90,7 @@ class Output:
 
     def error(self, message: str, exit_code: int) -> None:
         """Print an error line, and with ``--json`` its document unless a result was printed already."""
-        self.err.print(f"Error: {message}", style="red")
+        self.err.print(harmless(f"Error: {message}", one_line=True), style="red")
         if self.as_json and not (self.silent or self.documents):
             sys.stdout.write(json.dumps({"error": message, "exit_code": exit_code}) + "\n")
 
