@@ -74,6 +74,9 @@ def test_standard_input_holds_an_image_or_paths_or_jsonl(folder: Path) -> None:
         ("in/c.png", r"c\.png not found\. Did you mean in/b\.png\?"),
         ("in/*.webp", r"nothing fits this pattern\."),
         ("empty", r"empty holds no images\."),
+        ("HTTPS://example.org/a.png", r"is an address; predict reads local files\."),
+        ("file:///no/a.png", r"/no/a\.png not found\."),
+        ("list.xlsx", r"list\.xlsx not found\."),
         ("texts.jsonl", r"texts\.jsonl:1: Found prompt; need 'path'\."),
     ],
 )
@@ -110,3 +113,48 @@ def test_prompts_from_tables_text_files_folders_and_patterns(tmp_path: Path, mon
 def test_standard_input_is_one_prompt_or_jsonl() -> None:
     assert text_inputs(["-"], lambda: "Grüße,\nwie geht es?\n".encode()) == ["Grüße,\nwie geht es?"]
     assert text_inputs(["-"], lambda: b'{"prompt": "a"}\n{"question": "b"}\n') == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"instruction": "Sum up.", "input": "A b c."}, "Sum up.\n\nA b c."),
+        ({"context": "In Rome.", "question": "Where?"}, "In Rome.\n\nWhere?"),
+        ({"question": "Sky?", "choices": ["red", "blue"]}, "Sky?\nA. red\nB. blue"),
+        ({"premise": "A.", "hypothesis": "B."}, "premise: A.\nhypothesis: B."),
+        ({"prompt": "p", "input": "x"}, "p"),
+        ({"text": "t", "label": "x"}, "t"),
+    ],
+)
+def test_records_are_asked_as_they_are_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: dict[str, object], prompt: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text(json.dumps(record))
+    assert text_inputs(["a.jsonl"], nothing) == [prompt]
+    assert text_inputs(["-"], lambda: json.dumps(record).encode()) == [prompt]
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("", r"A prompt is empty: give a text"),
+        (" ", r"A prompt is empty"),
+        ("-", r"A prompt is empty"),
+        ("nowhere.jsonl", r"nowhere\.jsonl not found\."),
+        ("nowhere.txt", r"nowhere\.txt not found\."),
+        ("photo.png", r"photo\.png is a file, and neither a table nor a text file \(\.txt\) of prompts\."),
+    ],
+)
+def test_what_is_no_prompt_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, line: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photo.png").write_bytes(b"x")
+    Path("notes.txt").write_text("a prompt")
+    with pytest.raises(DataError, match=line):
+        text_inputs([given], lambda: b"\n")
+
+
+def test_standard_input_without_a_picture(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"Standard input is empty: give an image, or paths"):
+        image_inputs(["-"], lambda: b"")
+    assert image_inputs([f"file://{folder}/in/b.png"], nothing) == [f"{folder}/in/b.png"]

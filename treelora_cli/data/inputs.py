@@ -8,11 +8,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from treelora_cli.data.files import decode, lines_of
 from treelora_cli.data.layout import Passed, scan
 from treelora_cli.data.paths import existing, expanded, is_address, is_pattern, named_file
 from treelora_cli.data.pixels import is_image, looks_like_image
+from treelora_cli.data.records import prompt_of
 from treelora_cli.data.tables import TEXT_SUFFIXES, Row, check_text, column_called, is_table, read_table, table_suffix
 from treelora_cli.errors import DataError
 
@@ -43,11 +45,14 @@ def _images(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
         if looks_like_image(data[:32]):
             yield _kept_until_exit(data)
             return
+        if not data.strip():
+            raise DataError("Standard input is empty: give an image, or paths, one a line.")
         for name, where in _rows_or_lines(data, PICTURES):
             yield str(named_file(Path.cwd(), name, where))
         return
     if is_address(one):
         raise DataError(f"{one} is an address; predict reads local files. Download it first.")
+    one = unquote(one.removeprefix("file://")) if one.startswith("file://") else one
     for path in expanded(Path(one)) if is_pattern(one) else [Path(one)]:
         existing(path)
         if path.is_dir():
@@ -70,14 +75,17 @@ def text_inputs(inputs: Sequence[str], standard_input: Callable[[], bytes]) -> l
     Raises:
         DataError: A table without prompts, an empty folder, or text that cannot be read.
     """
-    return [text for one in inputs for text in _texts(one, standard_input)]
+    found = [text for one in inputs for text in _texts(one, standard_input)]
+    if not all(text.strip() for text in found):
+        raise DataError("A prompt is empty: give a text, a table of prompts, or a folder of texts.")
+    return found
 
 
 def _texts(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
     if one == STANDARD_INPUT:
         data = standard_input()
         text = decode(data, Path("standard input"), [], western=True)
-        yield from (found for found, _ in _rows_or_lines(data, PROMPTS)) if _is_jsonl(text) else [text.strip()]
+        yield from (found for found, _ in _prompts_of_lines(data)) if _is_jsonl(text) else [text.strip()]
         return
     named = _named_texts(one)
     if not named:
@@ -90,18 +98,36 @@ def _texts(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
             yield from (decode(file.read_bytes(), file, [], western=True).strip() for file in files)
             continue
         for row in read_table(path, None, {}):
-            yield _text_of(row, PROMPTS, "prompt")
+            yield _prompt_of(row)
 
 
 def _named_texts(one: str) -> list[Path]:
     """Return the files or folders a text names, if it is no prompt: it must look like a path and exist."""
-    if len(one) > 1024 or "\n" in one or "\0" in one:
+    if len(one) > 1024 or "\n" in one or "\0" in one or not one.strip():
         return []
     path = Path(one)
     looks = is_table(path) or table_suffix(path) in TEXT_SUFFIXES
     if is_pattern(one):
         return expanded(path) if looks and " " not in one else []
+    if looks and not any(sign.isspace() for sign in one):
+        existing(path)
+    if path.is_file() and not looks:
+        raise DataError(f"{one} is a file, and neither a table nor a text file (.txt) of prompts.")
     return [path] if path.is_dir() or (looks and path.is_file()) else []
+
+
+def _prompt_of(row: Row) -> str:
+    """Return the prompt in a record, as it is learned from a record with an answer."""
+    check_text(row)
+    return prompt_of(row) or _text_of(row, PROMPTS, "prompt")
+
+
+def _prompts_of_lines(data: bytes) -> Iterator[tuple[str, str]]:
+    """Yield the prompt in each record on standard input, and where it stands."""
+    for number, line in enumerate(lines_of(decode(data, Path("standard input"), [], western=True)), start=1):
+        if isinstance(record := _parsed(line), dict):
+            where = f"standard input:{number}"
+            yield _prompt_of(Row(record, where)), where
 
 
 def _text_of(row: Row, columns: Sequence[str], wanted: str) -> str:

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from treelora_cli.backend.values import DataRequest
 from treelora_cli.errors import DataError, suggest
 
-_ADDRESS = re.compile(r"(?:^|/)(https?|s3|gs|hf|ftp):/{1,2}(.*)")
+_ADDRESS = re.compile(r"(?:^|/)(https?|s3|gs|hf|ftp):/{1,2}(.*)", re.IGNORECASE)
 """An address, also after it was taken for a path, which leaves one of its slashes."""
 
 

@@ -68,6 +68,24 @@ def shape_of(rows: Sequence[Row]) -> Shape | None:
     return None
 
 
+def prompt_of(row: Row) -> str | None:
+    """Return the prompt that a record without its answer makes; ``None`` where its columns are of no such shape.
+
+    Raises:
+        DataError: A column holds something else than text; names file and line.
+    """
+    names = set(row.values)
+    if "prompt" in names:
+        return None
+    if "instruction" in names:
+        return _instruction_text(row)
+    if "question" in names:
+        choices, passage = _first(names, _CHOICES), _first(names, _PASSAGES)
+        return _question(row, passage) if choices is None else _with_choices(row, passage, *_choices(row, choices))
+    pair = next((pair for pair in _PAIRS if names >= set(pair)), None)
+    return None if pair is None else _marked(row, pair)
+
+
 def unfolded(rows: Sequence[Row]) -> list[Row]:
     """Return a row for each question where records are SQuAD's documents of paragraphs; others as they are."""
     if not rows or not all(isinstance(row.values.get("paragraphs"), list) for row in rows):
@@ -198,8 +216,12 @@ def _choice(row: Row, passage: str | None, column: str, answer: str) -> TextExam
         given = letters[texts.index(given)]
     if given not in letters:
         raise DataError(f"{row.where}: {answer} {given!r} is none of the choices {', '.join(letters)}.")
+    return TextExample(row.where, _with_choices(row, passage, texts, letters), str(given))
+
+
+def _with_choices(row: Row, passage: str | None, texts: Sequence[str], letters: Sequence[str]) -> str:
     lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
-    return TextExample(row.where, "\n".join([_question(row, passage), *lines]), str(given))
+    return "\n".join([_question(row, passage), *lines])
 
 
 def _choices(row: Row, column: str) -> tuple[list[str], list[str]]:
@@ -249,9 +271,13 @@ def _holds_labels(name: str, rows: Sequence[Row]) -> bool:
 
 
 def _labelled(row: Row, columns: Sequence[str], label: str) -> TextExample:
+    return TextExample(row.where, _marked(row, columns), text_of(row, label).strip())
+
+
+def _marked(row: Row, columns: Sequence[str]) -> str:
     texts = [text_of(row, name).strip() for name in columns]
     marked = texts if len(columns) == 1 else [f"{name}: {text}" for name, text in zip(columns, texts, strict=True)]
-    return TextExample(row.where, "\n".join(marked), text_of(row, label).strip())
+    return "\n".join(marked)
 
 
 def _as_text(names: set[Any], _rows: Sequence[Row]) -> Shape | None:
