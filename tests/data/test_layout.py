@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -299,3 +300,21 @@ def test_the_case_of_letters_tells_handwriting_apart(tmp_path: Path) -> None:
     assert listed(build(tmp_path / "d", "a/1.png", "A/1.png")).labels == ("A", "a")
     assert label_key("A") != label_key("a")
     assert label_key("Ab") == label_key("aB")
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "cat/1.png")
+    strange = os.fsdecode(b"\xff\xfe")
+    try:
+        build(root, f"{strange}/1.png")
+    except OSError:
+        pytest.skip("this file system takes names of UTF-8 only")
+    with pytest.raises(DataError, match=r"the class name '.udcff.udcfe' is no text \(UTF-8\)\. Rename it\."):
+        listed(root)
+    with pytest.raises(DataError, match=r"a path that is no text \(UTF-8\)\. Rename it\."):
+        listed(root / strange)
+    kept = build(tmp_path / "e", f"cat/{strange}.png", "dog/2.png")
+    assert listed(kept).labels == ("cat", "dog")
+    (tmp_path / "m.jsonl").write_text('{"path": "d/cat/1.png", "label": "\\ud800"}\n')
+    with pytest.raises(DataError, match=r"1\.png: the class name '.ud800' is no text"):
+        listed(tmp_path / "m.jsonl")

@@ -21,7 +21,7 @@ from treelora_cli.data.held_out import (
 from treelora_cli.data.labels import are_numbers
 from treelora_cli.data.layout import NoLabelError, Passed, read_layout, scan
 from treelora_cli.data.manifests import WRONG_KIND, ImageItem, Parts, read_manifest, read_manifests
-from treelora_cli.data.names import label_key, one_spelling
+from treelora_cli.data.names import is_text, label_key, one_spelling
 from treelora_cli.data.paths import existing, paths_of
 from treelora_cli.data.pixels import is_image
 from treelora_cli.data.table_folders import tables_in
@@ -64,6 +64,7 @@ def list_images(request: DataRequest) -> ImageListing:
     if request.val is not None:
         outer, inner = _read_all([existing(request.val)], request, notes)
         test = inner or outer
+    _check_names(train + test)
     train, test = _in_one_spelling(train, test)
     train, test = _choose_classes(train, request), _choose_classes(test, request)
     labels = tuple(sorted({item.label for item in train}))
@@ -83,6 +84,15 @@ def list_images(request: DataRequest) -> ImageListing:
     same = request.skip_bad or digest_of([*train, *test]) == request.recorded.digest
     test = _limit(test, request.recorded.limit, request.seed)
     return ImageListing(labels, train, test, tuple(notes), None if same else OTHER_DATA)
+
+
+def _check_names(items: Sequence[ImageItem]) -> None:
+    """Raise ``DataError`` for a class name that is no text: bytes of a folder's name, or half a surrogate pair."""
+    kept: set[str] = set()
+    for item in items:
+        if item.label not in kept and not is_text(item.label):
+            raise DataError(f"{item.name}: the class name {item.label!a} is no text (UTF-8). Rename it.")
+        kept.add(item.label)
 
 
 def hash_of_image(item: ImageItem) -> str:

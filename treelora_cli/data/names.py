@@ -103,6 +103,15 @@ def surely_unlabelled(name: str) -> bool:
     return len(words) == 1 and words[0] in _UNLABELLED
 
 
+def is_text(name: str) -> bool:
+    """Return whether a name can be written as UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def label_key(name: str) -> str:
     """Return that by which two class names are the same: Unicode form, case and outer spaces do not count.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.names import is_text
 from treelora_cli.errors import DataError, suggest
 
 _ADDRESS = re.compile(r"(?:^|/)(https?|s3|gs|hf|ftp):/{1,2}(.*)", re.IGNORECASE)
@@ -21,6 +22,8 @@ def existing(path: Path) -> Path:
     Raises:
         DataError: It does not exist; the nearest existing name beside it is suggested.
     """
+    if not is_text(str(path)):
+        raise DataError(f"{str(path)!a}: a path that is no text (UTF-8). Rename it.")
     if path.exists():
         return path.absolute()
     address = _ADDRESS.search(str(path))
