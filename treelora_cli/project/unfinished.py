@@ -116,7 +116,9 @@ class Checkpoint:
         try:
             return load(Store(self.directory).read(str(facts["file"]), record))
         except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise DamagedError(f"{facts['file']} is malformed. Train the task anew: train-task DATA --abandon.") from error
+            raise DamagedError(
+                f"{facts['file']} is malformed. Train the task anew: train-task DATA --abandon."
+            ) from error
 
     def clear(self) -> None:
         """Delete the checkpoint: its task was committed or is trained anew."""
