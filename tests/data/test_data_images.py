@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +242,30 @@ def test_a_missing_path_suggests_its_neighbour(tmp_path: Path) -> None:
         existing(tmp_path / "zzz")
     with pytest.raises(DataError, match=r"x not found\.$"):
         existing(tmp_path / "no" / "such" / "x")
+
+
+@pytest.mark.parametrize("name", ["pipe.jsonl", "pipe", "/dev/null"])
+def test_a_pipe_or_device_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if not path.exists():
+        os.mkfifo(path)
+    with pytest.raises(DataError, match=r"is a pipe or device; data is read more than once\."):
+        listed(path)
+
+
+def test_a_pipe_among_images_is_passed_over(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "d", ["red", "blue"], train=2, test=0) / "train"
+    os.mkfifo(folder / "red" / "pipe.png")
+    (folder / "red" / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    assert counts(listed(folder, held_out=0).train) == {"blue": 2, "red": 2}
+
+
+def test_twenty_thousand_images_are_listed_in_seconds(tmp_path: Path) -> None:
+    """Each file is looked at once and not opened."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(10_000):
+            (tmp_path / name / f"{index}.png").touch()
+    began = time.process_time()
+    assert len(listed(tmp_path, held_out=0).train) == 20_000
+    assert time.process_time() - began < 5

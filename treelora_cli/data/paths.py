@@ -25,6 +25,8 @@ def existing(path: Path) -> Path:
     if not is_text(str(path)):
         raise DataError(f"{str(path)!a}: a path that is no text (UTF-8). Rename it.")
     if path.exists():
+        if not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path} is a pipe or device; data is read more than once. Write it to a file first.")
         return path.absolute()
     address = _ADDRESS.search(str(path))
     if address is not None:
