@@ -286,6 +286,9 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
         (["Cat", "cat"], "Cat"),
         ([unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")], "café"),
         (["cat", " cat "], "cat"),
+        (["cat", "\ufeffcat"], "cat"),
+        (["cat", "cat\u200b"], "cat"),
+        (["big cat", "big\u00a0cat"], "big cat"),
         (["Straße", "STRASSE"], "STRASSE"),
     ],
 )

@@ -235,3 +235,18 @@ def test_a_held_out_label_that_was_not_learned_is_refused(tmp_path: Path) -> Non
     build(tmp_path, **{"train.tsv": "text\tlabel\na\t1\nb\t0\n", "test.tsv": "text\tlabel\nc\t1\nd\t2\n"})
     with pytest.raises(DataError, match=r"test\.tsv:3: held-out label '2' has no training examples\."):
         listed(tmp_path)
+
+
+def test_a_label_in_two_spellings_is_one(tmp_path: Path) -> None:
+    labels = ["Good", "good ", "bad", "cafe\u0301", "caf\u00e9", "bad\u200b"]
+    rows = [json.dumps({"text": f"t{n}", "label": label}) for n, label in enumerate(labels)]
+    found = listed(build(tmp_path, **{"d.jsonl": "\n".join(rows)}) / "d.jsonl")
+    assert [one.answer for one in found.train] == ["Good", "Good", "bad", "café", "café", "bad"]
+    assert found.notes == ("Labels that differ only in case or Unicode form are one label: 'good' as 'Good'.",)
+
+
+def test_a_head_in_the_middle_of_a_table_is_no_example(tmp_path: Path) -> None:
+    build(tmp_path, **{"d.csv": "prompt,answer\na,b\nprompt,answer\nc,d\n"})
+    with pytest.raises(DataError, match=r"d\.csv:3: repeats the head of the table; were several joined\?"):
+        listed(tmp_path / "d.csv")
+    assert prompts(listed(tmp_path / "d.csv", skip_bad=True)) == (["a", "c"], [])

@@ -28,6 +28,8 @@ _ABOUT_PICTURES = {
     *("trimaps", "segmentations", "segmentationclass", "segmentationobject", "bbox", "bboxes", "box", "boxes", "xml"),
     *("xmls", "gt", "groundtruth", "depth", "depths", "keypoints", "edges", "imagesets"),
 }
+_INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u200e\u200f]")
+"""Spaces of no width, marks of byte order and direction; joiners are parts of letters and emoji."""
 _GLUED = ("dataset", "images", "image", "imgs", "data", "set", "split")
 
 
@@ -117,7 +119,7 @@ def label_key(name: str) -> str:
 
     The case of a single letter counts: ``A`` and ``a`` are classes of handwriting.
     """
-    plain = " ".join(unicodedata.normalize("NFC", name).split())
+    plain = " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", name)).split())
     return plain if len(plain) == 1 else unicodedata.normalize("NFC", plain.casefold())
 
 
@@ -128,5 +130,5 @@ def one_spelling(names: Iterable[str]) -> Mapping[str, str]:
 
 
 def tidy_label(name: str) -> str:
-    """Return a class name in composed Unicode form without outer spaces."""
-    return unicodedata.normalize("NFC", name).strip()
+    """Return a class name in composed Unicode form without outer spaces and signs that nobody sees."""
+    return unicodedata.normalize("NFC", _INVISIBLE.sub("", name)).strip()

@@ -22,6 +22,7 @@ from treelora_cli.data.held_out import (
 )
 from treelora_cli.data.labels import column_of_names, label_notes, label_texts, named, read_label_names
 from treelora_cli.data.messages import is_chat
+from treelora_cli.data.names import one_spelling
 from treelora_cli.data.paths import existing, paths_of
 from treelora_cli.data.records import ANSWERS, NEED, Shape, shape_of, unfolded, unused_text
 from treelora_cli.data.tables import Row, check_text
@@ -83,6 +84,8 @@ def list_texts(request: DataRequest) -> TextListing:
     if style == "labels":
         column = shape.label if names else column_of_names(train_rows or test_rows, shape.label)
         train_rows, test_rows = (_with_labels(rows, request, names, shape, column) for rows in (train_rows, test_rows))
+        if names is None:
+            train_rows, test_rows = _in_one_spelling(train_rows, test_rows, shape.label, notes)
     notes += _unused(train_rows or test_rows, shape)
     labels = None if names is None else tuple((request.label_prefix or "") + name for name in names[1])
     train = _examples(train_rows, shape, labels, request, notes)
@@ -146,6 +149,21 @@ def _with_labels(
     ]
 
 
+def _in_one_spelling(train: list[Row], test: list[Row], label: str, notes: list[str]) -> tuple[list[Row], list[Row]]:
+    """Give labels that differ in case or Unicode form only one spelling, and say so."""
+    spelling = one_spelling(str(row.values[label]) for row in [*train, *test] if row.values.get(label) is not None)
+    changed = sorted(name for name, kept in spelling.items() if name != kept)
+    if not changed:
+        return train, test
+    shown = ", ".join(f"'{name}' as '{spelling[name]}'" for name in changed[:6])
+    notes.append(f"Labels that differ only in case or Unicode form are one label: {shown}.")
+    first, second = (
+        [replace(row, values={**row.values, label: spelling.get(row.values[label], row.values[label])}) for row in rows]
+        for rows in (train, test)
+    )
+    return first, second
+
+
 def _without(values: Mapping[str, object], column: str) -> dict[str, object]:
     return {name: value for name, value in values.items() if name != column}
 
@@ -194,6 +212,8 @@ def _examples(
     for row in rows:
         try:
             check_text(row)
+            if len(row.values) > 1 and all(name == value for name, value in row.values.items()):
+                raise DataError(f"{row.where}: repeats the head of the table; were several joined? Remove it.")
             one = shape.read(row)
             if labels is not None and one.answer not in labels:
                 raise DataError(
