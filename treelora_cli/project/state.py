@@ -31,7 +31,10 @@ def check_task_name(name: str) -> str:
         UsageError: Not letters, digits, ``.``, ``_``, ``-``, starting with a letter or digit, at most 64.
     """
     if not _TASK_NAME.fullmatch(name) or name.lower().split(".")[0] in _DEVICE_NAMES or name.endswith("."):
-        raise UsageError(f"Task name {name!r} is not allowed: use letters, digits, '.', '_' and '-', at most 64.")
+        raise UsageError(
+            f"Task name {name!r} is not allowed: use letters, digits, '.', '_' and '-', at most 64."
+            " Give one with --name."
+        )
     return name
 
 
