@@ -17,7 +17,8 @@ What is approximated: the minimum over the children of a node off the path is no
 each step, which would cost time in proportion to `T`. Each node remembers its *witness*: the node
 below it whose own bound was that minimum when the path last went through. The witness's bound is
 evaluated with the current `t` and `sigma`, so bounds keep falling while a node is not visited: no
-part of the tree is locked out. `lower_bounds` computes the exact recursion.
+part of the tree is locked out. How often the walk is that of the exact
+recursion is a test (`test_bandit.py`).
 
 Source: TreeLoRA eq. 2, with the inner rule of Coquelin and Munos, "Bandit algorithms for tree
 search", UAI 2007, mirrored from rewards to losses, since the published eq. 2 has a maximum over one
@@ -211,14 +212,6 @@ class TreeBandit:
         """
         return np.array([layer.sigma() for layer in self._layers])
 
-    def lower_bounds(self) -> FloatArray:
-        """The exact LCB of every search node, float64 `(D, N)`; its cost grows with `T`."""
-        bound = self._own_bounds()
-        for level in self.arms.levels:
-            least = bound[:, self.arms.children[level]].min(axis=2)
-            bound[:, level] = np.maximum(bound[:, level], least)
-        return bound
-
     def _own_bounds(self) -> FloatArray:
         """Own bound of every search node at the present step, float64 `(D, N)`."""
         return np.stack([layer.own_bounds(self.step_count) for layer in self._layers])
@@ -230,23 +223,10 @@ class TreeBandit:
     def _counts(self) -> IntArray:
         return np.stack([layer.counts for layer in self._layers])
 
-    def node_pulls(self) -> IntArray:
-        """Pulls at or below each node of the tree, int64 `(D, len(tree.nodes))`."""
-        return self._counts()[:, : len(self.tree.nodes)]
-
     def mean_distances(self) -> FloatArray:
         """Mean distance of each task in each layer, float64 `(D, T)`, NaN where unpulled."""
         counts, sums = self.pulls(), np.stack([layer.sums[self.arms.arm_of] for layer in self._layers])
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-    def regret(self) -> FloatArray:
-        """Regret of each layer against its best observed mean, float64 `(D,)`.
-
-        The sum over arms of `n_k (mu_k - min mu)`; an estimate, since it uses observed means.
-        """
-        means = self.mean_distances()
-        excess = means - np.nanmin(means, axis=1, keepdims=True, initial=np.inf)
-        return np.asarray(np.nansum(excess * self.pulls(), axis=1))
 
     def selected(self) -> IntArray:
         """Best task of each layer so far, int64 `(D,)`; -1 before the first pull.

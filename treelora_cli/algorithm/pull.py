@@ -153,20 +153,6 @@ def soft_threshold_(current: Sequence[Tensor], target: Sequence[Tensor], thresho
         ours.copy_(torch.where(gap.abs() <= threshold, theirs.to(ours), shrunk.to(ours.dtype)))
 
 
-def sparsity(current: Sequence[Tensor], target: Sequence[Tensor]) -> float:
-    """Share of entries that are exactly the target's, in [0, 1].
-
-    Raises:
-        ValueError: shapes differ, or there are no entries.
-    """
-    _check_same_shapes(current, target)
-    size = sum(part.numel() for part in current)
-    if size == 0:
-        raise ValueError("sparsity: no entries")
-    equal = [int((ours == theirs.to(ours)).sum()) for ours, theirs in _pairs(current, target)]
-    return sum(equal) / size
-
-
 def _pairs(current: Sequence[Tensor], target: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Tensors of both sides, one by one."""
     return list(zip(current, target, strict=True))

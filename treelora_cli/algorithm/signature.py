@@ -71,22 +71,6 @@ def sketch_layer(grad: Tensor, spec: SketchSpec, layer_index: int) -> Tensor:
     return padded.view(rows, spec.width).sum(dim=0)  # (rows, m) -> (m,)
 
 
-def layer_signature(grads: Sequence[Tensor], spec: SketchSpec) -> Tensor:
-    """Sketch and normalise the gradients of all layers.
-
-    Args:
-        grads: `D` gradients in network order, any shapes.
-        spec: width and seed.
-
-    Returns:
-        float32 `(D, m)` on the CPU, each layer of L2 norm 1; a zero gradient stays zero.
-
-    Raises:
-        ValueError: no gradients, or a NaN or infinity, naming the layer.
-    """
-    return _normalised(_sketch_layers(grads, spec))
-
-
 class SignatureAccumulator:
     """Averages the sketches of mini-batch gradients into a task's signature.
 

@@ -125,16 +125,6 @@ class Tree:
         """Nodes without children, in index order."""
         return tuple(node for node in self.nodes if node.is_leaf)
 
-    def node_mean(self, index: int) -> FloatArray:
-        """Mean signature of a node's tasks on the node's layer, float64 `(m,)`."""
-        node = self.nodes[index]
-        rows = self.signatures[list(node.members), node.layer]
-        return np.asarray(rows.mean(axis=0, dtype=np.float64))
-
-    def task_distance(self, first: int, second: int) -> float:
-        """L1 distance of two tasks averaged over the layers, in [0, 1]."""
-        return float(l1_distance(self.signatures[first], self.signatures[second]).mean())
-
     def path_to(self, task: int) -> tuple[int, ...]:
         """Node indices from the root to the task's leaf.
 
