@@ -194,25 +194,25 @@ def _check_tasks(nodes: tuple[Node, ...], tasks: int) -> None:
 
 
 @dataclass
-class Shape:
+class DraftNode:
     """A node before it has an index; `spread` None where it must be computed."""
 
     members: IntArray
     depth: int
     layer: int
     threshold: float | None = None
-    children: list[Shape] = field(default_factory=list)
+    children: list[DraftNode] = field(default_factory=list)
     spread: FloatArray | None = None
 
 
-def grow(signatures: Float32Array, members: IntArray, depth: int, limit: int, split: str) -> Shape:
+def grow(signatures: Float32Array, members: IntArray, depth: int, limit: int, split: str) -> DraftNode:
     """Cut `members` from `depth` down to `limit` by the named rule, without recursion."""
     rule = rule_named(split)
     labels = np.arange(signatures.shape[0])
     if rule.label is not None:
         labels[members] = members[rule.label(signatures[members])]
     last_layer = signatures.shape[1] - 1
-    root = Shape(members, depth, min(depth, last_layer))
+    root = DraftNode(members, depth, min(depth, last_layer))
     pending = [root]
     while pending:
         shape = pending.pop()
@@ -223,13 +223,13 @@ def grow(signatures: Float32Array, members: IntArray, depth: int, limit: int, sp
             if cut is not None:
                 shape.layer, shape.threshold = layer, cut.threshold
                 below, start = shape.depth + 1, min(shape.depth + 1, last_layer)
-                shape.children = [Shape(shape.members[side], below, start) for side in (cut.left, cut.right)]
+                shape.children = [DraftNode(shape.members[side], below, start) for side in (cut.left, cut.right)]
                 pending.extend(shape.children)
                 break
     return root
 
 
-def number(root: Shape, signatures: Float32Array) -> tuple[tuple[Node, ...], FloatArray]:
+def number(root: DraftNode, signatures: Float32Array) -> tuple[tuple[Node, ...], FloatArray]:
     """Give every shape an index, parents first, and its spread on every layer."""
     order = [root]
     first_child: list[int] = []

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from treelora_cli.algorithm.distances import Float32Array, FloatArray, l1_distance, nearest_neighbours
 from treelora_cli.algorithm.nodes import (
+    DraftNode,
     Node,
-    Shape,
     check_keys,
     grow,
     node_to_dict,
@@ -220,9 +220,9 @@ class Tree:
         nodes, spreads = number(shape, signatures)
         return replace(self, signatures=signatures, nodes=nodes, spreads=spreads)
 
-    def _with_replaced(self, path: tuple[int, ...], regrown: Shape) -> Shape:
+    def _with_replaced(self, path: tuple[int, ...], regrown: DraftNode) -> DraftNode:
         """Copy the tree's shape with the last node of `path` replaced by a regrown subtree."""
-        shapes: dict[int, Shape] = {}
+        shapes: dict[int, DraftNode] = {}
         for node in reversed(self.nodes):  # children come after their parents
             below = [shapes.pop(child) for child in node.children]
             if node.index == path[-1]:
@@ -231,7 +231,7 @@ class Tree:
             grown = node.index in path
             members = np.array([*node.members, self.task_count] if grown else node.members)
             spread = None if grown else self.spreads[node.index]
-            shapes[node.index] = Shape(members, node.depth, node.layer, node.threshold, below, spread)
+            shapes[node.index] = DraftNode(members, node.depth, node.layer, node.threshold, below, spread)
         return shapes[0]
 
     def to_dict(self) -> dict[str, object]:

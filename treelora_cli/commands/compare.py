@@ -13,7 +13,7 @@ from treelora_cli.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
     from treelora_cli.compare.results import Failure, Outcome
-    from treelora_cli.compare.rows import Row
+    from treelora_cli.compare.rows import MethodRow
     from treelora_cli.compare.runs import Run
     from treelora_cli.config import Config
 
@@ -142,7 +142,7 @@ def _show(
     runs: list[Run],
     outcomes: list[Outcome],
     failures: list[Failure],
-    rows: list[Row],
+    rows: list[MethodRow],
     baseline: str,
     target: float | None,
     csv: Path | None,

@@ -31,7 +31,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One method over its seeds.
 
     Attributes:
@@ -61,11 +61,13 @@ class Row:
     ratios: dict[str, float]
 
 
-MEASURES = tuple(spec.name for spec in dataclasses.fields(Row) if spec.name not in ("label", "seeds", "ratios"))
+MEASURES = tuple(spec.name for spec in dataclasses.fields(MethodRow) if spec.name not in ("label", "seeds", "ratios"))
 RATIOS = ("train_seconds", "train_cpu_seconds", "peak_bytes", "cuda_peak_bytes", "kept_bytes_per_task")
 
 
-def summarise(labels: Sequence[str], outcomes: Sequence[Outcome], baseline: str, target: float | None) -> list[Row]:
+def summarise(
+    labels: Sequence[str], outcomes: Sequence[Outcome], baseline: str, target: float | None
+) -> list[MethodRow]:
     """Return a row for each method that has a result, in the order of ``labels``.
 
     Args:
@@ -79,8 +81,8 @@ def summarise(labels: Sequence[str], outcomes: Sequence[Outcome], baseline: str,
     return rows if base is None else [dataclasses.replace(row, ratios=_ratios(row, base)) for row in rows]
 
 
-def _row(label: str, own: Sequence[Outcome], target: float | None) -> Row:
-    return Row(
+def _row(label: str, own: Sequence[Outcome], target: float | None) -> MethodRow:
+    return MethodRow(
         label=label,
         seeds=tuple(one.seed for one in own),
         op=Figure.over(one.matrix.overall() for one in own),
@@ -97,12 +99,12 @@ def _row(label: str, own: Sequence[Outcome], target: float | None) -> Row:
     )
 
 
-def _ratios(row: Row, base: Row) -> dict[str, float]:
+def _ratios(row: MethodRow, base: MethodRow) -> dict[str, float]:
     pairs = {name: (getattr(row, name), getattr(base, name)) for name in RATIOS}
     return {name: own.mean / other.mean for name, (own, other) in pairs.items() if own and other and other.mean}
 
 
-def flat_row(row: Row) -> dict[str, Any]:
+def flat_row(row: MethodRow) -> dict[str, Any]:
     """Return a row as plain columns, for a table file: means, spreads and ratios under their own names."""
     flat: dict[str, Any] = {"method": row.label, "seeds": " ".join(map(str, row.seeds))}
     for name in MEASURES:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from treelora_cli.compare.results import Outcome
-from treelora_cli.compare.rows import Figure, Row, flat_row
+from treelora_cli.compare.rows import Figure, MethodRow, flat_row
 from treelora_cli.views.scores import FORMULAS, percent
 
 NOTES = (
@@ -21,7 +21,7 @@ NOTES = (
 )
 
 
-def comparison_table(rows: Sequence[Row], baseline: str, target: float | None) -> Table:
+def comparison_table(rows: Sequence[MethodRow], baseline: str, target: float | None) -> Table:
     """One row for each method."""
     table = Table(title=f"Methods side by side; baseline {baseline}")
     cuda = any(row.cuda_peak_bytes for row in rows)
@@ -51,7 +51,7 @@ def _cell(figure: Figure | None, show: Callable[[float], str], ratio: str) -> st
     return f"{show(figure.mean)}{spread}{ratio}"
 
 
-def _ratio(row: Row, measure: str) -> str:
+def _ratio(row: MethodRow, measure: str) -> str:
     value = row.ratios.get(measure)
     return "" if value is None else f" (x{value:.2f})" if value >= 0.1 else f" (x{value:.1g})"
 
@@ -69,7 +69,7 @@ def size(value: float) -> str:
     return f"{value:.2f} GiB"
 
 
-def csv_text(rows: Sequence[Row]) -> str:
+def csv_text(rows: Sequence[MethodRow]) -> str:
     """Return the table as CSV: scores in [0, 1], seconds, bytes; empty where there is no figure."""
     flat = [flat_row(row) for row in rows]
     sink = io.StringIO()
