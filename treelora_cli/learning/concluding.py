@@ -1,9 +1,9 @@
-"""After training: extend the tree, keep the budget, score every task, gather what is committed."""
+"""After training: extend the tree, keep the budget, score every task, ask the gate, gather what is committed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,24 +14,54 @@ from treelora_cli.backend import adapters
 from treelora_cli.backend.values import Memory, Score, TaskMemory
 from treelora_cli.config import to_dict
 from treelora_cli.learning.evaluation import HeldOut, read_held_out, score_tasks
-from treelora_cli.learning.gate import watched
+from treelora_cli.learning.gate import after_task, for_gate, of_tasks, refusal, watched
 from treelora_cli.learning.new_task import Clock, NewTask, Trained
 from treelora_cli.project import Commit
-from treelora_cli.project.metrics import TaskAnswers
+from treelora_cli.project.metrics import TaskAnswers, WatchSet
 from treelora_cli.score_matrix import ScoreMatrix
 from treelora_cli.version import versions
 
 if TYPE_CHECKING:
     from treelora_cli.backend.adapters import AdapterWeights
-    from treelora_cli.backend.values import Answers
 
     Merged = dict[str, tuple[tuple[str, ...], AdapterWeights]]
     """Adapters that replace those of several tasks: the newest member's name to (members' names, adapter)."""
 
 
-def counted(answers: Answers) -> TaskAnswers:
-    """Return the counts as a project keeps them."""
-    return TaskAnswers(answers.confusion, answers.routes)
+@dataclass(frozen=True)
+class Conclusion:
+    """What the project would be with the task in it, and whether the gate lets it.
+
+    Attributes:
+        tree: Over all tasks, the new one included.
+        merged: Adapters that the storage budget merged.
+        scores: Score of each task now, by name; empty where nothing was scored.
+        watch: Watch sets with their scores after the task.
+        matrix: Scores of every task after every task.
+        refusal: Which figure fails the gate, in words; ``None`` when it holds.
+    """
+
+    tree: Tree
+    merged: Merged
+    scores: dict[str, Score]
+    watch: tuple[WatchSet, ...]
+    matrix: ScoreMatrix
+    refusal: str | None
+
+
+def conclude(new: NewTask, trained: Trained, clock: Clock, *, evaluate: bool) -> Conclusion:
+    """Extend the tree, keep the storage budget, score every task and ask the gate."""
+    tree = extended_tree(new, trained.signature)
+    clock.lap("tree")
+    memory, merged = within_budget(new, with_new(new, trained), tree)
+    before = new.project.watch()
+    found = scores_of(new, memory) if evaluate else {}
+    scores, watch = of_tasks(found), after_task(before, new.name, found)
+    values = [scores[one.name].value if one.name in scores else None for one in memory.tasks]
+    matrix = new.project.matrix().with_row(new.name, values)
+    clock.lap("evaluate")
+    reason = refusal(new.config.gate, matrix, for_gate(before, watch, new.name)) if evaluate else None
+    return Conclusion(tree, merged, scores, watch, matrix, reason)
 
 
 def name_of(new: NewTask, index: int | None) -> str | None:
@@ -89,11 +119,12 @@ def _held_out(new: NewTask) -> Iterator[HeldOut]:
     yield from watched(new.base, new.project.watch(), new.runtime.reporter)
 
 
-def commit_of(new: NewTask, trained: Trained, clock: Clock, tree: Tree, matrix: ScoreMatrix, merged: Merged) -> Commit:
+def commit_of(new: NewTask, trained: Trained, concluded: Conclusion, clock: Clock) -> Commit:
     """Gather what is written."""
     arrays, facts = trained.found.search
     searched = {"tasks": [task.name for task in new.project.state.tasks], "task": new.name, "state": facts}
     network, model = new.base.network, new.config.base.model
+    answers = {name: score.answers for name, score in concluded.scores.items() if score.answers is not None}
     return Commit(
         name=new.name,
         record=_record(new, trained, clock),
@@ -101,14 +132,17 @@ def commit_of(new: NewTask, trained: Trained, clock: Clock, tree: Tree, matrix: 
         adapter_files=adapters.adapter_files(network, model, trained.adapter),
         tensors=trained.tensors,
         shared=trained.learned.shared(),
-        tree=tree,
+        tree=concluded.tree,
         bandit_arrays={key: np.ascontiguousarray(value) for key, value in arrays.items()},
         bandit_meta=searched if facts else {},
-        matrix=matrix,
+        matrix=concluded.matrix,
         merged={
             newest: (names, adapters.adapter_files(network, model, weights))
-            for newest, (names, weights) in merged.items()
+            for newest, (names, weights) in concluded.merged.items()
         },
+        watch=concluded.watch,
+        steps=new.project.step_log.read(),
+        answers={name: TaskAnswers(one.confusion, one.routes) for name, one in answers.items()},
         **({} if trained.branches is None else trained.branches.commit_part(trained.learned)),
     )
 

@@ -2,8 +2,13 @@
 
 ::
 
-    read data -> frozen pass -> probe: signature -> the method begins: search, warm start -> train -> statistics
-              -> tree, budget -> score every task -> commit
+    learn_task      read data                                  new_task.py: NewTask
+      train_task    frozen pass -> probe: signature            probe_task
+                    -> the method begins: search, warm start   methods/
+                    -> train                                   trainer.py
+                    -> statistics                              session.finish(): Trained
+      conclude      tree, budget -> score every task -> gate   concluding.py: Conclusion
+      commit                                                   project/
 """
 
 from __future__ import annotations
@@ -24,30 +29,23 @@ from treelora_cli.backend.values import DataRequest, Score
 from treelora_cli.config import Config, to_dict
 from treelora_cli.errors import CheckError, DataError
 from treelora_cli.learning.branches import BranchPlan
-from treelora_cli.learning.concluding import (
-    commit_of,
-    counted,
-    extended_tree,
-    name_of,
-    scores_of,
-    with_new,
-    within_budget,
-)
+from treelora_cli.learning.concluding import Conclusion, commit_of, conclude, name_of
 from treelora_cli.learning.evaluation import blamed
-from treelora_cli.learning.gate import after_task, check_gate, for_gate, of_tasks, refusal
+from treelora_cli.learning.gate import check_gate
 from treelora_cli.learning.new_task import Clock, NewTask, Probe, Trained
 from treelora_cli.learning.opening import check_base, recorded_arithmetic
 from treelora_cli.learning.resuming import restore, save_step
-from treelora_cli.learning.trainer import task_context, train_session
+from treelora_cli.learning.trainer import TrainReport, task_context, train_session
 from treelora_cli.methods.base import Past
 from treelora_cli.methods.catalogue import project_method
-from treelora_cli.project import Project
+from treelora_cli.project import Commit, Project
 from treelora_cli.project.metrics import WatchSet
 from treelora_cli.score_matrix import ScoreMatrix
 
 if TYPE_CHECKING:
     from treelora_cli.learning.trainer import Trainer
-    from treelora_cli.methods.base import TaskContext
+    from treelora_cli.methods.base import Method, TaskContext
+    from treelora_cli.project.unfinished import Step
 
 
 @dataclass(frozen=True)
@@ -136,12 +134,7 @@ def learn_task(
         CheckError: The gate refused it: nothing is committed, and the learned task waits in ``.treelora``.
         TreeLoraError: Bad data, no memory, an interruption, ...; the project is as before.
     """
-    project.check_free(name)
-    project.check_decided()
-    if not (abandon or resume):
-        project.check_uninterrupted()
-    check_gate(config.gate, evaluate=evaluate)
-    check_base(project, base)
+    _check_ready(project, base, name, config, evaluate=evaluate, interrupted=abandon or resume)
     clock = Clock()
     data = _read(base, request, runtime)
     check_numbers(data, project.labels_by_task())
@@ -149,47 +142,26 @@ def learn_task(
     clock.lap("read")
     with project.logging_steps():
         trained = train_task(new, clock, resume=resume)
-        tree = extended_tree(new, trained.signature)
-        clock.lap("tree")
-        memory, merged = within_budget(new, with_new(new, trained), tree)
-        found = scores_of(new, memory) if evaluate else {}
-        scores, watch = of_tasks(found), after_task(project.watch(), name, found)
-        matrix = project.matrix().with_row(
-            name, [scores[one.name].value if one.name in scores else None for one in memory.tasks]
-        )
-        clock.lap("evaluate")
-        reason = refusal(config.gate, matrix, for_gate(project.watch(), watch, name)) if evaluate else None
+        concluded = conclude(new, trained, clock, evaluate=evaluate)
         if runtime.is_main:
-            change = replace(
-                commit_of(new, trained, clock, tree, matrix, merged),
-                watch=watch,
-                steps=project.step_log.read(),
-                answers={one: counted(score.answers) for one, score in scores.items() if score.answers is not None},
-            )
-            if reason is None:
-                project.commit(change)
-            else:
-                project.propose(change, reason)
-        if reason is not None:
+            _write(new, commit_of(new, trained, concluded, clock), concluded.refusal)
+        if concluded.refusal is not None:
             raise CheckError(
-                f"Task '{name}' is learned but not committed: {reason}."
+                f"Task '{name}' is learned but not committed: {concluded.refusal}."
                 " Accept it with treelora train-task --accept, or drop it with --drop."
             )
     clock.lap("commit")
-    return TaskReport(
-        name=name,
-        matrix=matrix,
-        scores=scores,
-        parent=name_of(new, trained.found.parent),
-        nearest=name_of(new, trained.found.nearest),
-        seconds=clock.seconds,
-        cpu_seconds=clock.cpu_seconds,
-        steps=trained.report.steps,
-        peak_bytes=peak_bytes(),
-        notes=data.notes,
-        watch=watch,
-        **({} if trained.branches is None else trained.branches.record()),
-    )
+    return _report(new, trained, concluded, clock)
+
+
+def _check_ready(project: Project, base: Base, name: str, config: Config, *, evaluate: bool, interrupted: bool) -> None:
+    """Refuse at once what would fail only later; ``interrupted``: an interrupted task may be given up or goes on."""
+    project.check_free(name)
+    project.check_decided()
+    if not interrupted:
+        project.check_uninterrupted()
+    check_gate(config.gate, evaluate=evaluate)
+    check_base(project, base)
 
 
 def _read(base: Base, request: DataRequest, runtime: Runtime) -> TaskData:
@@ -202,54 +174,50 @@ def _read(base: Base, request: DataRequest, runtime: Runtime) -> TaskData:
     return data
 
 
+def _write(new: NewTask, change: Commit, refusal: str | None) -> None:
+    if refusal is None:
+        new.project.commit(change)
+    else:
+        new.project.propose(change, refusal)
+
+
+def _report(new: NewTask, trained: Trained, concluded: Conclusion, clock: Clock) -> TaskReport:
+    return TaskReport(
+        name=new.name,
+        matrix=concluded.matrix,
+        scores=concluded.scores,
+        parent=name_of(new, trained.found.parent),
+        nearest=name_of(new, trained.found.nearest),
+        seconds=clock.seconds,
+        cpu_seconds=clock.cpu_seconds,
+        steps=trained.report.steps,
+        peak_bytes=peak_bytes(),
+        notes=new.data.notes,
+        watch=concluded.watch,
+        **({} if trained.branches is None else trained.branches.record()),
+    )
+
+
 # -- train --------------------------------------------------------------------------------------------
 
 
 def train_task(new: NewTask, clock: Clock, *, resume: bool) -> Trained:
-    """Probe the task and train it under the project's method."""
+    """Probe the task, train it under the project's method, and take what later tasks and predictions need."""
     method = project_method(str(new.config.method)).make()
-    with blamed(new.memory):
-        session = new.base.session(new.data, new.memory, new.config)
-    require(session, Session, new.project.state.backend)
-    context = task_context(new.base, session, new.config, len(new.memory.tasks), fresh_seed=new.seed)
-    adapters.write_slot(new.base.network, context.fresh)
+    session, context = _begin_session(new)
     _choose_arithmetic(new, session, context, resume=resume)
     session.prepare()
     clock.lap("frozen pass")
     probe = probe_task(new, session, context)
     clock.lap("probe")
-    earlier, checkpoint, identity = new.memory.tasks, new.project.checkpoint, _identity(new)
+    earlier = new.memory.tasks
     context = replace(context, past=Past(new.tree, probe.queries, lambda index: earlier[index].adapter()))
-    plan = None if new.config.tree.branch == "never" else BranchPlan(new.config, new.name, new.memory)
-    if plan is not None:
+    plan = None
+    if new.config.tree.branch != "never":
+        plan = BranchPlan(new.config, new.name, new.memory)
         plan.choose(session, context.seed)
         context = replace(context, config=plan.config)
-
-    def save(step: int, tensors: dict[str, torch.Tensor]) -> None:
-        if new.runtime.is_main:
-            save_step(checkpoint, identity, new.config, new.request, step, tensors, method)
-
-    def resumed(trainer: Trainer) -> None:
-        if resume:
-            restore(checkpoint, identity, trainer, method)
-        if new.runtime.is_main:
-            new.project.step_log.begin(trainer.step)
-
-    def begun() -> None:
-        if plan is not None and plan.joins:
-            adapters.write_slot(new.base.network, earlier[plan.home_index()].adapter())
-        clock.lap("search")
-
-    report = train_session(
-        session,
-        method,
-        context,
-        new.runtime,
-        begun=begun,
-        resume=resumed,
-        save=save,
-        log=lambda steps: new.project.step_log.add(steps) if new.runtime.is_main else None,
-    )
+    report = _train(new, session, method, context, plan, clock, resume=resume)
     clock.lap("train")
     adapter = adapters.read_slot(new.base.network, new.base.layers, context.scale)
     if plan is not None and plan.draws_adapter:
@@ -261,6 +229,51 @@ def train_task(new: NewTask, clock: Clock, *, resume: bool) -> Trained:
         plan.settle(learned)
     clock.lap("statistics")
     return Trained(adapter, probe.signature, learned, method.found(), report, plan)
+
+
+def _begin_session(new: NewTask) -> tuple[Session, TaskContext]:
+    """Open the task, its slot at the reference point: an adapter without effect."""
+    with blamed(new.memory):
+        session = new.base.session(new.data, new.memory, new.config)
+    require(session, Session, new.project.state.backend)
+    context = task_context(new.base, session, new.config, len(new.memory.tasks), fresh_seed=new.seed)
+    adapters.write_slot(new.base.network, context.fresh)
+    return session, context
+
+
+def _train(
+    new: NewTask,
+    session: Session,
+    method: Method,
+    context: TaskContext,
+    plan: BranchPlan | None,
+    clock: Clock,
+    *,
+    resume: bool,
+) -> TrainReport:
+    """Train with a checkpoint after each epoch and a log of steps, from a checkpoint where there is one to resume."""
+    checkpoint, identity, step_log = new.project.checkpoint, _identity(new), new.project.step_log
+
+    def begun() -> None:
+        if plan is not None and plan.joins:
+            adapters.write_slot(new.base.network, new.memory.tasks[plan.home_index()].adapter())
+        clock.lap("search")
+
+    def resumed(trainer: Trainer) -> None:
+        if resume:
+            restore(checkpoint, identity, trainer, method)
+        if new.runtime.is_main:
+            step_log.begin(trainer.step)
+
+    def save(step: int, tensors: dict[str, torch.Tensor]) -> None:
+        if new.runtime.is_main:
+            save_step(checkpoint, identity, new.config, new.request, step, tensors, method)
+
+    def log(steps: Sequence[Step]) -> None:
+        if new.runtime.is_main:
+            step_log.add(steps)
+
+    return train_session(session, method, context, new.runtime, begun=begun, resume=resumed, save=save, log=log)
 
 
 def _choose_arithmetic(new: NewTask, session: Session, context: TaskContext, *, resume: bool) -> None:
