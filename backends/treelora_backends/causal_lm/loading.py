@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from treelora_backends.causal_lm.network.network import blocks_of
+from treelora_backends.causal_lm.network.layers import blocks_of
 from treelora_backends.causal_lm.own_code import refuse_kernels, refuse_own_code, refuse_pointers
 from treelora_cli.backend.fingerprint import all_finite, whole_numbers
 from treelora_cli.config import AdapterConfig, BaseConfig

@@ -21,7 +21,7 @@ from treelora_backends.causal_lm.card import base_lines, prompts_section
 from treelora_backends.causal_lm.closed import ClosedHead
 from treelora_backends.causal_lm.loading import source_of
 from treelora_backends.causal_lm.memory import common_manner, manner_of, system_of
-from treelora_backends.causal_lm.network.network import blocks_of
+from treelora_backends.causal_lm.network.layers import blocks_of
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.router import TaskRouter
 from treelora_cli.backend import adapters

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from treelora_backends.causal_lm.batches import Batch, LabelledBatch
 from treelora_backends.causal_lm.network.ahead import mean_cross_entropy
 from treelora_backends.causal_lm.network.features import Reading, routing_part
-from treelora_backends.causal_lm.network.forwards import standing_in
+from treelora_backends.causal_lm.network.layers import blocks_of, body_of, first_adapted, standing_in
 from treelora_backends.causal_lm.network.narrow import feed_forward, narrowed
 from treelora_backends.causal_lm.network.tail import Divided, chosen_states, divide
 
@@ -64,7 +64,7 @@ class LmNetwork:
         self._head_is_linear = True
         self._head_is_linear = self._agrees_with_forward()
         self._blocks_return_tuples = False
-        self.cut = _first_adapted(model, self.blocks, layers)
+        self.cut = first_adapted(model, self.blocks, layers)
         if self.cut and not self._skips_exactly():
             self.cut = 0
         self._narrow: nn.Module | None = None
@@ -378,31 +378,3 @@ class LmNetwork:
             end = next((place for place, one in enumerate(row) if one in end_ids), len(row))
             continued.append(row[:end])
         return continued
-
-
-def _first_adapted(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[str]) -> int:
-    """Return the index of the first block with an adapted layer; 0 when one lies outside the blocks."""
-    index_of = {id(inner): index for index, block in enumerate(blocks) for inner in block.modules()}
-    return min((index_of.get(id(model.get_submodule(layer)), 0) for layer in layers), default=0)
-
-
-def body_of(model: nn.Module) -> nn.Module:
-    """Return the model without its output layer."""
-    decoder = getattr(model, "get_decoder", None)
-    found = decoder() if callable(decoder) else None
-    if found is None or found is model:
-        found = cast("Any", model).base_model
-    return cast("nn.Module", found)
-
-
-def blocks_of(model: nn.Module) -> nn.ModuleList:
-    """Return the list of transformer blocks: the first list as long as the configuration says.
-
-    Raises:
-        LookupError: There is none.
-    """
-    count = int(cast("Any", model).config.get_text_config().num_hidden_layers)
-    for module in body_of(model).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise LookupError("no list of transformer blocks")
