@@ -157,7 +157,7 @@ FAULTS: list[tuple[str, str, Any, str, str]] = [
     ("ToyBackend", "load", trains_the_base, "", r"the base is frozen: 'base_model\.model\.first\.weight' asks for a"),
     ("ToyBase", "predictor", None, "", r"its Base lacks predictor\(memory, inference\)"),
     ("ToyBase", "facts", property(lambda self: {"a": {1}}), "", r"facts are JSON: TypeError"),
-    ("ToySession", "finish", None, "data", r"Session has every member: it lacks finish\(\)"),
+    ("ToySession", "finish", None, "data", r"TaskSession has every member: it lacks finish\(\)"),
     ("ToySession", "batches", shuffled, "data", r"the first batch of an epoch is another one"),
     ("ToySession", "steps_per_epoch", always(5), "data", r"an epoch has 3 batches, steps_per_epoch is 5"),
     (
@@ -252,7 +252,7 @@ def test_a_session_without_finish_is_found_before_it_trains(cli: Cli, tmp_path: 
     root, table = tmp_path / "p", write_table(tmp_path / "warm.csv", "red", "pink")
     assert cli("init", root, "--backend", "toy-mlp", "--device", "cpu").code == 0
     monkeypatch.setattr(toy_backend.ToySession, "finish", None)
-    line = r"Backend 'toy-mlp': its Session lacks finish\(\)\. Check all of it with: treelora doctor --backend"
+    line = r"Backend 'toy-mlp': its TaskSession lacks finish\(\)\. Check all of it with: treelora doctor --backend"
     check_error(cli("-C", root, "train-task", table, "--device", "cpu"), 1, line)
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import plain_runtime
 
 from treelora_cli.backend.arithmetic import bf16_multiplies_well, choose_arithmetic, measure_precision
-from treelora_cli.backend.contract import Session
+from treelora_cli.backend.contract import TaskSession
 from treelora_cli.backend.runtime import Runtime, Silent, open_runtime, usable_processors, yield_while_waiting
 from treelora_cli.errors import UsageError
 
@@ -63,7 +63,7 @@ class Halves:
 def test_steps_and_passes_each_get_the_faster_arithmetic(monkeypatch: pytest.MonkeyPatch, slow: str, fast: str) -> None:
     monkeypatch.setattr("treelora_cli.backend.arithmetic.bf16_multiplies_well", lambda _device: True)
     runtime = plain_runtime()
-    session = cast("Session", Halves(runtime, slow))
+    session = cast("TaskSession", Halves(runtime, slow))
     choose_arithmetic(runtime, "auto", session, [])
     assert runtime.arithmetic == {"precision": fast, "forward_precision": slow}
     choose_arithmetic(runtime, "bf16", session, [])
@@ -165,7 +165,7 @@ def test_a_gpu_with_bf16_units_computes_in_bf16_without_a_trial(
 ) -> None:
     runtime = plain_runtime()
     tried: list[str] = []
-    session = cast("Session", Halves(runtime, ""))
+    session = cast("TaskSession", Halves(runtime, ""))
     monkeypatch.setattr(type(runtime), "device", torch.device("cuda"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)

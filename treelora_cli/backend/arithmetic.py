@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from treelora_cli.backend.contract import Session
+    from treelora_cli.backend.contract import TaskSession
     from treelora_cli.backend.runtime import Runtime
 
 _WORTH_IT = 0.85
 """bf16 is taken when it needs at most this share of the time; a tie must not flip from run to run."""
 
 
-def choose_arithmetic(runtime: Runtime, wanted: str, session: Session, trained: Sequence[torch.Tensor]) -> None:
+def choose_arithmetic(runtime: Runtime, wanted: str, session: TaskSession, trained: Sequence[torch.Tensor]) -> None:
     """Compute as asked for; with ``auto``, steps and passes without gradients each in what is faster for them.
 
     Small batches through few blocks gain nothing from bf16 where passes over many tokens halve their time. A GPU with

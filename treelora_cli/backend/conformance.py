@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treelora_cli.backend.contract import STORED_KINDS, Backend, Base, Predictor, Session, TaskData
+from treelora_cli.backend.contract import STORED_KINDS, Backend, Base, Predictor, TaskData, TaskSession
 from treelora_cli.backend.registry import missing_members
 from treelora_cli.backend.values import DataRequest, ExportOptions, Learned, Memory, Score, TaskMemory, layout_of
 from treelora_cli.config import BaseConfig, Config, resolve
@@ -239,7 +239,7 @@ class Examination:
         with self._check(f"the {name} task's session opens", needed=True):
             session = self.base.session(task, memory, self.config)
         if not memory.tasks:
-            self._members(session, Session)
+            self._members(session, TaskSession)
         with self._check(f"the {name} task is learned", needed=True):
             self._train(session)
         with self._check(f"the {name} task hands over what can be stored", needed=True):
@@ -260,7 +260,7 @@ class Examination:
         scale = self.config.adapter.scale
         return adapters.read_slot(self.base.network, self.base.layers, scale)
 
-    def _train(self, session: Session) -> None:
+    def _train(self, session: TaskSession) -> None:
         """Do what ``train-task`` does, in one step: reference point, frozen pass, probe, a step of the optimizer."""
         import torch
 
@@ -299,7 +299,7 @@ class Examination:
         same, again = self._loss(session, batches[0]), self._loss(session, next(iter(session.batches(0))))
         _hold(torch.equal(same, again), "the first batch of an epoch is another one when it is asked for again")
 
-    def _loss(self, session: Session, batch: Any) -> torch.Tensor:
+    def _loss(self, session: TaskSession, batch: Any) -> torch.Tensor:
         import torch
 
         torch.manual_seed(0)  # dropout

@@ -91,7 +91,7 @@ OTHERS = 9
 """Most answers named beside the chosen one."""
 
 
-class Session(Protocol):
+class TaskSession(Protocol):
     """One task while it is learned. The network's adapter slot is the core's; the rest is the session's."""
 
     def try_step(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -165,7 +165,7 @@ class ContenderModel(Protocol):
     What the head keeps between tasks lives in the object; the adapter is the strategy's.
     """
 
-    def session(self, tasks: Sequence[TaskData], config: Config) -> Session:
+    def session(self, tasks: Sequence[TaskData], config: Config) -> TaskSession:
         """Open one task for learning, or several that are learned at once."""
 
     def learned(self) -> None:
@@ -208,7 +208,7 @@ class Base(Protocol):
             DataError: The data is missing, malformed or of the wrong kind.
         """
 
-    def session(self, task: TaskData, memory: Memory, config: Config) -> Session:
+    def session(self, task: TaskData, memory: Memory, config: Config) -> TaskSession:
         """Open a task for learning."""
 
     def predictor(self, memory: Memory, inference: str) -> Predictor:

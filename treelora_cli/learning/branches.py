@@ -13,7 +13,7 @@ from treelora_cli.backend.contract import BranchSession
 from treelora_cli.errors import ProjectError, UsageError
 
 if TYPE_CHECKING:
-    from treelora_cli.backend.contract import Session, Tensors
+    from treelora_cli.backend.contract import TaskSession, Tensors
     from treelora_cli.backend.values import BranchLearned, Learned, Memory
     from treelora_cli.config import Config
 
@@ -39,7 +39,7 @@ class BranchPlan:
         self._choice: BranchChoice
         self._learned: BranchLearned | None = None
 
-    def choose(self, session: Session, seed: int) -> None:
+    def choose(self, session: TaskSession, seed: int) -> None:
         """Decide by the kind of data, and tell the session.
 
         Raises:

@@ -22,7 +22,7 @@ import torch
 from treelora_cli.algorithm.signature import SignatureAccumulator, SketchSpec
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic
-from treelora_cli.backend.contract import Base, Session, TaskData
+from treelora_cli.backend.contract import Base, TaskData, TaskSession
 from treelora_cli.backend.registry import check_honoured, require
 from treelora_cli.backend.runtime import Runtime, peak_bytes
 from treelora_cli.backend.values import DataRequest, Score
@@ -231,11 +231,11 @@ def train_task(new: NewTask, clock: Clock, *, resume: bool) -> Trained:
     return Trained(adapter, probe.signature, learned, method.found(), report, plan)
 
 
-def _begin_session(new: NewTask) -> tuple[Session, TaskContext]:
+def _begin_session(new: NewTask) -> tuple[TaskSession, TaskContext]:
     """Open the task, its slot at the reference point: an adapter without effect."""
     with blamed(new.memory):
         session = new.base.session(new.data, new.memory, new.config)
-    require(session, Session, new.project.state.backend)
+    require(session, TaskSession, new.project.state.backend)
     context = task_context(new.base, session, new.config, len(new.memory.tasks), fresh_seed=new.seed)
     adapters.write_slot(new.base.network, context.fresh)
     return session, context
@@ -243,7 +243,7 @@ def _begin_session(new: NewTask) -> tuple[Session, TaskContext]:
 
 def _train(
     new: NewTask,
-    session: Session,
+    session: TaskSession,
     method: Method,
     context: TaskContext,
     plan: BranchPlan | None,
@@ -276,7 +276,7 @@ def _train(
     return train_session(session, method, context, new.runtime, begun=begun, resume=resumed, save=save, log=log)
 
 
-def _choose_arithmetic(new: NewTask, session: Session, context: TaskContext, *, resume: bool) -> None:
+def _choose_arithmetic(new: NewTask, session: TaskSession, context: TaskContext, *, resume: bool) -> None:
     begun = new.project.checkpoint.facts() if resume else None
     if begun is not None and "precision" in begun:
         new.runtime.compute_as(begun)
@@ -288,7 +288,7 @@ def _choose_arithmetic(new: NewTask, session: Session, context: TaskContext, *, 
         choose_arithmetic(new.runtime, wanted, session, [up for _, up in context.slot])
 
 
-def probe_task(new: NewTask, session: Session, context: TaskContext) -> Probe:
+def probe_task(new: NewTask, session: TaskSession, context: TaskContext) -> Probe:
     """Average the new task's gradients at the reference point, which the slot holds."""
     tree, runtime = new.config.tree, new.runtime
     assert tree.probe_batches is not None and tree.signature_width is not None

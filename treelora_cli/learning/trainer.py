@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
-from treelora_cli.backend.contract import Session, StatefulSession
+from treelora_cli.backend.contract import StatefulSession, TaskSession
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import TrainConfig
 from treelora_cli.errors import Interrupted, ResourceError, TreeLoraError, is_out_of_memory
@@ -47,7 +47,7 @@ _CHECK_EVERY = 10
 """Steps between looks at the loss; each costs a synchronisation with the device."""
 
 
-def task_context(base: Base, session: Session, config: Config, index: int, fresh_seed: int) -> TaskContext:
+def task_context(base: Base, session: TaskSession, config: Config, index: int, fresh_seed: int) -> TaskContext:
     """Return what a method sees of task ``index``.
 
     Args:
@@ -73,7 +73,7 @@ def task_context(base: Base, session: Session, config: Config, index: int, fresh
 
 
 def train_session(
-    session: Session,
+    session: TaskSession,
     method: Method,
     task: TaskContext,
     runtime: Runtime,
@@ -202,7 +202,7 @@ class Trainer:
 
     def __init__(
         self,
-        session: Session,
+        session: TaskSession,
         method: Method,
         slot: list[tuple[nn.Parameter, nn.Parameter]],
         settings: TrainSettings,

@@ -38,7 +38,7 @@ _ROUTING = AlignSettings(epochs=20)
 
 
 class PlainLmSession(LmSteps):
-    """Meets ``Session``: whole batches through the whole model; the loss is on the answers.
+    """Meets ``TaskSession``: whole batches through the whole model; the loss is on the answers.
 
     Args:
         base: The loaded model.

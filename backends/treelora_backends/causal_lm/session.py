@@ -54,7 +54,7 @@ _TOKENS_KEPT_ELSEWHERE = 16_384
 
 
 class LmSession(LmSteps):
-    """Meets ``Session``."""
+    """Meets ``TaskSession``."""
 
     def __init__(self, base: LoadedLm, task: LmTask, memory: Memory, config: Config) -> None:
         if not task.train:

@@ -47,7 +47,7 @@ _SMALLEST_PROBE = 8
 
 
 class VitSession:
-    """Meets ``Session``; see the module docstring."""
+    """Meets ``TaskSession``; see the module docstring."""
 
     def __init__(self, base: LoadedVit, task: ImageTask, memory: Memory, config: Config) -> None:
         self.base = base

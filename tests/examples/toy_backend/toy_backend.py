@@ -231,7 +231,7 @@ class ToyBase:
 
 
 class ToySession:
-    """Meets ``Session``."""
+    """Meets ``TaskSession``."""
 
     def __init__(self, base: ToyBase, task: ToyTask, memory: Memory, config: Config) -> None:
         self.base, self.task, self.memory = base, task, memory

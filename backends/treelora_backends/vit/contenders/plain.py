@@ -76,7 +76,7 @@ def score_images(base: LoadedVit, table: ClassTable, task: ImageTask, answer: Ca
 
 
 class PlainSession:
-    """Meets ``Session``.
+    """Meets ``TaskSession``.
 
     Args:
         base: The loaded network.

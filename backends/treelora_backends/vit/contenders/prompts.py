@@ -300,7 +300,7 @@ def bare(base: LoadedVit) -> Iterator[None]:
 
 
 class PromptSession:
-    """Meets ``Session``: what is trained are prompts, keys and the classifier's rows, never the adapter slot.
+    """Meets ``TaskSession``: what is trained are prompts, keys and the classifier's rows, never the adapter slot.
 
     Args:
         plain: The same tasks without prompts: images, order and classifier.
