@@ -11,7 +11,8 @@ from tiny_lm import assert_same, gradients, labelled_batch, opened, tiny_models
 from torch import nn
 from treelora_backends.causal_lm import batches
 from treelora_backends.causal_lm.batches import padded, width_for
-from treelora_backends.causal_lm.network.ahead import mean_cross_entropy, summed_in_parts
+from treelora_backends.causal_lm.network.ahead import mean_cross_entropy
+from treelora_backends.objective import summed_in_parts
 
 from treelora_cli.backend.values import DataRequest, Memory
 

@@ -390,7 +390,7 @@ def test_out_of_memory_while_training_changes_nothing_and_says_what_to_do(
     monkeypatch.setattr(Trainer, "_take_step", full)
     before = tree_hash(project)
     done = cli("-C", project, "train-task", data / "cold", "--name", "x", "--device", "cpu")
-    check_error(done, 6, r"Out of memory at step 1; nothing was committed\. Retry with --batch-size 4 or --grad-che")
+    check_error(done, 6, r"Out of memory at step 1; nothing was committed\. Retry with --batch-size 4 --set tr")
     assert tree_hash(project) == before
 
 

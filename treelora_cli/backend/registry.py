@@ -12,6 +12,7 @@ from treelora_cli.errors import BackendError, ModelError, UsageError, suggest
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import TaskData
     from treelora_cli.backend.values import DataRequest
+    from treelora_cli.config import Config
 
 GROUP = "treelora.backends"
 _USUAL = "vit"
@@ -125,6 +126,25 @@ def require(thing: object, protocol: type[Any], backend: str, without: tuple[str
             f"Backend '{backend}': its {protocol.__name__} lacks {lacking[0]}."
             f" Check all of it with: treelora doctor --backend {backend} --data DATA"
         )
+
+
+_OFF: dict[str, Any] = {
+    "train.accumulate": 1,
+    "train.label_smoothing": 0.0,
+    "train.class_weights": "none",
+    "train.augment": None,
+}
+"""Settings that a backend honours only where its attribute ``honours`` names them, and the value that asks nothing."""
+
+
+def check_settings(backend: Backend, config: Config) -> None:
+    """Raise ``UsageError`` when the settings ask for what ``backend`` does not do: it would be ignored in silence."""
+    honoured = getattr(backend, "honours", ())
+    for name, off in _OFF.items():
+        section, _, key = name.partition(".")
+        value = getattr(getattr(config, section), key)
+        if value not in (None, off) and name not in honoured:
+            raise UsageError(f"{name} {value}: the backend '{backend.name}' does nothing of the kind. Leave it out.")
 
 
 def check_honoured(request: DataRequest, task: TaskData) -> None:

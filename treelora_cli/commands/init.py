@@ -49,13 +49,22 @@ def init(
     recipe: Annotated[str | None, typer.Option(help="Recipe to take settings from: a file or a shipped name.")] = None,
     device: options.Device = None,
 ) -> None:
-    """Make a project in DIR around a frozen base model."""
+    """Make a project in DIR around a frozen base model; in a terminal, without options, it asks for the model.
+
+    Example: treelora init birds --model vit_base_patch16_224.augreg_in21k
+    """
+    from treelora_cli.commands.asking import asked_base, asks
     from treelora_cli.config import from_flags
     from treelora_cli.config.by_name import add_set
     from treelora_cli.learning.opening import make_project
     from treelora_cli.learning.recipes import find_recipe
+    from treelora_cli.project.project import check_new_directory
 
     session = session_of(context)
+    if asks(context):
+        check_new_directory(directory)
+        backend, base_asked = asked_base()
+        model, weights = base_asked.model, None if base_asked.weights is None else Path(base_asked.weights)
     flags = from_flags(
         backend=backend,
         method=method,

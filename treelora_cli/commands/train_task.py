@@ -216,7 +216,7 @@ def _show_plan(session: Session, base: Base, request: DataRequest, name: str, co
         "held_out_examples": task.test_size,
         "labels": list(task.labels),
         "metric": task.metric,
-        "steps": -(-task.train_size // train.batch_size) * train.epochs,
+        "steps": -(-task.train_size // (train.batch_size * (train.accumulate or 1))) * train.epochs,
         "adapter_parameters": trained,
         **_kept(base, task, config),
         "sample": task.sample,

@@ -90,6 +90,27 @@ class TrainConfig:
     epochs: int | None = setting(None, "passes over the task's data", low=0, high=10000)
     lr: float | None = setting(None, "peak learning rate", low=0)
     batch_size: int | None = setting(None, "examples per step over all processes", low=1)
+    accumulate: int | None = setting(
+        None,
+        "batches whose gradients make one step, computed one after the other: that of a batch so much larger",
+        low=1,
+    )
+    warmup: float | None = setting(None, "share of the steps over which the rate rises to its peak", low=0, high=1)
+    schedule: str | None = setting(
+        None, "how the rate falls after the warm-up: to 0, or not at all", choices=("cosine", "linear", "constant")
+    )
+    clip: float | None = setting(None, "largest norm of all gradients together, clipped beyond it; 0: no limit", low=0)
+    label_smoothing: float | None = setting(
+        None, "share of a label's probability that is spread over all classes, or tokens", low=0, high=0.99
+    )
+    class_weights: str | None = setting(
+        None,
+        "what an example's loss counts: the same, or less, the more its class has (images, closed sets of answers)",
+        choices=("none", "balanced"),
+    )
+    augment: str | None = setting(
+        None, "timm's auto_augment for training images, such as rand-m9-mstd0.5; epochs then run the whole network"
+    )
     weight_decay: float | None = setting(None, "AdamW weight decay", low=0)
     reg: float | None = setting(None, "lambda of eq. 3: pull towards the similar task", low=0)
     update: str | None = setting(None, "eq. 3 as a subgradient term or a proximal step", choices=("penalty", "prox"))
@@ -212,6 +233,12 @@ DEFAULTS = Config(
         epochs=3,
         lr=1e-3,
         batch_size=64,
+        accumulate=1,
+        warmup=0.0,
+        schedule="cosine",
+        clip=0.0,
+        label_smoothing=0.0,
+        class_weights="none",
         weight_decay=0.0,
         reg=0.1,
         update="penalty",

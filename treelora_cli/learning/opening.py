@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.backend.contract import Backend, Base
-from treelora_cli.backend.registry import backend_for, load_backend, require
+from treelora_cli.backend.registry import backend_for, check_settings, load_backend, require
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
 from treelora_cli.config.by_name import given_settings
@@ -143,6 +143,7 @@ def load_base(backend: Backend, config: Config, runtime: Runtime) -> Base:
         ModelError: The weights would be unpickled, are missing, or do not fit.
     """
     check_own(getattr(backend, "own_settings", None), config.backend_settings, "backend_settings", backend.name)
+    check_settings(backend, config)
     refused = sorted(_RUNS_CODE & set(config.base.model_args))
     if refused:
         raise ConfigError(f"model argument '{refused[0]}' is not allowed: code that comes with a model is never run.")

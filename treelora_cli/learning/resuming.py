@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from treelora_cli.config import Config, TrainConfig, TreeConfig, overlay, to_dict
+from treelora_cli.config import DEFAULTS, Config, TrainConfig, TreeConfig, overlay, to_dict
 from treelora_cli.errors import DamagedError, ProjectError, UsageError
 
 if TYPE_CHECKING:
@@ -130,7 +130,10 @@ def restore(checkpoint: Checkpoint, identity: Mapping[str, Any], trainer: Traine
     if facts is None:
         raise ProjectError("No interrupted task to resume. Run: treelora train-task DATA")
     for key, value in json.loads(json.dumps(identity)).items():
-        if facts.get(key) != value:
+        found = facts.get(key)
+        if key == "train" and isinstance(found, dict):  # begun before a setting was there: without it
+            found = {**{name: to_dict(DEFAULTS)["train"][name] for name in value}, **found}
+        if found != value:
             raise ProjectError(
                 f"The interrupted task cannot be resumed: its {key} has changed."
                 " Train it anew: train-task DATA --abandon."

@@ -6,7 +6,7 @@
         loss    = session.loss(batch)                     the task's own
         total   = loss + method.penalty(loss)             eq. 3: every term is summed here
         grads   = mean over processes of d total
-        step    AdamW, cosine from lr to 0
+        step    AdamW; the rate rises, then falls as ``train.schedule`` says
         method.before_step / after_step                   eq. 3 as a proximal step, when chosen
 
 All randomness is a function of (seed, step), so a run stopped after any step continues exactly.
@@ -119,13 +119,39 @@ class TrainSettings:
     weight_decay: float
     batch_size: int
     seed: int
+    accumulate: int = 1
+    warmup: float = 0.0
+    schedule: str = "cosine"
+    clip: float = 0.0
 
     @classmethod
     def of(cls, train: TrainConfig, seed: int) -> TrainSettings:
         """Return the settings of a complete configuration."""
         assert train.epochs is not None and train.lr is not None
         assert train.weight_decay is not None and train.batch_size is not None
-        return cls(train.epochs, train.lr, train.weight_decay, train.batch_size, seed)
+        assert train.accumulate is not None and train.warmup is not None
+        assert train.schedule is not None and train.clip is not None
+        return cls(
+            train.epochs,
+            train.lr,
+            train.weight_decay,
+            train.batch_size,
+            seed,
+            train.accumulate,
+            train.warmup,
+            train.schedule,
+            train.clip,
+        )
+
+    def rate(self, step: int, total: int) -> float:
+        """Return the learning rate of a step, from 0, of so many: no step of the warm-up is at 0."""
+        rising = round(self.warmup * total)
+        if step < rising:
+            return self.lr * (step + 1) / (rising + 1)
+        progress = (step - rising) / (total - rising)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * (1 - progress) if self.schedule == "linear" else self.lr
 
 
 @dataclass(frozen=True)
@@ -268,13 +294,14 @@ class Trainer:
                 raise
             smaller = max(1, self.settings.batch_size // 2)
             raise ResourceError(
-                f"Out of memory at step {self.step + 1}; nothing was committed."
-                f" Retry with --batch-size {smaller} or --grad-checkpointing."
+                f"Out of memory at step {self.step + 1}; nothing was committed. Retry with --batch-size {smaller}"
+                f" --set train.accumulate={2 * self.settings.accumulate}, the same steps, or --grad-checkpointing."
             ) from error
 
     def _take_step(self, batch: Any) -> Tensor:
         torch.manual_seed(seeds.of_step(self.settings.seed, self.step))  # dropout
-        view = StepView(self.step, self.total, self.session.steps_per_epoch, self._lr(), self.slot)
+        lr = self.settings.rate(self.step, self.total)
+        view = StepView(self.step, self.total, self.session.steps_per_epoch, lr, self.slot)
         loss = self.session.loss(batch)
         penalty = self.method.penalty(view, loss)
         total = loss if penalty is None else loss + penalty
@@ -282,6 +309,8 @@ class Trainer:
         self.runtime.accelerator.backward(total)
         self._share_gradients()
         self.method.before_step(view)
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = view.lr
         self.optimizer.step()
@@ -291,9 +320,6 @@ class Trainer:
         term = None if penalty is None else penalty.detach()
         self._taken.append(_Taken(self.step, loss.detach(), term, view.lr, time.perf_counter(), chosen))
         return loss.detach()
-
-    def _lr(self) -> float:
-        return self.settings.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.total))
 
     def _share_gradients(self) -> None:
         """Average gradients over processes in one message; adapters are small."""
@@ -312,7 +338,7 @@ class Trainer:
             seconds = max(one.ended - self._logged, 1e-9)
             self._logged = one.ended
             pull = None if one.penalty is None else float(one.penalty)
-            rate = self.settings.batch_size / seconds
+            rate = self.settings.batch_size * self.settings.accumulate / seconds
             steps.append(Step(one.step, float(one.loss), pull, one.lr, round(seconds, 6), round(rate, 3), one.selected))
         self._taken.clear()
         if steps:

@@ -49,6 +49,7 @@ class CausalLmBackend:
     """Registered as ``causal-lm``."""
 
     name = "causal-lm"
+    honours = ("train.accumulate", "train.label_smoothing", "train.class_weights")
     contender_heads = ("answer", "routed")
     gpu_dtype = "bfloat16"
 

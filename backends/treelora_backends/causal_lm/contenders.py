@@ -6,6 +6,7 @@ Symbols: ``n`` examples, ``F`` features of an input, ``T`` tasks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from treelora_backends.causal_lm.batches import labelled_padded, shuffled_batches
 from treelora_backends.causal_lm.memory import describe
 from treelora_backends.causal_lm.predictor import LmPredictor
-from treelora_backends.causal_lm.steps import LmSteps
-from treelora_backends.causal_lm.task import LmTask
+from treelora_backends.causal_lm.steps import PLAIN, LmSteps, in_parts
+from treelora_backends.causal_lm.task import LmTask, answer_classes
+from treelora_backends.objective import Objective, class_weights
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
@@ -48,14 +50,17 @@ class PlainLmSession(LmSteps):
     """
 
     def __init__(self, base: LoadedLm, tasks: Sequence[LmTask], config: Config, index: int) -> None:
-        assert config.train.batch_size is not None and config.seed is not None
+        assert config.seed is not None
         self.tasks = tasks
         self.examples = [one for task in tasks for one in task.train]
         if not self.examples:
             raise DataError("No training examples.")
         lengths = [len(one) for one in self.examples]
         seed = seeds.of_task(config.seed, index)
-        super().__init__(base, lengths, len(lengths), config.train.batch_size, seed)
+        super().__init__(base, lengths, len(lengths), config.train, seed)
+        self.answers = answer_classes(tasks, config.train.class_weights)
+        weights = class_weights(config.train.class_weights, self.answers, int(self.answers.max()) + 1, base.runtime)
+        self.objective = replace(self.objective, weights=weights)
         if config.train.grad_checkpointing:
             self.checkpoint_gradients("grad_checkpointing")
 
@@ -80,12 +85,22 @@ class PlainLmSession(LmSteps):
         for places, _ in zip(batches, range(count), strict=False):
             yield self.loss_of(places)
 
-    def loss_of(self, places: Sequence[int]) -> Tensor:
+    def loss_of(self, places: Sequence[int], objective: Objective = PLAIN) -> Tensor:
         """Return the mean loss over the labels of some examples, with dropout as it is set."""
+        parts = in_parts(places, self.parts)
+        if len(parts) == 1:
+            return self._loss_of_part(parts[0], objective)
+        labels = [sum(len(self.examples[place].places) for place in part) for part in parts]
+        return self.summed(parts, lambda part: self._loss_of_part(part, objective), labels)
+
+    def _loss_of_part(self, places: list[int], objective: Objective) -> Tensor:
         chosen = [self.examples[place] for place in places]
         batch = labelled_padded(chosen, self.base.encoder, self.base.lm.device)
+        weights = objective.of_examples(self.answers[places])
+        if weights is not None:
+            weights = weights.to(self.base.lm.device)
         with self.base.runtime.autocast():
-            return self.base.lm.loss(batch)
+            return self.base.lm.loss(batch, smoothing=objective.smoothing, weights=weights)
 
     def finish(self) -> Learned:
         """Nothing is handed over: the contender reads what it needs."""

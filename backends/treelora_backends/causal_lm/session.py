@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,13 +29,13 @@ from treelora_backends.causal_lm.batches import (
 )
 from treelora_backends.causal_lm.closed import ClosedHead
 from treelora_backends.causal_lm.memory import describe
-from treelora_backends.causal_lm.network.ahead import summed_in_parts
 from treelora_backends.causal_lm.network.halves import HalfWeights, Passes
 from treelora_backends.causal_lm.render import Ids
 from treelora_backends.causal_lm.router import TaskRouter
-from treelora_backends.causal_lm.steps import LmSteps
-from treelora_backends.causal_lm.task import LmTask
+from treelora_backends.causal_lm.steps import PLAIN, LmSteps, in_parts
+from treelora_backends.causal_lm.task import LmTask, answer_classes
 from treelora_backends.kept import Keeping, KeptRows, each_expected
+from treelora_backends.objective import Objective, class_weights
 from treelora_cli import seeds
 from treelora_cli.backend.runtime import sent
 from treelora_cli.backend.values import Learned, Memory
@@ -67,7 +67,7 @@ class LmSession(LmSteps):
         self.own = self.runtime.share(list(range(task.train_size)))
         lengths = [len(task.train[index]) for index in self.own]
         seed = seeds.of_task(config.seed, len(memory.tasks))
-        super().__init__(base, lengths, task.train_size, config.train.batch_size, seed)
+        super().__init__(base, lengths, task.train_size, config.train, seed)
         processes = self.runtime.accelerator.num_processes
         if self.steps_per_epoch > task.train_size // processes:
             raise UsageError(
@@ -79,6 +79,9 @@ class LmSession(LmSteps):
         self._entering: KeptRows | None = None
         self._halves: HalfWeights | None = None
         self._closed: dict[str, Tensor] = {}
+        self.answers = answer_classes([task], config.train.class_weights)[torch.tensor(self.own)]
+        weights = class_weights(config.train.class_weights, self.answers, len(task.labels), self.runtime)
+        self.objective = replace(self.objective, weights=weights)
         if config.train.grad_checkpointing:
             self.checkpoint_gradients("--grad-checkpointing")
 
@@ -185,19 +188,18 @@ class LmSession(LmSteps):
 
     # -- training -------------------------------------------------------------------------------------
 
-    def loss_of(self, places: list[int]) -> Tensor:
+    def loss_of(self, places: list[int], objective: Objective = PLAIN) -> Tensor:
         """Return the mean loss over a batch's labels; of a large one, one part after the other is in memory."""
         most = _TOKENS_KEPT.get(self.base.lm.device.type, _TOKENS_KEPT_ELSEWHERE)
-        parts = [[places[row] for row in rows] for rows in by_length(places, self._tokens_with_graph, most)]
+        parts = [
+            [some[row] for row in rows]
+            for some in in_parts(places, self.parts)
+            for rows in by_length(some, self._tokens_with_graph, most)
+        ]
         if len(parts) == 1:
-            return self._loss_of_part(parts[0])
-        labels = sum(len(self.task.train[self.own[place]].places) for place in places)
-        shares = [sum(len(self.task.train[self.own[place]].places) for place in part) / labels for part in parts]
-        losses = [partial(self._share_of_loss, part, share) for part, share in zip(parts, shares, strict=True)]
-        return summed_in_parts(losses, [one for one in self.base.network.parameters() if one.requires_grad])
-
-    def _share_of_loss(self, places: list[int], share: float) -> Tensor:
-        return self._loss_of_part(places) * share
+            return self._loss_of_part(parts[0], objective)
+        labels = [sum(len(self.task.train[self.own[place]].places) for place in part) for part in parts]
+        return self.summed(parts, lambda part: self._loss_of_part(part, objective), labels)
 
     def _tokens_with_graph(self, place: int) -> int:
         one = self.task.train[self.own[place]]
@@ -206,12 +208,15 @@ class LmSession(LmSteps):
             prompt = min(prompt, self.tail)
         return prompt + len(one.answer)
 
-    def _loss_of_part(self, places: list[int]) -> Tensor:
+    def _loss_of_part(self, places: list[int], objective: Objective) -> Tensor:
         """Return the mean loss over the labels of some examples, from where training enters."""
         labelled = self._collated(places)
         entering = None if self._entering is None else self._entering_states(self._entering, places, labelled.batch)
         with self._arithmetic():
-            return self.base.lm.loss(labelled, self.tail, entering)
+            weights = objective.of_examples(self.answers[places])
+            if weights is not None:
+                weights = weights.to(self.base.lm.device)
+            return self.base.lm.loss(labelled, self.tail, entering, objective.smoothing, weights)
 
     def _entering_states(self, kept: KeptRows, places: list[int], batch: Batch) -> Tensor:
         """Return what enters the adapted blocks of a padded batch, (B, T, C); any token's where none is."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from treelora_backends.causal_lm.batches import shuffled_batches
+from treelora_backends.objective import Objective, summed_in_parts
 from treelora_cli import seeds
 from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from treelora_backends.causal_lm.loaded import LoadedLm
+    from treelora_cli.config import TrainConfig
 
 _TRIAL_EXAMPLES = 4
+PLAIN = Objective()
+"""What probes measure, whatever is trained: gradients of all tasks are compared."""
 
 
 class LmSteps(ABC):
@@ -25,15 +30,18 @@ class LmSteps(ABC):
         base: The loaded model.
         lengths: Tokens of each of this process's examples.
         total: Examples over all processes.
-        batch_size: Examples per step over all processes.
+        train: Batch size, accumulation and smoothing of labels.
         seed: Of the order of examples.
     """
 
-    def __init__(self, base: LoadedLm, lengths: Sequence[int], total: int, batch_size: int, seed: int) -> None:
+    def __init__(self, base: LoadedLm, lengths: Sequence[int], total: int, train: TrainConfig, seed: int) -> None:
+        assert train.batch_size is not None and train.accumulate is not None
         self.base = base
         self.lengths = lengths
         self.seed = seed
-        self._steps = -(-total // batch_size)
+        self.parts: int = train.accumulate
+        self.objective = Objective(train.label_smoothing or 0.0)
+        self._steps = -(-total // (train.batch_size * train.accumulate))
 
     def checkpoint_gradients(self, setting: str) -> None:
         """Recompute activations in the backward pass; ``setting`` is what the user calls it.
@@ -66,12 +74,33 @@ class LmSteps(ABC):
         """Mean cross-entropy over the answers' tokens."""
         if not self.base.network.training:
             self.base.network.train()
-        return self.loss_of(batch)
+        return self.loss_of(batch, self.objective)
 
     @abstractmethod
-    def loss_of(self, places: list[int]) -> Tensor:
+    def loss_of(self, places: list[int], objective: Objective = PLAIN) -> Tensor:
         """Return the mean loss over the labels of some examples, with dropout as it is set."""
+
+    def summed(self, parts: Sequence[list[int]], loss: Callable[[list[int]], Tensor], labels: Sequence[int]) -> Tensor:
+        """Return the mean loss over the labels of all parts, one after the other in memory.
+
+        Args:
+            parts: Places of examples.
+            loss: Returns the mean over the labels of a part.
+            labels: How many each part has.
+        """
+        losses = [partial(_share, loss, part, own / sum(labels)) for part, own in zip(parts, labels, strict=True)]
+        return summed_in_parts(losses, [one for one in self.base.network.parameters() if one.requires_grad])
 
     def parameters(self) -> list[nn.Parameter]:
         """Nothing is trained beyond the adapter."""
         return []
+
+
+def _share(loss: Callable[[list[int]], Tensor], part: list[int], share: float) -> Tensor:
+    return loss(part) * share
+
+
+def in_parts(places: Sequence[int], count: int) -> list[list[int]]:
+    """Return examples in ``count`` parts as equal as can be, none of them empty."""
+    size = -(-len(places) // max(1, min(count, len(places))))
+    return [list(places[start : start + size]) for start in range(0, len(places), size)]

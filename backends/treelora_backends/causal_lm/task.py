@@ -6,13 +6,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from treelora_backends.causal_lm.render import Encoded, Encoder, placed
 from treelora_cli.backend.runtime import Reporter
 from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.examples import TextExample
 from treelora_cli.data.text import TextListing, hash_of_text, list_texts
-from treelora_cli.errors import DataError
+from treelora_cli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _AFTER_END = 3
 """Learned tokens at the end of an answer among which its end is looked for."""
@@ -126,6 +130,31 @@ def read_lm_task(request: DataRequest, encoder: Encoder, reporter: Reporter) -> 
     sample = "" if first is None else _shortened(encoder.show(first, listing.style, listing.labels))
     tokens = () if first is None else tuple(encoder.tokens(first, listing.style, listing.labels))
     return LmTask(used, train, _source(request), notes, sample, tokens, listing.digest, generated)
+
+
+def answer_classes(tasks: Sequence[LmTask], weights: str | None) -> Tensor:
+    """Return the place of each training example's answer among its task's labels, (n,), the tasks one after the other.
+
+    Where nothing is weighed, all are 0.
+
+    Raises:
+        UsageError: Classes are to be weighed, and a task's answers are free.
+    """
+    import torch
+
+    found: list[int] = []
+    for task in tasks:
+        if weights in (None, "none"):
+            found += [0] * len(task.train)
+            continue
+        if not task.closed:
+            raise UsageError(
+                f"train.class_weights {weights}: the answers are free text, so there are no classes to weigh. Leave it"
+                " out for this task: --set train.class_weights=none"
+            )
+        offset = max(found, default=-1) + 1
+        found += [offset + task.labels.index(one.answer.strip()) for one in task.listing.train]
+    return torch.tensor(found, dtype=torch.int64)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from treelora_backends.kept import Keeping, planned
+from treelora_backends.vit.augment import Augment
 from treelora_backends.vit.contenders.heads import make_contender
 from treelora_backends.vit.export import check_export, write_adapter, write_merged
 from treelora_backends.vit.images import ImageTask, Preprocessing, make_preprocessing, read_image_task
@@ -38,6 +39,7 @@ class VitBackend:
     """Registered as ``vit``."""
 
     name = "vit"
+    honours = ("train.accumulate", "train.label_smoothing", "train.class_weights", "train.augment")
     contender_heads = ("linear", "aligned", "routed", "ridge", "mean", "l2p", "dualprompt")
 
     def defaults(self) -> Config:
@@ -75,6 +77,8 @@ class VitBackend:
         """Attach an adapter slot to a model that is in memory."""
         layers = choose_layers(vit, config)
         preprocessing = make_preprocessing(vit, config.base.preprocess)
+        if config.train.augment:
+            Augment(config.train.augment, preprocessing.size, preprocessing.mean)  # refused before anything is read
         adapter = config.adapter
         assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
         network = adapters.attach(vit, layers, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout).to(

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,31 @@ def shuffled_views(count: int, views: int, steps: int, seed: int) -> Iterator[tu
     drawn = torch.randint(views, (count,), generator=generator)
     for rows in order.tensor_split(steps):
         yield rows, drawn[rows]
+
+
+def chosen_views(images: Tensor, views: Tensor) -> Tensor:
+    """Return normalised images (B, 3, H, W), mirrored where ``views`` (B,) is 1."""
+    mirrored = (views == 1).to(images.device)
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+def in_parts(
+    batch: tuple[Tensor, Tensor], count: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> list[Callable[[], Tensor]]:
+    """Return functions that compute a batch's mean loss in ``count`` parts; their sum is the mean over the batch.
+
+    Args:
+        batch: Rows and views, both (B,).
+        count: Parts, as equal as can be; no part is empty.
+        loss: Returns the mean over a part.
+    """
+    rows, views = batch
+    parts = [part for part in torch.arange(len(rows)).tensor_split(count) if len(part)]
+
+    def share(part: Tensor) -> Tensor:
+        return loss(rows[part], views[part]) * (len(part) / len(rows))
+
+    return [partial(share, part) for part in parts]
 
 
 def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter: Reporter) -> ImageTask:

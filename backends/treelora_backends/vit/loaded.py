@@ -10,6 +10,7 @@ from torch import nn
 from treelora_backends.vit.loading import create_vit
 
 if TYPE_CHECKING:
+    from treelora_backends.vit.augment import Augment
     from treelora_backends.vit.images import Preprocessing
     from treelora_backends.vit.trunk import Trunk
     from treelora_cli.backend.runtime import Runtime
@@ -56,6 +57,17 @@ class LoadedVit:
             "mean": list(self.preprocessing.mean),
             "std": list(self.preprocessing.std),
         }
+
+    def augmenting(self, config: Config) -> Augment | None:
+        """Return what changes training images at random, ``None`` where nothing does.
+
+        Raises:
+            UsageError: ``train.augment`` is no policy of timm.
+        """
+        from treelora_backends.vit.augment import Augment
+
+        policy = config.train.augment
+        return None if not policy else Augment(policy, self.preprocessing.size, self.preprocessing.mean)
 
     def fresh_vit(self, classes: int) -> nn.Module:
         """Return the frozen model anew, without adapters, with a linear classifier for ``classes``."""

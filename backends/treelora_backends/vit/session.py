@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from treelora_backends.kept import Keeping, KeptRows, each_expected
+from treelora_backends.objective import Objective, class_weights, summed_in_parts
 from treelora_backends.vit.branching import SOLVED, Branching
-from treelora_backends.vit.images import ImageTask, images_at_once, shuffled_views
+from treelora_backends.vit.images import ImageTask, chosen_views, images_at_once, in_parts, shuffled_views
 from treelora_backends.vit.shared_head import SharedHead, columns_of
 from treelora_backends.vit.single import (
     COVARIANCE_RIDGE,
@@ -37,6 +38,7 @@ from treelora_cli.config import Config
 from treelora_cli.heads.gaussians import ClassStatistics
 
 if TYPE_CHECKING:
+    from treelora_backends.vit.augment import Augment
     from treelora_backends.vit.loaded import LoadedVit
     from treelora_cli.algorithm.kinds import TokenMoments
     from treelora_cli.backend.contract import Tensors
@@ -57,6 +59,8 @@ class VitSession:
         self.device = base.runtime.device
         assert config.train.batch_size is not None and config.seed is not None
         self.batch_size: int = config.train.batch_size
+        assert config.train.accumulate is not None
+        self.parts: int = config.train.accumulate
         self.seed: int = seeds.of_task(config.seed, len(memory.tasks))
         self.config = config
         assert config.head.views is not None
@@ -64,6 +68,9 @@ class VitSession:
         own = self.runtime.share(list(range(task.train_size)))
         self.own = torch.tensor(own, dtype=torch.int64)
         self.labels = task.train.labels[self.own].to(self.device)
+        weights = class_weights(config.train.class_weights, self.labels, len(task.labels), self.runtime)
+        self.objective = Objective(config.train.label_smoothing or 0.0, weights)
+        self.augment = base.augmenting(config)
         self.head = nn.Linear(base.trunk.width, len(task.labels)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -162,7 +169,7 @@ class VitSession:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass; where images are kept out, of fewer images each."""
-        return -(-self.task.train_size // self.batch_size)
+        return -(-self.task.train_size // (self.batch_size * self.parts))
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of each step, both (B,)."""
@@ -170,7 +177,10 @@ class VitSession:
         trained = torch.arange(len(self.own)) if branching is None else branching.trained_rows(epoch)
         shuffled = shuffled_views(len(trained), self.views, self.steps_per_epoch, seeds.of_order(self.seed, epoch))
         batches = ((trained[rows], views) for rows, views in shuffled)
-        yield from each_expected(self.kept, batches, lambda batch: batch[0] * self.views + batch[1])
+        if self.augment is not None:
+            yield from batches
+        else:
+            yield from each_expected(self.kept, batches, lambda batch: batch[0] * self.views + batch[1])
 
     def state(self) -> Tensors:
         """Return what an interrupted task continues from, beyond the parameters."""
@@ -182,12 +192,26 @@ class VitSession:
             self.branching.load_state(saved)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross-entropy over the task's own classes."""
-        rows, views = batch
-        tokens = self.entering(rows, views)
+        """Cross-entropy over the task's own classes; of accumulated batches, one after the other is in memory."""
+        if self.parts == 1:
+            return self._loss_of_part(*batch)
+        losses = in_parts(batch, self.parts, self._loss_of_part)
+        trained = [one for one in self.base.network.parameters() if one.requires_grad]
+        return summed_in_parts(losses, [*trained, *self.parameters()])
+
+    def _loss_of_part(self, rows: Tensor, views: Tensor) -> Tensor:
+        tokens = self.entering(rows, views) if self.augment is None else self._entering_anew(rows, views, self.augment)
         with self.runtime.autocast():
             pooled = self.base.trunk.pooled(tokens)
-        return nn.functional.cross_entropy(self.head(pooled), self.labels[sent(rows, self.device)])
+        return self.objective(self.head(pooled), self.labels[sent(rows, self.device)])
+
+    @torch.no_grad()
+    def _entering_anew(self, rows: Tensor, views: Tensor, augment: Augment) -> Tensor:
+        """Return the tokens before the cut of images changed at random, (B, L, C)."""
+        pixels = augment(self.task.train.pixels[self.own[rows]])
+        images = chosen_views(self.base.preprocessing.normalise(sent(pixels, self.device)), views)
+        with self.runtime.autocast():
+            return self.base.trunk.before(images).tokens.float()
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the task's own linear head."""

@@ -1,7 +1,7 @@
 """Losses whose gradient is taken in the forward pass, piece by piece, so that no piece is kept or computed twice.
 
 A vocabulary is wide, and the output layer is frozen: of its logits only the gradient with respect to the states is
-needed, and each chunk's is known as soon as its logits are. A batch that does not fit at once is treated likewise.
+needed, and each chunk's is known as soon as its logits are.
 
 Symbols: ``M`` labelled positions, ``C`` width, ``V`` vocabulary.
 
@@ -10,14 +10,21 @@ Source: the fused linear cross-entropy of Liger-Kernel (Hsu et al., 2024), in pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 
-def mean_cross_entropy(states: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor], at_once: int) -> Tensor:
+def mean_cross_entropy(
+    states: Tensor,
+    targets: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    at_once: int,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Return the mean cross-entropy of the tokens (M,) that follow states (M, C).
 
     Args:
@@ -25,32 +32,31 @@ def mean_cross_entropy(states: Tensor, targets: Tensor, logits_of: Callable[[Ten
         targets: Tokens.
         logits_of: Turns states (m, C) into float32 logits (m, V); nothing in it is trained.
         at_once: Positions whose logits are in memory at a time, 1 or more.
+        smoothing: Share of a token's probability that is spread over the vocabulary.
+        weights: Factor on each position's loss, (M,); the mean divides by M all the same.
     """
-    return cast("Tensor", _MeanCrossEntropy.apply(states, targets, logits_of, at_once))
-
-
-def summed_in_parts(losses: Sequence[Callable[[], Tensor]], parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return the sum of losses that are computed one after the other, each with its gradient.
-
-    Args:
-        losses: Compute a part of the loss, a scalar.
-        parameters: All that is trained; the gradient flows into nothing else.
-    """
-    if not torch.is_grad_enabled():
-        return torch.stack([loss() for loss in losses]).sum()
-    return cast("Tensor", _SummedInParts.apply(losses, *parameters))
+    return cast("Tensor", _MeanCrossEntropy.apply(states, targets, logits_of, at_once, smoothing, weights))
 
 
 class _MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor], most: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        targets: Tensor,
+        logits_of: Callable[[Tensor], Tensor],
+        most: int,
+        smoothing: float,
+        weights: Tensor | None,
+    ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
-        for some, tokens in zip(states.split(most), targets.split(most), strict=True):
+        factors = [None] * -(-len(targets) // most) if weights is None else weights.split(most)
+        for some, tokens, factor in zip(states.split(most), targets.split(most), factors, strict=True):
             with torch.set_grad_enabled(wanted):
                 leaf = some.detach().requires_grad_(wanted)
-                loss = nn.functional.cross_entropy(logits_of(leaf), tokens, reduction="sum") / len(targets)
+                loss = _summed(logits_of(leaf), tokens, smoothing, factor) / len(targets)
             if wanted:
                 gradients += torch.autograd.grad(loss, [leaf])
             losses.append(loss.detach())
@@ -61,25 +67,11 @@ class _MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None, None, None
+        return gradient * outer[0].to(gradient.dtype), None, None, None, None, None
 
 
-class _SummedInParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, losses: Sequence[Callable[[], Tensor]], *parameters: Tensor) -> Tensor:
-        values: list[Tensor] = []
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
-        for loss in losses:
-            with torch.enable_grad():
-                value = loss()
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient
-            values.append(value.detach())
-        ctx.save_for_backward(*sums)
-        return torch.stack(values).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gradient * outer[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
+def _summed(logits: Tensor, tokens: Tensor, smoothing: float, factor: Tensor | None) -> Tensor:
+    if factor is None:
+        return nn.functional.cross_entropy(logits, tokens, reduction="sum", label_smoothing=smoothing)
+    losses = nn.functional.cross_entropy(logits, tokens, reduction="none", label_smoothing=smoothing)
+    return (losses * factor).sum()

@@ -132,13 +132,22 @@ class LmNetwork:
         states = self._states(self._run(batch.ids, batch.mask, use_cache=False))
         return self._logits(states[rows, columns])
 
-    def loss(self, labelled: LabelledBatch, tail: int = 0, entering: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        labelled: LabelledBatch,
+        tail: int = 0,
+        entering: Tensor | None = None,
+        smoothing: float = 0.0,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Return the mean cross-entropy over the labelled positions.
 
         Args:
             labelled: Texts.
             tail: Last tokens of a prompt through which gradients pass, see ``lm_tail``; 0 for every token.
             entering: States that enter the first adapted block, (B, T, C); the blocks before it are then skipped.
+            smoothing: Share of a token's probability that is spread over the vocabulary.
+            weights: Factor on the loss of each text's tokens, (B,).
         """
         divided = divide(labelled, tail) if tail and self.divides and not self._recomputes else None
         if divided is not None and divided.first.ids.shape[1]:
@@ -147,7 +156,8 @@ class LmNetwork:
             with self._narrowed(labelled), self._maybe_entered(entering):
                 states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
         chosen, targets = states[labelled.rows, labelled.columns], labelled.targets  # (M, C)
-        return mean_cross_entropy(chosen, targets, self._logits, self._logits_at_once)
+        factors = None if weights is None else weights[labelled.rows]
+        return mean_cross_entropy(chosen, targets, self._logits, self._logits_at_once, smoothing, factors)
 
     @cached_property
     def _logits_at_once(self) -> int:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from treelora_backends.vit.images import ImageTask, Pictures, shuffled_views
+from treelora_backends.objective import Objective, class_weights, summed_in_parts
+from treelora_backends.vit.images import ImageTask, Pictures, chosen_views, in_parts, shuffled_views
 from treelora_cli import seeds
 from treelora_cli.backend.arithmetic import try_gradient
 from treelora_cli.backend.values import Learned, Score
@@ -16,6 +17,7 @@ from treelora_cli.config import Config
 from treelora_cli.heads.gaussians import Gaussian
 
 if TYPE_CHECKING:
+    from treelora_backends.vit.augment import Augment
     from treelora_backends.vit.loaded import LoadedVit
 
 CHUNK = 256
@@ -104,12 +106,18 @@ class PlainSession:
         self.own = own
         self.rate = rate
         self.batch_size: int = config.train.batch_size
+        assert config.train.accumulate is not None
+        self.parts: int = config.train.accumulate
+        self.augment = base.augmenting(config)
         self.seed: int = seeds.of_task(config.seed, index)
         self.pictures = _Joined([task.train for task in tasks])
         names = list(dict.fromkeys(label for task in tasks for label in task.labels))
         local = [torch.tensor([names.index(label) for label in task.labels])[task.train.labels] for task in tasks]
         self.labels = torch.cat(local)
         """Index into the layer's rows, (n,)."""
+        weights = class_weights(config.train.class_weights, self.labels, len(names), base.runtime)
+        weights = None if weights is None else weights.to(base.runtime.device)
+        self.objective = Objective(config.train.label_smoothing or 0.0, weights)
 
     def try_step(self, parameters: Sequence[Tensor]) -> None:
         """Compute a loss and its gradient through the adapter on one full-sized batch."""
@@ -129,7 +137,8 @@ class PlainSession:
 
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield losses of the first plain mini-batches of one shuffle, the same at every call."""
-        yield from (self.loss(batch) for batch in self.probe_batches(count))
+        for rows, views in self.probe_batches(count):
+            yield self.misfit(self._features(rows, views), rows)
 
     def probe_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of those mini-batches, both (B,)."""
@@ -141,7 +150,7 @@ class PlainSession:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass; none without a layer to train."""
-        return 0 if self.layer is None else -(-len(self.pictures) // self.batch_size)
+        return 0 if self.layer is None else -(-len(self.pictures) // (self.batch_size * self.parts))
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (rows, views) of each step, both (B,), in the order of ``VitSession``."""
@@ -150,14 +159,34 @@ class PlainSession:
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the tasks' own classes."""
-        rows, views = batch
-        return self.misfit(self._features(rows, views), rows)
+        return self.summed(batch, self._loss_of_part, self.parameters())
+
+    def summed(
+        self,
+        batch: tuple[Tensor, Tensor],
+        loss: Callable[[Tensor, Tensor], Tensor],
+        parameters: Sequence[nn.Parameter],
+    ) -> Tensor:
+        """Return the mean loss of a step's images; of accumulated batches, one after the other is in memory.
+
+        Args:
+            batch: Rows and views, both (B,).
+            loss: Returns the mean over some of them.
+            parameters: All that is trained beside the adapter.
+        """
+        if self.parts == 1:
+            return loss(*batch)
+        trained = [one for one in self.base.network.parameters() if one.requires_grad]
+        return summed_in_parts(in_parts(batch, self.parts, loss), [*trained, *parameters])
+
+    def _loss_of_part(self, rows: Tensor, views: Tensor) -> Tensor:
+        return self.misfit(features_of(self.base, self.images(rows, views, self.augment)), rows)
 
     def misfit(self, features: Tensor, rows: Tensor) -> Tensor:
         """Cross-entropy of the layer's answers to the features (B, C) of images ``rows`` (B,)."""
         assert self.layer is not None
         logits = self.layer(features) * self.rate
-        return nn.functional.cross_entropy(logits, self.labels[rows].to(logits.device))
+        return self.objective(logits, self.labels[rows].to(logits.device))
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the layer's."""
@@ -187,11 +216,11 @@ class PlainSession:
     def _features(self, rows: Tensor, views: Tensor) -> Tensor:
         return features_of(self.base, self.images(rows, views))
 
-    def images(self, rows: Tensor, views: Tensor) -> Tensor:
-        """Return chosen views of training images, normalised, (B, 3, H, W)."""
-        images = self.base.preprocessing.normalise(self.pictures.take(rows).to(self.base.runtime.device))
-        mirrored = (views == 1).to(images.device)
-        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    def images(self, rows: Tensor, views: Tensor, augment: Augment | None = None) -> Tensor:
+        """Return chosen views of training images, normalised, (B, 3, H, W), on request changed at random."""
+        pixels = self.pictures.take(rows)
+        pixels = pixels if augment is None else augment(pixels)
+        return chosen_views(self.base.preprocessing.normalise(pixels.to(self.base.runtime.device)), views)
 
 
 class _Joined:

@@ -28,7 +28,7 @@ from treelora_backends.vit.contenders.plain import CHUNK, VIEWS, PlainSession
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import try_gradient
 from treelora_cli.backend.values import Learned
-from treelora_cli.errors import ModelError
+from treelora_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from treelora_backends.vit.loaded import LoadedVit
@@ -308,6 +308,11 @@ class PromptSession:
     """
 
     def __init__(self, plain: PlainSession, prompts: PromptedVit) -> None:
+        if plain.augment is not None:
+            raise UsageError(
+                "train.augment: prompts are chosen by what the frozen network says of each image, looked up once."
+                " Leave it out, or leave out l2p and dualprompt."
+            )
         self.plain = plain
         self.prompts = prompts
         self.queries: Tensor
@@ -341,7 +346,7 @@ class PromptSession:
 
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield losses of the first plain mini-batches of one shuffle, the same at every call."""
-        yield from (self.loss(batch) for batch in self.plain.probe_batches(count))
+        yield from (self._loss_of_part(*batch) for batch in self.plain.probe_batches(count))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -354,7 +359,9 @@ class PromptSession:
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the tasks' own classes, and the key term."""
-        rows, views = batch
+        return self.plain.summed(batch, self._loss_of_part, self.parameters())
+
+    def _loss_of_part(self, rows: Tensor, views: Tensor) -> Tensor:
         features, distance = self._prompted(rows, views)
         return self.plain.misfit(features, rows) + self.prompts.pull * distance
 
