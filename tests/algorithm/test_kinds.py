@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treelora_cli.algorithm import kinds
 from treelora_cli.algorithm.kinds import (
     SAME_KIND,
     BranchChoice,
@@ -105,6 +106,11 @@ def test_a_task_joins_the_nearest_of_its_kind_and_opens_beyond() -> None:
     assert choose_branch(signature(9.6), earlier, "auto", 0).nearest == 2
 
 
+def test_a_task_at_the_limit_is_of_the_same_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "SAME_KIND", kind_distance(signature(0.8), signature(0.0)))
+    assert choose_branch(signature(0.8), [at(0.0, "a")], "auto", 0).joins
+
+
 def test_who_lies_nearest_to_frozen_features_joins_them() -> None:
     choice = choose_branch(signature(0.1), [at(0.0, None), at(9.0, "b")], "auto", 0)
     assert (choice.joins, choice.branch, choice.nearest) == (True, None, 0)
@@ -112,7 +118,8 @@ def test_who_lies_nearest_to_frozen_features_joins_them() -> None:
 
 def test_policies_and_the_bound() -> None:
     earlier = [at(0.0, "a"), at(5.0, "b"), at(9.0, None)]
-    assert choose_branch(signature(5.0), earlier, "first", 0).branch == "a"
+    first = choose_branch(signature(5.0), earlier, "first", 0)
+    assert (first.joins, first.branch, first.reason) == (True, "a", "first")
     always = choose_branch(signature(5.0), earlier, "always", 0)
     assert (always.joins, always.reason) == (False, "always")
     bound = choose_branch(signature(8.0), earlier, "always", 2)
@@ -140,5 +147,13 @@ def test_sentences() -> None:
     assert explain(joins, "t", ["a"], None, opened=True) == (
         "'t' joined branch 'a': kind 0.90 from 'a', limit 1.8: the same."
     )
+    for reason, joined, sentence in (
+        ("new", False, "'t' opened a branch: kind 2.50 from 'a', limit 1.8: another."),
+        ("always", False, "'t' opened a branch: each task opens one (kind 2.50 from 'a', limit 1.8)."),
+        ("first", True, "'t' joined branch 'a': all tasks use the first one's."),
+        ("bound", True, "'t' joined branch 'a': no more branches may be opened, kind 2.50 from 'a', limit 1.8."),
+    ):
+        choice = BranchChoice(joined, "a" if joined else None, 0, 2.5, reason)
+        assert explain(choice, "t", ["a"], None, opened=True) == sentence
     frozen = BranchChoice(True, None, 0, 0.9, "kind")
     assert explain(frozen, "t", ["a"], None, opened=False).startswith("'t' joined the frozen features: kind")

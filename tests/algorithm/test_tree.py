@@ -258,6 +258,12 @@ def test_a_rebuild_is_due_after_growing_by_half() -> None:
     assert not build_tree(values, 4).rebuild_due
 
 
+def test_a_tree_of_less_than_eight_tasks_is_built_anew() -> None:
+    values = random_signatures(9)
+    assert build_tree(values[:7], 4).insert(values[7]).tasks_at_build == 8
+    assert build_tree(values[:8], 4).insert(values[8]).tasks_at_build == 8
+
+
 def test_nearest_neighbours_agree_with_all_comparisons() -> None:
     values = random_signatures(9)
     distance = l1_distance(values[:, None], values[None]).mean(axis=-1)

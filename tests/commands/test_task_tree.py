@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console, RenderableType
 
-from treelora_cli.algorithm.tree import Tree, build_tree, l1_distance
+from treelora_cli.algorithm.distances import l1_distance
+from treelora_cli.algorithm.tree import Tree, build_tree
 from treelora_cli.views.task_tree import distance_table, distances, tree_view
 
 LAYERS = ("first", "second")

@@ -77,10 +77,13 @@ def test_many_wide_features_are_projected_and_the_head_reads_them_as_they_are(mo
     assert fitted.accuracy(labels) == 1.0
 
 
-def test_constant_features_give_the_prior() -> None:
+@pytest.mark.parametrize("width", [3, 10])
+def test_constant_features_give_the_prior(width: int) -> None:
     labels = torch.tensor([0, 0, 0, 1])
-    fitted = LeaveOneOut.fit(torch.ones(4, 3), labels, 2)
-    torch.testing.assert_close(fitted.head(torch.ones(1, 3)), torch.tensor([[0.75, 0.25]]))
+    fitted = LeaveOneOut.fit(torch.ones(4, width), labels, 2)
+    torch.testing.assert_close(fitted.head(torch.ones(1, width)), torch.tensor([[0.75, 0.25]]))
+    # each by the other three: two of class 0 and one of class 1, or three of class 0
+    torch.testing.assert_close(fitted.scores, torch.tensor([[2 / 3, 1 / 3]] * 3 + [[1.0, 0.0]]))
 
 
 def test_rows_of_unequal_processes_come_together_in_order() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from treelora_cli.algorithm.distances import l1_distance
 from treelora_cli.algorithm.signature import SignatureAccumulator, SketchSpec
-from treelora_cli.algorithm.tree import build_tree, l1_distance
+from treelora_cli.algorithm.tree import build_tree
 from treelora_cli.backend import adapters
 from treelora_cli.backend.registry import load_backend
 from treelora_cli.backend.runtime import Silent, open_runtime

@@ -38,7 +38,7 @@ from treelora_cli.algorithm.nodes import (
 )
 from treelora_cli.algorithm.split import rule_named
 
-__all__ = ["Node", "Tree", "build_tree", "extend_tree", "l1_distance"]
+__all__ = ["Node", "Tree", "build_tree", "extend_tree"]
 
 FORMAT_VERSION = 1
 _DICT_KEYS = ("version", "tree_depth", "split", "tasks_at_build", "nodes")

@@ -78,12 +78,13 @@ class LeaveOneOut:
 
 
 def _decompose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the eigenvalues above zero of ``x^T x``, (R,), and both sides' singular vectors, (n, R) and (F, R)."""
+    """Return the eigenvalues above zero of ``x^T x``, (R,), and both sides' singular vectors, (n, R) and (F, R).
+
+    Features that do not vary have none, and say nothing: what is left is the prior.
+    """
     wide = x.shape[1] >= x.shape[0]
     values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
     kept = values > 1e-10 * values.max().clamp(min=1e-12)
-    if not bool(kept.any()):
-        kept[-1] = True  # constant features
     values, vectors = values[kept].clamp(min=1e-12), vectors[:, kept]
     other = (x.T if wide else x) @ vectors / values.sqrt()
     return (values, vectors, other) if wide else (values, other, vectors)

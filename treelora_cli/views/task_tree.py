@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
-from treelora_cli.algorithm.tree import Tree, l1_distance
+from treelora_cli.algorithm.distances import l1_distance
+from treelora_cli.algorithm.tree import Tree
 
 _MANY = 30
 """Tasks beyond which neither a line that names all of them nor a table with a column for each can be read."""
