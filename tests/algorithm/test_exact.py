@@ -88,6 +88,17 @@ def test_nearest_takes_the_mean_of_an_arm_that_was_pulled_once_as_it_is() -> Non
     assert bandit.nearest() == 1  # -3 below the mean of the means; task 0 is -2
 
 
+def test_nearest_is_relative_to_each_layers_level() -> None:
+    bandit = TreeBandit(build_tree(np.array([[[0], [0]], [[1], [1]]], dtype=np.float32), 1))
+    arms = bandit.arms.arm_of
+    for layer, pulls, means in zip(bandit._layers, ([1, 3], [3, 1]), ([1.0, 2.0], [10.0, 20.0]), strict=True):
+        layer.counts[arms], layer.sums[arms] = pulls, np.multiply(pulls, means)
+        layer.counts[0] = 4
+    bandit.step_count = 4
+    # around 1.5 and 15: task 0 is (-0.5 - 3 x 5) / 4, task 1 (3 x 0.5 + 5) / 4; pulls alone would say 1
+    assert bandit.nearest() == 0
+
+
 def test_a_saved_search_is_summed_up_without_its_tree() -> None:
     bandit = TreeBandit(build_tree(FOUR, 1))
     for value in (0.4, 8.4, 0.5):

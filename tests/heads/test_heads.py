@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from conftest import plain_runtime
 from torch import Tensor
 
+from treelora_cli.backend.runtime import Runtime
 from treelora_cli.heads.gaussians import ClassStatistics, fit_drift
 from treelora_cli.heads.gram import Gram, HalfGram, NotPositiveError
 from treelora_cli.heads.ridge import FeatureMap, LinearHead, RidgeStatistics, ridge_share
@@ -108,6 +112,29 @@ def test_what_single_precision_cannot_solve_is_solved_in_double(monkeypatch: pyt
     for found in (statistics.solve(0.1), statistics.solve_(0.1, lambda: before)):
         torch.testing.assert_close(found.weight, expected.weight, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found.bias, expected.bias, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prior", [None, "beside", "within"])
+def test_sums_over_processes_count_what_came_before_once(prior: str | None) -> None:
+    phi, columns = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
+    before = Gram.zeros(2, CPU)
+    before.add_(torch.tensor([[10.0, 0.0]]))
+    own = RidgeStatistics.empty(2, 1, CPU, before if prior == "within" else None)
+    own.add(phi, columns)
+    two = cast("Runtime", SimpleNamespace(sum=lambda tensor: tensor if prior == "within" else 2 * tensor))
+    total = own.over_processes(None if prior is None else before, two)
+    # two processes with the same example; or one, whose sums were added to those before
+    wanted = {None: [2.0, 8.0], "beside": [102.0, 8.0], "within": [101.0, 4.0]}[prior]
+    assert total.gram.diagonal().tolist() == wanted
+    assert total.counts.tolist() == [1.0 if prior == "within" else 2.0]
+
+
+def test_the_feature_map_by_hand() -> None:
+    drawn = FeatureMap.of_moments(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0]), 3, 5)
+    expanded = drawn(torch.tensor([[3.0, 1.0]]))
+    z = torch.tensor([[2.0 / 2.003, -1.0 / 4.003]])  # by the deviation and a thousandth of the mean one
+    torch.testing.assert_close(expanded[:, :2], z)
+    torch.testing.assert_close(expanded[:, 2:], torch.nn.functional.gelu(z @ drawn.projection))
 
 
 def test_the_feature_map_is_redrawn_from_its_seed() -> None:
