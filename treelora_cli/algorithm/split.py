@@ -1,15 +1,10 @@
-"""Distances between gradient signatures and the rules that split a set of tasks in two.
+"""The rules that split a set of tasks in two.
 
 Pure numpy: no tree, no files, no model.
 
 Symbols: `T` tasks, `D` adapted layers, `m` signature width, `n` tasks in one node.
 
-Scaling: every layer of a signature has L2 norm 1 (or is all zero), so by Cauchy-Schwarz and the
-triangle inequality two layers differ by at most `2 * sqrt(m)` in L1. Distances are divided by that
-bound, which puts them in [0, 1] for any input: 0 for equal layers, 1 only for opposite vectors of
-constant magnitude, and `1 / sqrt(pi)`, about 0.56, for independent random directions.
-
-Source: TreeLoRA section 3.3, "practical implementation" (the split); the scaling is this project's.
+Source: TreeLoRA section 3.3, "practical implementation".
 """
 
 from __future__ import annotations

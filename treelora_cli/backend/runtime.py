@@ -96,7 +96,7 @@ class Runtime:
         self.forward_precision = str(record.get("forward_precision", self.precision))
 
     def share(self, items: list[T]) -> list[T]:
-        """Return this process's part of ``items``: every ``world``-th, from its rank on."""
+        """Return this process's part of ``items``: of N processes every N-th, from its rank on."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ class Recorded:
         """Read what ``task.json`` keeps.
 
         Raises:
-            ValueError: It is not what ``packed`` wrote.
+            ValueError: The hashes are not what was written.
         """
         text, digits = record.get("held_out"), cls.DIGITS
         if text is None:

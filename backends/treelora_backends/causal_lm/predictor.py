@@ -1,7 +1,7 @@
 """Answer prompts with everything learned so far, without being told the task.
 
 ``routed``: the frozen model's view of the bare input says which task it is from. Where that task's answers are a
-closed set that frozen states tell apart, its solved head chooses (``lm_closed``); otherwise its adapter, rendering and
+closed set that frozen states tell apart, its solved head chooses (``closed.py``); otherwise its adapter, rendering and
 labels answer. ``latest`` and ``merged``: one adapter for all; held-out examples are rendered as their own data says,
 labels included, as the field does. ``base``: the same without any adapter.
 """

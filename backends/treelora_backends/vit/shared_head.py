@@ -61,7 +61,7 @@ def class_of_column(columns: Sequence[Column]) -> Tensor:
 class HeadFeatures:
     """What the shared head sees of an image, (n, W): standardised tokens of the last blocks, then random features.
 
-    Where the architecture can carry solved blocks (``vit_solved``), the random features are those of the blocks, so
+    Where the architecture can carry solved blocks (``solved.py``), the random features are those of the blocks, so
     that one set of sums serves the shared head and the merged network. Elsewhere they are projections of all tokens.
 
     Attributes:
@@ -203,7 +203,7 @@ class SharedHead:
         return statistics.solve_(share, lambda: Gram.read(memory.shared(), "anchor", width, device))
 
     def grow_blocks(self, vit: nn.Module, memory: Memory, class_of: Tensor, classes: int) -> None:
-        """Append blocks that hold every task in ``memory`` to a frozen ``vit``, see ``vit_solved.grow``."""
+        """Append blocks that hold every task in ``memory`` to a frozen ``vit``, see ``solved.grow``."""
         assert self.features is not None and self.features.solved is not None
         plain, solved, width = self.features.plain, self.features.solved, self.trunk.width
         statistics = solved_statistics(self._statistics(memory), solved, plain.scale[-width:])

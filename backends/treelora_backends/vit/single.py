@@ -1,7 +1,7 @@
 """One set of weights with one linear head over all classes: the inferences ``latest`` and ``merged``.
 
 ``latest`` carries the newest adapter. ``merged`` is, by choice, the frozen network followed by solved blocks
-(``vit_solved``), or the mean of all tasks' updates. A network with updates changes with every task, while
+(``solved.py``), or the mean of all tasks' updates. A network with updates changes with every task, while
 older classes were measured on an older one. The change of the features is measured on the new task's
 images, fitted by a linear map and applied to the older classes' statistics; the head is then solved anew
 from the statistics of all classes.

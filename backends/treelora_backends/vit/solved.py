@@ -14,8 +14,8 @@ onto the rest:
 - every block reads through ``Q`` only and writes scores along ``U`` only;
 - the last LayerNorm is positive scaling, and the classifier reads along ``U``.
 
-The sums are the shared head's own (``vit_heads``): what the blocks compute is the last part of its features, up to a
-linear map of the class token.
+The sums are the shared head's own (``shared_head.py``): what the blocks compute is the last part of its features, up
+to a linear map of the class token.
 
 Symbols: ``C`` width, ``H`` hidden width of an MLP, ``R`` random features, ``W`` = C + R, ``K`` columns.
 """

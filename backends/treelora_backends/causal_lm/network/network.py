@@ -144,7 +144,7 @@ class LmNetwork:
 
         Args:
             labelled: Texts.
-            tail: Last tokens of a prompt through which gradients pass, see ``lm_tail``; 0 for every token.
+            tail: Last tokens of a prompt through which gradients pass, see ``tail.py``; 0 for every token.
             entering: States that enter the first adapted block, (B, T, C); the blocks before it are then skipped.
             smoothing: Share of a token's probability that is spread over the vocabulary.
             weights: Factor on the loss of each text's tokens, (B,).

@@ -319,7 +319,7 @@ class PromptContender:
 
     The head grows and is trained as under ``linear``. The adapter slot is switched off throughout.
 
-    Source: see ``vit_prompts``.
+    Source: see ``prompts.py``.
 
     Args:
         base: The loaded network.
