@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from treelora_cli.heads.two_views import LEAST_SHARP, MOST_SHARP, Examples, fused, judge
+from treelora_cli.heads.two_views import LEAST_SHARP, MOST_SHARP, Examples, Judgement, fused, judge
 
 
 def test_both_heads_multiply() -> None:
@@ -39,6 +39,10 @@ def test_an_adapter_pays_where_images_kept_out_gain_and_not_where_they_do_not() 
     same = judge(_noisy(0.3), _noisy(0.3), (0.01, 0.01), 2)
     assert abs(same.gain) < 0.01  # twice the same opinion
     assert not judge(_noisy(2.0), _noisy(0.3), (0.01, 0.01), 2).pays
+
+
+def test_a_gain_of_what_is_asked_pays() -> None:
+    assert [Judgement(gain, 0.1, 8.0, 40).pays for gain in (0.09, 0.1, 0.11)] == [False, True, True]
 
 
 def test_one_image_kept_out_proves_nothing() -> None:
