@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from treelora_cli.learning.evaluation import HeldOut
     from treelora_cli.learning.export import ExportReport, ExportRequest
     from treelora_cli.learning.task import TaskReport
+    from treelora_cli.project.metrics import WatchSet
     from treelora_cli.score_matrix import ScoreMatrix, Standing
 
 BASE = "base"
@@ -49,12 +50,14 @@ class Evaluation:
         standing: Each task when it was learned and now; ``overall()`` and ``forgetting()`` are read off it.
         scores: Score now of each task that could be scored, by name.
         held_out: What each score is of, or why there is none.
+        watch: Score now of each watch set that could be scored, by name; none where only some tasks were asked for.
     """
 
     inference: str
     standing: Standing
     scores: dict[str, Score]
     held_out: tuple[HeldOut, ...]
+    watch: dict[str, Score]
 
 
 class Project:
@@ -311,10 +314,10 @@ class Project:
         changed_data: bool = False,
         places: Mapping[str, Path] | None = None,
     ) -> Evaluation:
-        """Score the held-out data of learned tasks over everything learned, no task identity given.
+        """Score the held-out data of learned tasks over everything learned, no task identity given, and watch sets.
 
         Args:
-            tasks: Only these; all when ``None``.
+            tasks: Only these; all, and every watch set, when ``None``.
             inference: ``routed``, ``latest`` or ``merged``; ``base``: the untouched language model.
             limit: Most held-out examples per class or task.
             changed_data: Also score tasks whose held-out data changed, on what is there.
@@ -325,6 +328,7 @@ class Project:
             DataError: No task's held-out data is there.
         """
         from treelora_cli.learning.evaluation import measured_alike, read_held_out, score_tasks
+        from treelora_cli.learning.gate import of_sets, of_tasks, watched
 
         self._check_learned()
         wanted = [self._stored.entry(name).name for name in (self.tasks if tasks is None else tasks)]
@@ -338,7 +342,10 @@ class Project:
         if not any(one.data for one in held_out):
             raise DataError(f"No task can be scored. {held_out[0].name}: {held_out[0].problem}")
         chosen = BASE if inference == BASE else str(config.inference)
-        scores = score_tasks(base, self._stored.memory(), chosen, held_out)
+        sets = self._stored.watch() if tasks is None else ()
+        every = [*held_out, *watched(base, sets, self.runtime.reporter, limit)]
+        everything = score_tasks(base, self._stored.memory(), chosen, every)
+        scores = of_tasks(everything)
         now = {name: score.value for name, score in scores.items()}
         how = None if chosen == BASE else chosen
         compared = {
@@ -346,7 +353,13 @@ class Project:
         }
         if len(compared) < len(now):
             self.runtime.reporter.note("'-': other examples, or answered in another way, than when it was learned.")
-        return Evaluation(chosen, self._stored.matrix().standing(now, wanted, compared), scores, held_out)
+        standing = self._stored.matrix().standing(now, wanted, compared)
+        return Evaluation(chosen, standing, scores, held_out, of_sets(everything))
+
+    @property
+    def watch(self) -> tuple[WatchSet, ...]:
+        """Sets that are scored after each task and never learned from, with their scores."""
+        return self._stored.watch()
 
     def _say(self, held_out: Iterable[HeldOut]) -> None:
         for one in held_out:

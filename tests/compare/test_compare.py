@@ -129,7 +129,8 @@ def test_a_language_model_is_compared_too(cli: Cli, tmp_path: Path) -> None:
     recipe = tmp_path / "words.yaml"
     recipe.write_text(
         f"backend: causal-lm\nbase: {{model: {model}}}\ntrain: {{epochs: 1, precision: fp32}}\n"
-        f"stream: {{data: {tmp_path / 'data'}, tasks: [{{name: one, path: one}}, {{name: two, path: two}}]}}\n"
+        f"stream: {{data: {tmp_path / 'data'}, tasks: [{{name: one, path: one}}, {{name: two, path: two}}],"
+        " watch: [{name: general, path: one/test.json}]}\n"
     )
     options = ["--out", tmp_path / "o", "--device", "cpu"]
     done = cli("compare", recipe, "--methods", "hidelora,joint", *options, "--json")
@@ -139,6 +140,10 @@ def test_a_language_model_is_compared_too(cli: Cli, tmp_path: Path) -> None:
     assert [len(row) for row in routed["matrix"]["rows"]] == [1, 2]
     assert joint["matrix"]["rows"][0] == [None] and joint["steps"] == routed["steps"] == 4
     assert done.json["methods"][1]["forgetting"] is None and done.json["methods"][1]["op"] is not None
+    assert list(routed["watch"]["general"]["scores"]) == ["one", "two"]
+    assert list(joint["watch"]["general"]["scores"]) == ["two"]
+    assert routed["watch"]["general"]["untouched"] == joint["watch"]["general"]["untouched"]
+    assert "Watch sets" in cli("compare", recipe, "--methods", "hidelora,joint", *options).out
     for method in ("slca", "l2p", "dualprompt"):
         refused = cli("compare", recipe, "--methods", f"treelora,{method}", *options)
         check_error(refused, 2, f"'{method}' does not work with the causal-lm backend")

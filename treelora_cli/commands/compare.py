@@ -100,11 +100,13 @@ def check_stream(runs: list[Run], flags: Config) -> None:
     """Raise a usage, data or model error now that every process would raise later."""
     from treelora_cli.backend.registry import load_backend
     from treelora_cli.config import load_config, overlay, resolve
-    from treelora_cli.learning.stream import StreamRequest, plan_stream
+    from treelora_cli.learning.stream import StreamRequest, plan_stream, plan_watch
     from treelora_cli.methods.catalogue import choose_head, runs_in_project
 
     for run in runs:
-        plan_stream(StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False))
+        request = StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False)
+        plan_stream(request)
+        plan_watch(request)
     recipe = load_config(runs[0].recipe)
     name = overlay(flags, recipe).backend or "vit"
     backend = load_backend(name)
@@ -150,7 +152,7 @@ def _show(
     import dataclasses
 
     from treelora_cli.compare.rows import flat_row
-    from treelora_cli.views.comparison import NOTES, comparison_table, csv_text
+    from treelora_cli.views.comparison import NOTES, comparison_table, csv_text, watch_table
 
     if csv is not None:
         csv.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,10 @@ def _show(
         "runs": [{"method": one.label, "seed": one.seed, **_facts(one)} for one in outcomes],
         "failures": [dataclasses.asdict(one) for one in failures],
     }
-    session.output.result(document, comparison_table(rows, baseline, target), NOTES)
+    watch = watch_table(outcomes)
+    session.output.result(
+        document, comparison_table(rows, baseline, target), NOTES, *([] if watch is None else [watch])
+    )
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:

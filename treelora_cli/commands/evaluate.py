@@ -13,10 +13,13 @@ from treelora_cli.commands.context import Session, parse_pairs, session_of
 from treelora_cli.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import RenderableType
 
     from treelora_cli.api import Evaluation
     from treelora_cli.backend.values import Score
+    from treelora_cli.project.metrics import WatchSet
 
 
 def evaluate(
@@ -51,7 +54,7 @@ def evaluate(
     ] = None,
     device: options.Device = None,
 ) -> None:
-    """Score the held-out data of every task over everything learned so far.
+    """Score the held-out data of every task, and every watch set, over everything learned so far.
 
     Example: treelora eval --per-class --top 5 --confusion confusion.csv
     """
@@ -59,7 +62,8 @@ def evaluate(
     if untouched and max_forgetting is not None:
         raise UsageError("--max-forgetting says nothing of the untouched model. Leave it out with --inference base.")
     session = session_of(context)
-    found = session.opened(device).evaluate(
+    opened = session.opened(device)
+    found = opened.evaluate(
         tasks=None if tasks is None else [name.strip() for name in tasks.split(",")],
         inference=inference,
         limit=limit,
@@ -68,7 +72,7 @@ def evaluate(
     )
     standing, scores = found.standing, found.scores
     detail = _detail(scores, per_class, top)
-    _show(session, found, detail)
+    _show(session, found, opened.watch, detail)
     if confusion is not None:
         _write_confusion(confusion, scores)
     _check(standing.overall(), fail_under, standing.forgetting(), max_forgetting)
@@ -104,8 +108,20 @@ def _write_confusion(path: Path, scores: dict[str, Score]) -> None:
         raise UsageError(f"--confusion {path}: {error.strerror}.") from error
 
 
-def _show(session: Session, found: Evaluation, detail: tuple[dict[str, Any], list[RenderableType]]) -> None:
-    from treelora_cli.views.scores import FORMULAS, beside_lines, route_lines, standing_table, untouched_table
+def _show(
+    session: Session,
+    found: Evaluation,
+    sets: Sequence[WatchSet],
+    detail: tuple[dict[str, Any], list[RenderableType]],
+) -> None:
+    from treelora_cli.views.scores import (
+        FORMULAS,
+        beside_lines,
+        route_lines,
+        standing_table,
+        untouched_table,
+        watch_table,
+    )
 
     inference, standing, scores, held_out = found.inference, found.standing, found.scores, found.held_out
     untouched = inference == BASE
@@ -126,12 +142,26 @@ def _show(session: Session, found: Evaluation, detail: tuple[dict[str, Any], lis
         },
         "changed_data": {one.name: one.changed for one in held_out if one.changed},
         "not_scored": {one.name: one.problem for one in held_out if one.data is None},
+        "watch": {one.name: _watch_facts(one, found.watch[one.name]) for one in sets if one.name in found.watch},
         **detail[0],
     }
     routed = {name: score.routed for name, score in scores.items()}
     shown = [untouched_table(standing)] if untouched else [standing_table(standing, routed), FORMULAS]
     lines = [*beside_lines(scores), *route_lines(scores)]
-    session.output.result(document, f"Inference: {inference}", *shown, *lines, *detail[1])
+    fresh = [one.after("", found.watch[one.name].value) for one in sets if one.name in found.watch]
+    watch = [watch_table(fresh)] if fresh else []
+    session.output.result(document, f"Inference: {inference}", *shown, *lines, *watch, *detail[1])
+
+
+def _watch_facts(one: WatchSet, score: Score) -> dict[str, Any]:
+    return {
+        "score": score.value,
+        "examples": score.count,
+        "metric": one.metric,
+        "untouched": one.untouched,
+        "reference": one.reference,
+        "routes": dict(score.routes),
+    }
 
 
 def _check(op: float | None, floor: float | None, forgetting: float | None, ceiling: float | None) -> None:

@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,12 +31,14 @@ from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic
 from treelora_cli.backend.registry import load_backend
 from treelora_cli.backend.runtime import Runtime, Silent, open_runtime, peak_bytes
+from treelora_cli.backend.values import Memory
 from treelora_cli.compare.results import write_result
 from treelora_cli.compare.runs import Run
 from treelora_cli.config import AdapterConfig, Config, TrainConfig, TreeConfig, load_config, overlay, resolve
 from treelora_cli.errors import UsageError
+from treelora_cli.learning.evaluation import HeldOut, score_tasks
 from treelora_cli.learning.opening import held_in, load_base
-from treelora_cli.learning.stream import PlannedTask, StreamRequest, plan_stream, run_stream
+from treelora_cli.learning.stream import PlannedTask, StreamRequest, plan_stream, plan_watch, run_stream
 from treelora_cli.learning.trainer import task_context, train_session
 from treelora_cli.methods.catalogue import choose_head, load_method, runs_in_project
 from treelora_cli.score_matrix import ScoreMatrix
@@ -116,6 +118,7 @@ def run_project(run: Run, request: StreamRequest, runtime: Runtime) -> dict[str,
         **{key: records[-1][key] for key in runtime.arithmetic},
         "base_sha256": project.state.base["fingerprint"],
         "data_sha256": {record["name"]: record["data_sha256"] for record in records},
+        "watch": {one.name: {"untouched": one.untouched, "scores": dict(one.scores)} for one in project.watch()},
         **watch.peaks(),
     }
 
@@ -154,6 +157,17 @@ class Contest:
         self._index = 0
         self.digests: dict[str, str] = {}
         self._held_out: dict[str, DataRequest] = {}
+        self._watched: dict[str, TaskData] = {}
+        self.watch: dict[str, dict[str, Any]] = {}
+
+    def watch_over(self, sets: Mapping[str, DataRequest]) -> None:
+        """Score sets that are never learned from, by the untouched base, now and after each task."""
+        for name, request in sets.items():
+            data = self.base.read_task(dataclasses.replace(request, val=request.path, test_only=True))
+            with suppress(UsageError):  # images have no answer before a task
+                untouched = score_tasks(self.base, Memory((), dict), "base", [HeldOut(name, data)])[name].value
+                self.watch[name] = {"untouched": untouched, "scores": {}}
+                self._watched[name] = data
 
     def learn(self, tasks: Sequence[PlannedTask], config: Config) -> None:
         """Learn tasks, several of them as one, and score everything seen."""
@@ -172,6 +186,8 @@ class Contest:
         del data
         with self._phase("evaluate"):
             scores = {name: self._score(self.base.read_task(data)) for name, data in self._held_out.items()}
+            for name, data_watched in self._watched.items():
+                self.watch[name]["scores"][tasks[-1].name] = self._score(data_watched)
         for task in tasks:
             known = [*self.matrix.tasks, task.name]
             complete = task is tasks[-1]
@@ -225,6 +241,7 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
     watch = MemoryWatch(runtime)
     watch.start()
     contest = Contest(base, base.contender(head, config), entry.make(), config, len(tasks), runtime)
+    contest.watch_over(plan_watch(request))
     for group in [tasks] if entry.at_once else [(task,) for task in tasks]:
         epochs = max((task.config(run.flags, config).train.epochs or 0) for task in group)
         contest.learn(group, overlay(Config(train=TrainConfig(epochs=epochs)), config))
@@ -240,6 +257,7 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
         **runtime.arithmetic,
         "base_sha256": base.fingerprint,
         "data_sha256": contest.digests,
+        "watch": contest.watch,
         "lr": config.train.lr,
         "head": head,
         **watch.peaks(),

@@ -183,6 +183,7 @@ class StreamConfig:
 
     data: str | None = setting(None, "directory that holds the tasks' data; --data overrides")
     tasks: tuple[StreamTask, ...] = setting((), "tasks in the order they arrive")
+    watch: tuple[StreamTask, ...] = setting((), "sets that are scored after each task and never learned from")
     split: int | None = setting(None, "divide the folder's classes, shuffled by the seed, into so many tasks", low=1)
     metric: str | None = setting(None, "score reported for each task")
     train_limit: int | None = setting(None, "training examples per class or task", low=1)

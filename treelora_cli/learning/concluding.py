@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,15 @@ def conclude(new: NewTask, trained: Trained, clock: Clock, *, evaluate: bool) ->
     clock.lap("evaluate")
     reason = refusal(new.config.gate, matrix, for_gate(before, watch, new.name)) if evaluate else None
     return Conclusion(tree, merged, scores, watch, matrix, reason)
+
+
+def _counted(scores: Mapping[str, Score]) -> dict[str, TaskAnswers]:
+    """Return the counts as a project keeps them; of free answers only who gave them."""
+    known = {name: one for name, one in scores.items() if one.answers is not None or one.routes}
+    return {
+        name: TaskAnswers({} if one.answers is None else one.answers.confusion, one.routes)
+        for name, one in known.items()
+    }
 
 
 def name_of(new: NewTask, index: int | None) -> str | None:
@@ -124,7 +133,6 @@ def commit_of(new: NewTask, trained: Trained, concluded: Conclusion, clock: Cloc
     arrays, facts = trained.found.search
     searched = {"tasks": [task.name for task in new.project.state.tasks], "task": new.name, "state": facts}
     network, model = new.base.network, new.config.base.model
-    answers = {name: score.answers for name, score in concluded.scores.items() if score.answers is not None}
     return Commit(
         name=new.name,
         record=_record(new, trained, clock),
@@ -142,7 +150,7 @@ def commit_of(new: NewTask, trained: Trained, concluded: Conclusion, clock: Cloc
         },
         watch=concluded.watch,
         steps=new.project.step_log.read(),
-        answers={name: TaskAnswers(one.confusion, one.routes) for name, one in answers.items()},
+        answers=_counted(concluded.scores),
         **({} if trained.branches is None else trained.branches.commit_part(trained.learned)),
     )
 

@@ -92,17 +92,24 @@ def register(base: Base, memory: Memory, name: str, request: DataRequest, infere
     data = base.read_task(request)
     if not data.test_size:
         raise DataError(f"{request.path} holds no examples to watch.")
-    known = {label for task in memory.tasks for label in task.labels}
-    strange = [label for label in data.labels if label not in known]
-    if strange:
-        told = ", ".join(f"'{label}'" for label in strange[:5]) + (", ..." if len(strange) > 5 else "")
-        raise DataError(f"Watch set '{name}' has labels that no task has: {told}. Learn a task with them first.")
     held_out = [HeldOut(name, data)]
+    untouched = _untouched(base, memory, held_out)
+    if untouched is None:
+        _check_labels(name, data.labels, memory)
     scores = {}
     if memory.tasks:
         scores[memory.tasks[-1].name] = score_tasks(base, memory, inference, held_out)[name].value
     record = {"data": request.to_json(), "data_sha256": data.digest, "held_out": "".join(data.held_out)}
-    return WatchSet(name, record, data.metric, data.test_size, _untouched(base, memory, held_out), scores)
+    return WatchSet(name, record, data.metric, data.test_size, untouched, scores)
+
+
+def _check_labels(name: str, labels: Sequence[str], memory: Memory) -> None:
+    """Raise ``DataError`` where labels can only be answered once a task had them, and none has."""
+    known = {label for task in memory.tasks for label in task.labels}
+    strange = [label for label in labels if label not in known]
+    if strange:
+        told = ", ".join(f"'{label}'" for label in strange[:5]) + (", ..." if len(strange) > 5 else "")
+        raise DataError(f"Watch set '{name}' has labels that no task has: {told}. Learn a task with them first.")
 
 
 def _untouched(base: Base, memory: Memory, held_out: Sequence[HeldOut]) -> float | None:
@@ -113,9 +120,9 @@ def _untouched(base: Base, memory: Memory, held_out: Sequence[HeldOut]) -> float
         return None
 
 
-def watched(base: Base, sets: Sequence[WatchSet], reporter: Reporter) -> Iterator[HeldOut]:
-    """Read the examples of every set; what cannot be scored is said."""
-    for one in read_held_out(base, {set_.name: set_.record for set_ in sets}, None):
+def watched(base: Base, sets: Sequence[WatchSet], reporter: Reporter, limit: int | None = None) -> Iterator[HeldOut]:
+    """Read the examples of every set, at most ``limit`` per class or set; what cannot be scored is said."""
+    for one in read_held_out(base, {set_.name: set_.record for set_ in sets}, limit):
         if one.data is None:
             reporter.note(f"Watch set '{one.name}' is not scored: {one.problem.partition('. Score what')[0]}")
         elif one.changed:
@@ -125,8 +132,13 @@ def watched(base: Base, sets: Sequence[WatchSet], reporter: Reporter) -> Iterato
 
 def after_task(sets: Sequence[WatchSet], task: str, scores: Mapping[str, Score]) -> tuple[WatchSet, ...]:
     """Return the sets with their scores after a task."""
-    found = {name.removeprefix(_PREFIX): one.value for name, one in scores.items() if name.startswith(_PREFIX)}
-    return tuple(one.after(task, found.get(one.name)) for one in sets)
+    found = of_sets(scores)
+    return tuple(one.after(task, found[one.name].value if one.name in found else None) for one in sets)
+
+
+def of_sets(scores: Mapping[str, Score]) -> dict[str, Score]:
+    """Return the scores that are watch sets', by their own names."""
+    return {name.removeprefix(_PREFIX): one for name, one in scores.items() if name.startswith(_PREFIX)}
 
 
 def of_tasks(scores: Mapping[str, Score]) -> dict[str, Score]:

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from treelora_cli.backend.contract import Base
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.backend.values import DataRequest
 from treelora_cli.config import Config, StreamTask, TrainConfig, load_config, overlay
 from treelora_cli.errors import ConfigError
+from treelora_cli.learning.gate import register
 from treelora_cli.learning.opening import make_project, open_base, project_config
 from treelora_cli.learning.recipes import stream_data, stream_tasks, task_request
 from treelora_cli.learning.task import TaskReport, learn_task
@@ -79,6 +81,36 @@ def plan_stream(request: StreamRequest) -> tuple[PlannedTask, ...]:
     return tuple(planned(task) for task in tasks)
 
 
+def plan_watch(request: StreamRequest) -> dict[str, DataRequest]:
+    """Return what to read for the recipe's watch sets, by name.
+
+    Raises:
+        ConfigError: The recipe is malformed, or names a set twice.
+        DataError: The data directory does not exist.
+    """
+    recipe = load_config(request.recipe)
+    sets = recipe.stream.watch
+    if not sets:
+        return {}
+    data = stream_data(recipe.stream, request.data, request.recipe)
+    seed = overlay(request.flags, recipe).seed or 0
+    found: dict[str, DataRequest] = {}
+    for one in sets:
+        check_task_name(one.name)
+        if one.name in found:
+            raise ConfigError(f"{request.recipe.name}: watch set '{one.name}' is listed twice.")
+        found[one.name] = task_request(one, recipe.stream, data, seed=seed, limit=request.limit)
+    return found
+
+
+def _watch(project: Project, base: Base, request: StreamRequest, inference: str) -> None:
+    """Register the recipe's watch sets that the project does not have yet."""
+    known = {one.name for one in project.watch()}
+    for name, data in plan_watch(request).items():
+        if name not in known:
+            project.set_watch((*project.watch(), register(base, project.memory(), name, data, inference)))
+
+
 def run_stream(
     request: StreamRequest,
     runtime: Runtime,
@@ -103,6 +135,7 @@ def run_stream(
     if loaded is not None:
         loaded()
     with project.lock(f"run {request.recipe.name}") as project:
+        _watch(project, base, request, str(config.inference))
         for number, task in enumerate(tasks, start=1):
             if request.resume and project.state.task(task.name) is not None:
                 continue

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -42,6 +43,30 @@ def comparison_table(rows: Sequence[MethodRow], baseline: str, target: float | N
         cells.append(_cell(row.trained_parameters, lambda value: f"{value:,.0f}", ""))
         table.add_row(row.label, *cells)
     return table
+
+
+def watch_table(outcomes: Sequence[Outcome]) -> Table | None:
+    """Each watch set: what the untouched base scores, and each method in the end; ``None`` where there is no set."""
+    names = list(dict.fromkeys(name for one in outcomes for name in one.record.get("watch", {})))
+    if not names:
+        return None
+    table = Table(title="Watch sets in percent, never learned from")
+    table.add_column("watch set")
+    labels = list(dict.fromkeys(one.label for one in outcomes))
+    for heading in ("untouched", *labels):
+        table.add_column(heading, justify="right")
+    for name in names:
+        kept = [(one.label, one.record.get("watch", {}).get(name)) for one in outcomes]
+        untouched = next((watch["untouched"] for _, watch in kept if watch), None)
+        cells = [
+            _cell(Figure.over(_last(watch) for label, watch in kept if label == own), percent, "") for own in labels
+        ]
+        table.add_row(name, percent(untouched), *cells)
+    return table
+
+
+def _last(watch: Mapping[str, Any] | None) -> float | None:
+    return next(reversed(list((watch or {"scores": {}})["scores"].values())), None)
 
 
 def _cell(figure: Figure | None, show: Callable[[float], str], ratio: str) -> str:

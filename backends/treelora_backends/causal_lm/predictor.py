@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from treelora_backends.causal_lm.loaded import LoadedLm
 
 _ANY_LENGTH = 2**31
+_UNTOUCHED = "(none)"
+"""Counted as the route of an input that is doubted to be any task's: the model without an adapter answers it."""
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -110,7 +112,7 @@ class LmPredictor:
             return {len(self.memory.tasks) - 1: rows}
         if self.inference != "routed":
             return {None: rows}
-        return _grouped(self.route(examples))
+        return _grouped([one.task if one.known else None for one in self._routes(examples)])
 
     # -- closed answers -------------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class LmPredictor:
             if metric == "token_accuracy":
                 return self.answerer.score_sum(examples, manner, metric)
             answers = self.answerer.held_out_answers(examples, manner)
-        name = None if chosen is None or self.inference != "routed" else self.memory.tasks[chosen].name
+        name = None if self.inference != "routed" else _UNTOUCHED if chosen is None else self.memory.tasks[chosen].name
         for one, (text, sure) in zip(examples, answers, strict=True):
             self._given.append((one.answer, text, sure, name, other_scores(one, text, metric)))
         return sum_scores(examples, answers, metric)
