@@ -425,7 +425,7 @@ class Project:
 
         Args:
             out: Directory to write, absent or empty.
-            kind: ``merged``, ``adapter``, ``routed`` or ``onnx``.
+            kind: ``merged``, ``adapter``, ``routed``, ``gguf`` or ``onnx``.
             task: Task of an adapter; the latest when ``None``.
             dtype: Type of the saved weights.
             verify: Reload with stock code and compare.

@@ -216,12 +216,53 @@ def test_two_tasks_and_both_exports_under_stock_code(
     for name, _ in STREAM[:2]:
         learned = cli("-C", root, "train-task", data / name, "--device", "cpu")
         assert learned.code == 0, learned.err
-    for kind in ("merged", "adapter"):
+    for kind in ("merged", "adapter", "routed"):
         done = cli("-C", root, "export", tmp_path / kind, "--format", kind, "--json", "--device", "cpu")
         assert done.code == 0, done.err
         assert all(one["here"] == one["reloaded"] for one in done.json["scores"].values())
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["architecture"] == FAMILIES[family]
+    stock = timm.create_model(f"local-dir:{tmp_path / 'merged'}", pretrained=True)
+    assert timm.data.resolve_model_data_config(stock)["input_size"] == (3, 16, 16)
+    assert stock.pretrained_cfg["label_names"] == ["red", "yellow", "blue", "cyan", "green"]
+
+
+@torch.no_grad()
+def test_peft_s_own_loader_puts_an_adapter_on_a_stock_timm_model(
+    cli: Cli, learned_project: Path, tmp_path: Path
+) -> None:
+    import timm
+    from conftest import MODEL, MODEL_ARGS
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    from treelora_cli.project import Project
+
+    out = tmp_path / "cold"
+    done = cli("-C", learned_project, "export", out, "--format", "adapter", "--task", "cold", "--device", "cpu")
+    assert done.code == 0, done.err
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["modules_to_save"]) == (
+        "LORA",
+        4,
+        8,
+        ["head"],
+    )
+    project = Project.open(learned_project)
+    stored = load_file(project.state.base["resolved"]["weights"])
+    base, expected = (timm.create_model(MODEL, num_classes=3, **MODEL_ARGS).eval() for _ in range(2))
+    base.load_state_dict(stored, strict=False)
+    expected.load_state_dict(stored, strict=False)
+    assert set(config["target_modules"]) <= {name for name, _ in base.named_modules()}
+    own, head = project.adapter("cold"), project.memory().tasks[1].tensors()
+    for index, layer in enumerate(own.layers):
+        expected.get_submodule(layer).weight += own.update(index)
+    expected.head.weight.copy_(head["head.weight"])
+    expected.head.bias.copy_(head["head.bias"])
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    adapted = PeftModel.from_pretrained(base, str(out)).eval()
+    torch.testing.assert_close(adapted(images), expected(images), atol=1e-5, rtol=1e-5)
+    assert json.loads((out / "labels.json").read_text()) == ["blue", "cyan", "green"]
 
 
 @torch.no_grad()

@@ -232,7 +232,7 @@ USAGE = {
     "dtype of a routed export": (
         ["export", "OUT", "--format", "routed", "--dtype", "float16"],
         2,
-        r"--dtype goes with --format merged or adapter",
+        r"--dtype goes with --format merged, adapter, gguf",
     ),
     "export of an unknown task": (["export", "OUT", "--format", "adapter", "--task", "x"], 2, r"No task 'x'"),
     "predict of a missing file": (["predict", "nowhere.png"], 4, r"nowhere\.png not found\."),

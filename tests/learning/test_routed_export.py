@@ -87,6 +87,24 @@ def test_solved_blocks_features_are_written_too(cli: Cli, init_options: list[str
     assert "first_random" in json.loads((tmp_path / "out/routed.json").read_text())
 
 
+def test_own_preprocessing_comes_along_in_every_export(
+    cli: Cli, init_options: list[str], data: Path, tmp_path: Path
+) -> None:
+    import timm
+
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("head: {merged: mean}\nbase: {preprocess: {mean: 0.25, std: 0.75, crop_pct: 0.8}}\n")
+    plain = [one for one in init_options if one != "--recipe" and not one.endswith("quick.yaml")]
+    must("init", tmp_path / "p", *plain, "--recipe", recipe)
+    must("-C", tmp_path / "p", "train-task", data / "warm", "--device", "cpu")
+    check_alike(exported(cli, tmp_path / "p", tmp_path / "routed"))
+    assert cli("-C", tmp_path / "p", "export", tmp_path / "merged", "--device", "cpu").code == 0
+    for folder in ("merged", "routed/base"):
+        stock = timm.create_model(f"local-dir:{tmp_path / folder}", pretrained=True)
+        found = timm.data.resolve_model_data_config(stock)
+        assert (list(found["mean"]), list(found["std"]), found["crop_pct"]) == ([0.25] * 3, [0.75] * 3, 0.8)
+
+
 @pytest.mark.parametrize("policy", ["first", "always"])
 def test_branches_are_written_with_their_heads(
     cli: Cli, init_options: list[str], data: Path, tmp_path: Path, policy: str

@@ -15,7 +15,7 @@ from treelora_cli.errors import CheckError
 def export(
     context: typer.Context,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; absent or empty.")],
-    export_format: Annotated[str, typer.Option("--format", help="merged, adapter, routed or onnx.")] = "merged",
+    export_format: Annotated[str, typer.Option("--format", help="merged, adapter, routed, gguf or onnx.")] = "merged",
     task: Annotated[str | None, typer.Option(help="Task of an adapter export; the latest by default.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: float32, float16 or bfloat16.")] = "float32",
     max_shard: Annotated[str, typer.Option(help="Largest file of a merged language model.")] = "5GB",

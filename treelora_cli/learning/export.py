@@ -18,12 +18,13 @@ FORMATS = {
     "merged": "one stock model that holds every task",
     "adapter": "one task's LoRA, a PEFT directory",
     "routed": "base, adapters, router and heads with a loader script: keeps the score",
+    "gguf": "a merged language model as the base's own GGUF file, adapted",
     "onnx": "the merged image model as one file",
 }
 """What can be written, and what it is."""
 _LARGE_GAP = 0.05
 """From so far below the project's score on, an export says what keeps it."""
-_CAST = ("merged", "adapter")
+_CAST = ("merged", "adapter", "gguf")
 """Exports that may be written in another type."""
 _KEEPS = "This keeps the score, without treelora: treelora export OUT --format routed."
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -64,7 +65,7 @@ class ExportRequest:
         if self.kind != "adapter" and self.task is not None:
             raise UsageError(f"--task goes with --format adapter; a {self.kind} export holds every task.")
         if self.kind not in _CAST and self.options.dtype != "float32":
-            raise UsageError(f"--dtype goes with --format {' or '.join(_CAST)}; {self.kind} is written in float32.")
+            raise UsageError(f"--dtype goes with --format {', '.join(_CAST)}; {self.kind} is written in float32.")
         if self.task is not None:
             project.entry(self.task)
         out, root = self.out.resolve(), project.root.resolve()  # "../out" is beside the project, not below it

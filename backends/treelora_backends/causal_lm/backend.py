@@ -13,6 +13,7 @@ from torch import nn
 
 from treelora_backends.causal_lm.contenders import make_contender
 from treelora_backends.causal_lm.export import check_export, load_line, write_adapter, write_merged
+from treelora_backends.causal_lm.gguf_export import GgufExport
 from treelora_backends.causal_lm.loaded import LoadedLm
 from treelora_backends.causal_lm.loading import (
     choose_layers,
@@ -155,8 +156,10 @@ class CausalLmBase(LoadedLm):
         """Return the export of this name.
 
         Raises:
-            UsageError: Language models have none such.
+            UsageError: Language models have none such, or this base does not allow it.
         """
+        if kind == "gguf":
+            return GgufExport(self)
         if kind != "routed":
             raise UsageError(f"--format {kind} is for image models.")
         return RoutedExport(self)

@@ -15,6 +15,7 @@ from treelora_backends.causal_lm.batches import Batch, pad
 from treelora_backends.causal_lm.card import base_lines, prompts_section
 from treelora_backends.causal_lm.loading import load_model, source_of
 from treelora_backends.causal_lm.memory import manner_of, merged_adapter
+from treelora_backends.causal_lm.modelfile import write_modelfile
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.own_code import refuse_own_code
 from treelora_backends.causal_lm.task import LmTask
@@ -53,11 +54,18 @@ def write_merged(base: LoadedLm, memory: Memory, out: Path, options: ExportOptio
     except ValueError as error:
         raise UsageError(f"--max-shard {options.max_shard}: {error}") from error
     base.tokenizer.save_pretrained(out)
-    names = ", ".join(task.name for task in memory.tasks)
-    content = f"the base and, at their mean, the updates learned for {names}"
-    _write_card(base, content, memory.tasks, out, lora=False)
+    _write_card(base, merged_contents(memory), memory.tasks, out, lora=False)
+    write_modelfile(base, memory.tasks, out, adapter=False)
     if source_of(str(base.config.base.model)).gguf:
         base.runtime.reporter.note("The base is a GGUF file; the exported weights are de-quantised.")
+
+
+def merged_contents(memory: Memory) -> str:
+    """Say what a merged model holds."""
+    names = ", ".join(task.name for task in memory.tasks)
+    if len(memory.tasks) == 1:
+        return f"the base with the adapter of task {names} merged into its weights"
+    return f"the base and, at their mean, the updates learned for {names}"
 
 
 def _add_update(model: nn.Module, weights: AdapterWeights) -> None:
@@ -80,10 +88,22 @@ def write_adapter(base: LoadedLm, memory: Memory, task: str, out: Path) -> None:
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(weights.to_tensors(), out / "adapter_model.safetensors", metadata={"format": "pt"})
     _write_card(base, f"the adapter of task {task}", [known], out, lora=True)
+    write_modelfile(base, [known], out, adapter=True)
+
+
+_SERVE = """
+`AutoModelForCausalLM.from_pretrained("PATH")`; `vllm serve PATH`; `ollama create NAME -f Modelfile`. As a GGUF file, in
+llama.cpp: `python convert_hf_to_gguf.py PATH --outfile model.gguf --outtype f16`.
+"""
+_SERVE_ADAPTER = """
+`PeftModel.from_pretrained(base, "PATH")`; `vllm serve BASE --enable-lora --lora-modules NAME=PATH`;
+`ollama create NAME -f Modelfile`.
+"""
 
 
 def _write_card(base: LoadedLm, content: str, tasks: Sequence[TaskMemory], out: Path, *, lora: bool) -> None:
-    lines = [*base_lines(base, content, lora=lora), *prompts_section(base, tasks)]
+    use = _SERVE_ADAPTER if lora else _SERVE
+    lines = [*base_lines(base, content, lora=lora), use, *prompts_section(base, tasks)]
     (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -116,13 +136,33 @@ def check_export(
     base: LoadedLm, memory: Memory, out: Path, task: str | None, held_out: Sequence[tuple[str, LmTask]]
 ) -> ExportCheck:
     """Reload an export with stock code and compare logits and scores with the model in memory."""
+    weights = merged_adapter(memory) if task is None else _task(memory, task).adapter()
+    return compare_networks(base, memory, weights, _reloaded(base, out, task), _written_type(base, out, task), held_out)
+
+
+def compare_networks(
+    base: LoadedLm,
+    memory: Memory,
+    weights: AdapterWeights,
+    stock: nn.Module,
+    written: str,
+    held_out: Sequence[tuple[str, LmTask]],
+) -> ExportCheck:
+    """Compare a reloaded network with the base under an adapter.
+
+    Args:
+        base: The loaded model; its slot is overwritten.
+        memory: Everything learned.
+        weights: The adapter that the export holds.
+        stock: The reloaded network.
+        written: Type in which it was written.
+        held_out: Examples by task.
+    """
     base.network.eval()
     batch = _prompts(base, memory, held_out)
-    written = _written_type(base, out, task)
     rounding = _rounding(base, batch, written)
-    weights = merged_adapter(memory) if task is None else _task(memory, task).adapter()
     adapters.write_slot(base.network, weights)
-    reloaded = LmNetwork(_reloaded(base, out, task).to(base.runtime.device))
+    reloaded = LmNetwork(stock.to(base.runtime.device))
     difference = _difference(_last_logits(base.lm, batch), _last_logits(reloaded, batch))
     answerers = [Answerer(lm, base.encoder, base.runtime) for lm in (base.lm, reloaded)]
     scores, counts = {}, []

@@ -203,7 +203,7 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
     else:
         options["dtype"] = getattr(torch, chosen)
     if source.gguf:
-        options |= _dequantized()
+        options |= dequantized()
     elif device.type == "cuda" and chosen != "nf4":
         options["device_map"] = {"": torch.device("cuda", torch.cuda.current_device())}
     try:
@@ -261,7 +261,7 @@ def _checked_config(base: BaseConfig, options: dict[str, Any]) -> Any:
     return config
 
 
-def _dequantized() -> dict[str, Any]:
+def dequantized() -> dict[str, Any]:
     """Ask for dense weights; transformers before 5.20 gives nothing else."""
     try:
         from transformers import GgufConfig

@@ -21,6 +21,7 @@ from treelora_backends.causal_lm.card import base_lines, prompts_section
 from treelora_backends.causal_lm.closed import ClosedHead
 from treelora_backends.causal_lm.loading import source_of
 from treelora_backends.causal_lm.memory import common_manner, manner_of, system_of
+from treelora_backends.causal_lm.modelfile import write_modelfile
 from treelora_backends.causal_lm.network.layers import blocks_of
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.router import TaskRouter
@@ -100,6 +101,8 @@ class RoutedExport:
         base.tokenizer.save_pretrained(out / "tokenizer")
         shutil.copyfile(_LOADER, out / "predict.py")
         content = f"LoRA adapters of {len(memory.tasks)} tasks, the router that chooses among them and the tasks' heads"
+        for place, name in {place: task.name for task, place in zip(memory.tasks, places, strict=True)}.items():
+            write_modelfile(base, [one for one in memory.tasks if one.name == name], out / place, adapter=True)
         card = "\n".join([*base_lines(base, content, lora=True), _USE, *prompts_section(base, memory.tasks)])
         (out / "README.md").write_text(card, encoding="utf-8")
 

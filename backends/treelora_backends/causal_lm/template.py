@@ -152,20 +152,21 @@ class ChatTemplate:
         """Return what of a chat the template does not write: roles of messages, and ``tools``."""
         if not self.exists:
             return set()
-        written = self._finished(example.messages, example.tools)
+        written = self.finished(example.messages, example.tools)
         turns = [turn for turn in self.adapted(example.messages)[:-1] if "</think>" not in turn.content]
         silent = {turn.role for turn in turns if turn.content.strip() not in written}
-        deaf = bool(example.tools) and written == self._finished(example.messages, "")
+        deaf = bool(example.tools) and written == self.finished(example.messages, "")
         return silent | ({"tools"} if deaf else set())
 
-    def _finished(self, turns: Sequence[Turn], tools: str) -> str:
+    def finished(self, turns: Sequence[Turn], tools: str = "") -> str:
+        """Return a chat that asks for nothing more."""
         turns = self.adapted(turns)
         return self._applied(turns, tools, asks=False) if self.exists else "\n".join(_lines(turns, tools))
 
     def written(self, turns: Sequence[Turn], tools: str = "") -> tuple[str, Piece]:
         """Return what the model reads and what it learns to write of a chat's last turn, its end included."""
         turns = [*turns[:-1], self._spoken(turns[-1], turns, tools)]
-        asked, finished = self.asked(turns[:-1], tools), self._finished(turns, tools)
+        asked, finished = self.asked(turns[:-1], tools), self.finished(turns, tools)
         asked = asked[: _in_common(asked, finished)]
         form, text = self.form, finished[len(asked) :]
         if form.rest and text.endswith(form.rest):
@@ -178,7 +179,7 @@ class ChatTemplate:
         if not calls or not self.exists:
             return turn
         silent = [*turns[:-1], Turn("assistant", turn.content)]
-        if self._finished(turns, tools) != self._finished(silent, tools):
+        if self.finished(turns, tools) != self.finished(silent, tools):
             return turn
         return Turn("assistant", f"{turn.content}\n{calls}".strip(), learned=turn.learned)
 

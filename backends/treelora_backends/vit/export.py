@@ -56,14 +56,9 @@ Load with `PeftModel.from_pretrained(base, PATH)`, where `base` is the timm mode
 
 def write_merged(base: LoadedVit, memory: Memory, out: Path, options: ExportOptions) -> None:
     """Write the ``merged`` network so that stock timm loads it with its preprocessing and label names."""
-    from timm.models import save_for_hf
-
     network = SingleNetwork(base, memory, "merged")
     vit = cast("Any", network.vit).to("cpu", getattr(torch, options.dtype))
-    config = {**model_config(base, len(network.names)), "label_names": network.names}
-    save_for_hf(
-        vit, str(out), model_config=config, model_args=model_args(base, len(vit.blocks)), safe_serialization=True
-    )
+    save_stock(base, vit, out, {**model_config(base, len(network.names)), "label_names": network.names})
     names = ", ".join(network.names)
     card = _CARD.format(
         architecture=base.facts["architecture"],
@@ -73,6 +68,26 @@ def write_merged(base: LoadedVit, memory: Memory, out: Path, options: ExportOpti
         names=names,
     )
     (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_stock(base: LoadedVit, vit: nn.Module, out: Path, config: dict[str, Any]) -> None:
+    """Write a model that ``timm.create_model("local-dir:OUT")`` loads with the project's own preprocessing.
+
+    Args:
+        base: The loaded base.
+        vit: On the CPU, of the base's architecture.
+        out: Where to.
+        config: What ``model_config`` returned, and more.
+    """
+    from timm.models import save_for_hf
+
+    model = cast("Any", vit)
+    # of a name that timm knows it reads these from the architecture's own record, wherever else they stand
+    left_out = ("test_input_size", "test_crop_pct", "url", "hf_hub_id")
+    known = {key: value for key, value in model.pretrained_cfg.items() if key not in left_out}
+    model.pretrained_cfg = {**known, **config}
+    arguments = model_args(base, len(model.blocks))
+    save_for_hf(model, str(out), model_config=config, model_args=arguments, safe_serialization=True)
 
 
 def merged_content(base: LoadedVit, blocks: int, tasks: int) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.vit.branch_answers import BRANCHES_ASKED, UNLIKELY, BranchAnswers
+from treelora_backends.vit.export import model_config, save_stock
 from treelora_backends.vit.images import images_at_once
 from treelora_backends.vit.predictor import ADAPTER_SHARE, ANCHOR_SHARPNESS, TASKS_ASKED, VitPredictor, tasks_asked
 from treelora_backends.vit.shared_head import SharedHead, class_names, class_of_column, columns_of
@@ -145,15 +146,7 @@ def load_standalone(out: Path, device: torch.device) -> Routed:
 
 
 def _save_base(base: LoadedVit, out: Path) -> None:
-    from timm.models import save_for_hf
-
-    from treelora_backends.vit.export import model_args, model_config
-
-    vit = cast("Any", base.fresh_vit(0)).to("cpu")
-    save_for_hf(
-        vit, str(out), model_config=model_config(base, 0), model_args=model_args(base, len(vit.blocks)),
-        safe_serialization=True,
-    )  # fmt: skip
+    save_stock(base, base.fresh_vit(0).to("cpu"), out, model_config(base, 0))
 
 
 def _save_adapters(base: LoadedVit, memory: Memory, out: Path) -> list[str]:

@@ -94,8 +94,8 @@ class Routed:
         finally:
             for hook in hooks:
                 hook.remove()
-        parts = [_summary(tokens[:, self.vit.num_prefix_tokens :]) for tokens in seen]
-        if self.vit.cls_token is not None:
+        parts = [_summary(tokens[:, getattr(self.vit, "num_prefix_tokens", 0) :]) for tokens in seen]
+        if getattr(self.vit, "cls_token", None) is not None:
             parts.append(_normalised(seen[-1][:, 0]))
         return torch.cat(parts, dim=1), seen[-1][:, 0].float()
 
