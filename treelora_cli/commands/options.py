@@ -19,6 +19,9 @@ Search = Annotated[str | None, typer.Option(help="How similar tasks are found: l
 Branch = Annotated[str | None, typer.Option(help="Which tasks share an adapter: auto, first, always or never.")]
 Update = Annotated[str | None, typer.Option(help="Eq. 3 as a subgradient term or a proximal step: penalty or prox.")]
 Precision = Annotated[str | None, typer.Option(help="auto (measured), fp32 or bf16.")]
+Track = Annotated[
+    str | None, typer.Option(help="Send each step's figures and the scores to tensorboard, wandb or mlflow.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 Budget = Annotated[int | None, typer.Option(help="Most adapters kept; beyond, the nearest are merged. 0: no limit.")]
 Set = Annotated[

@@ -52,6 +52,7 @@ def train_task(
     update: options.Update = None,
     budget: options.Budget = None,
     precision: options.Precision = None,
+    track: options.Track = None,
     grad_checkpointing: Annotated[
         bool | None, typer.Option("--grad-checkpointing", help="Recompute activations to save memory.")
     ] = None,
@@ -90,6 +91,7 @@ def train_task(
         return
     flags = from_flags(
         budget=budget,
+        track=track,
         train__epochs=epochs,
         train__lr=lr,
         train__batch_size=batch_size,

@@ -200,6 +200,11 @@ class Config:
     seed: int | None = setting(None, "seed of every random choice", low=0, high=2**31 - 1)
     inference: str | None = setting(None, "how a prediction is made", choices=("routed", "latest", "merged"))
     budget: int | None = setting(None, "most adapters kept; 0 means no limit", low=0)
+    track: str | None = setting(
+        None,
+        "experiment tracker that gets each step's figures and the scores",
+        choices=("none", "tensorboard", "wandb", "mlflow"),
+    )
     history: int | None = setting(None, "tasks that can be rolled back; each costs the shared statistics", low=1)
     base: BaseConfig = field(default_factory=BaseConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -218,6 +223,7 @@ DEFAULTS = Config(
     seed=0,
     inference="routed",
     budget=0,
+    track="none",
     history=3,
     adapter=AdapterConfig(rank=8, alpha=16.0, dropout=0.0, targets="auto"),
     tree=TreeConfig(

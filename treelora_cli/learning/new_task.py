@@ -18,6 +18,7 @@ from treelora_cli.backend.values import DataRequest, Learned, Memory
 from treelora_cli.config import Config
 from treelora_cli.data.tables import table_stem
 from treelora_cli.learning.branches import BranchPlan
+from treelora_cli.learning.tracking import Tracking
 from treelora_cli.learning.trainer import TrainReport
 from treelora_cli.methods.base import Found
 from treelora_cli.project import Project, check_task_name
@@ -70,6 +71,7 @@ class NewTask:
         runtime: Device, arithmetic and reporter.
         memory: The tasks before.
         tree: Over the tasks before; ``None`` for the first.
+        tracking: The experiment tracker that gets its figures.
     """
 
     name: str
@@ -81,6 +83,7 @@ class NewTask:
     runtime: Runtime
     memory: Memory
     tree: Tree | None
+    tracking: Tracking
 
     @property
     def seed(self) -> int:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from treelora_cli.learning.gate import check_gate
 from treelora_cli.learning.new_task import Clock, NewTask, Probe, Trained
 from treelora_cli.learning.opening import check_base, recorded_arithmetic
 from treelora_cli.learning.resuming import restore, save_step
+from treelora_cli.learning.tracking import Tracking, check_tracker, open_tracking
 from treelora_cli.learning.trainer import TrainReport, task_context, train_session
 from treelora_cli.methods.base import Past
 from treelora_cli.methods.catalogue import project_method
@@ -138,11 +140,13 @@ def learn_task(
     clock = Clock()
     data = _read(base, request, runtime)
     check_numbers(data, project.labels_by_task())
-    new = NewTask(name, request, data, project, base, config, runtime, project.memory(), project.tree())
+    tracking = _tracking(project, name, config, runtime)
+    new = NewTask(name, request, data, project, base, config, runtime, project.memory(), project.tree(), tracking)
     clock.lap("read")
-    with project.logging_steps():
+    with project.logging_steps(), closing(tracking):
         trained = train_task(new, clock, resume=resume)
         concluded = conclude(new, trained, clock, evaluate=evaluate)
+        tracking.scores(concluded.matrix, trained.report.steps)
         if runtime.is_main:
             _write(new, commit_of(new, trained, concluded, clock), concluded.refusal)
         if concluded.refusal is not None:
@@ -161,7 +165,14 @@ def _check_ready(project: Project, base: Base, name: str, config: Config, *, eva
     if not interrupted:
         project.check_uninterrupted()
     check_gate(config.gate, evaluate=evaluate)
+    check_tracker(str(config.track))
     check_base(project, base)
+
+
+def _tracking(project: Project, name: str, config: Config, runtime: Runtime) -> Tracking:
+    """Open the experiment tracker that the settings name; of several processes the main one has it."""
+    names = project.root.name, name
+    return open_tracking(str(config.track), project.tracking, *names, runtime.reporter.note, wanted=runtime.is_main)
 
 
 def _read(base: Base, request: DataRequest, runtime: Runtime) -> TaskData:
@@ -272,6 +283,7 @@ def _train(
     def log(steps: Sequence[Step]) -> None:
         if new.runtime.is_main:
             step_log.add(steps)
+            new.tracking.steps(steps)
 
     return train_session(session, method, context, new.runtime, begun=begun, resume=resumed, save=save, log=log)
 

@@ -22,7 +22,7 @@ from treelora_cli.project.unfinished import STEPS, Checkpoint, StepLog, Waiting
 from treelora_cli.project.writing import WRITTEN, Writer
 from treelora_cli.version import __version__
 
-_OWN = (STATE, *(f".treelora/{name}" for name in ("objects", *WRITTEN)))
+_OWN = (STATE, *(f".treelora/{name}" for name in ("objects", "tracking", *WRITTEN)))
 
 
 class Project(Contents):
@@ -34,6 +34,11 @@ class Project(Contents):
         self.step_log = StepLog(root / ".treelora" / "run" / STEPS)
         self._writer = Writer(root, state)
         self.history, self.pending = self._writer.history, self._writer.pending
+
+    @property
+    def tracking(self) -> Path:
+        """Where local experiment trackers write; nothing here is read again."""
+        return self.root / ".treelora" / "tracking"
 
     # -- open and create --------------------------------------------------------------------------------
 
