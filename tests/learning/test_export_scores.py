@@ -1,6 +1,8 @@
 """What an export scores stands beside what the project scores, and only like is compared with like."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Cli
@@ -113,3 +115,69 @@ def test_a_language_models_card_says_how_each_task_is_asked(cli: Cli, tmp_path: 
     assert "      <|user|>YOUR TEXT<|end|><|assistant|>\n" in card
     assert "**texts**: free text that it goes on with" in card
     assert "| moods | " in card
+
+
+# -- the card ---------------------------------------------------------------------------------------------
+
+
+def hub_card(folder: Path) -> Any:
+    """The card as huggingface_hub reads it."""
+    from huggingface_hub import ModelCard
+
+    return ModelCard.load(str(folder / "README.md"))
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter", "routed"])
+def test_the_hub_reads_the_scores_of_a_card(cli: Cli, learned_project: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "birds"
+    done = cli("-C", learned_project, "--json", "export", out, "--format", kind, "--device", "cpu").json
+    card = hub_card(out)
+    assert card.data.model_name == "birds"
+    found = {one.dataset_name: (one.task_type, one.metric_type, one.metric_value) for one in card.data.eval_results}
+    assert found == {
+        name: ("image-classification", "accuracy", round(100 * one["reloaded"], 2))
+        for name, one in done["scores"].items()
+    }
+    assert card.data.to_dict()["pipeline_tag"] == "image-classification"
+    assert {"treelora", "image-classification"} <= set(card.data.tags)
+    assert card.data.library_name == ("peft" if kind == "adapter" else "timm")
+    for heading in ("## Scores", "## Tasks and data", "## Method", "## Limits"):
+        assert card.text.count(heading) == 1
+    tasks = ["grey"] if kind == "adapter" else ["warm", "cold", "grey"]
+    for name in tasks:
+        record = json.loads(next(learned_project.glob(f"tasks/*-{name}/task.json")).read_text())
+        assert f"| {name} | {record['train_examples']} | {record['test_examples']} | accuracy | `" in card.text
+    assert "epochs 2, learning rate 0.01, batch size 8, rank 4" in card.text
+    assert str(learned_project) not in card.text and "/data" not in card.text, "where data lay is nobody's business"
+
+
+def test_a_card_without_measured_scores_claims_none(cli: Cli, learned_project: Path, tmp_path: Path) -> None:
+    assert cli("-C", learned_project, "export", tmp_path / "out", "--no-verify", "--device", "cpu").code == 0
+    card = hub_card(tmp_path / "out")
+    assert card.data.eval_results is None
+    assert "Its scores were not measured when it was written." in card.text and "## Limits" in card.text
+
+
+def test_a_merged_model_of_one_task_is_no_mean(cli: Cli, empty_project: Path, data: Path, tmp_path: Path) -> None:
+    assert cli("-C", empty_project, "train-task", data / "warm", "--device", "cpu", "--no-eval").code == 0
+    assert cli("-C", empty_project, "export", tmp_path / "out", "--no-verify", "--device", "cpu").code == 0
+    text = (tmp_path / "out/README.md").read_text()
+    assert "the base with its one task's adapter merged into its weights" in text and "mean of" not in text
+
+
+def test_a_language_models_card_names_its_metric(cli: Cli, tmp_path: Path) -> None:
+    from tiny_lm import TEMPLATE, save_model
+
+    model, root = save_model(tmp_path / "llama", "llama", TEMPLATE), tmp_path / "p"
+    assert cli("init", root, "--backend", "causal-lm", "--model", model, "--epochs", "1", "--device", "cpu").code == 0
+    rows = [{"prompt": f"Sum up {n}", "answer": f"it is {n}"} for n in range(20)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    learn = ["train-task", tmp_path / "sums.jsonl", "--metric", "rouge_l", "--device", "cpu", "--no-eval"]
+    assert cli("-C", root, *learn).code == 0
+    assert cli("-C", root, "export", tmp_path / "out", "--device", "cpu").code == 0
+    card = hub_card(tmp_path / "out")
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.metric_type, result.dataset_name) == ("text-generation", "rouge_l", "sums")
+    assert card.data.base_model == "llama" and card.data.library_name == "transformers"
+    assert "the base with the adapter of task sums merged into its weights" in card.text
+    assert "## How each task is asked" in card.text

@@ -12,6 +12,7 @@ from treelora_cli.backend.contract import Base, ExportingBase, FurtherExport, Ta
 from treelora_cli.backend.values import ExportCheck, ExportOptions, Memory
 from treelora_cli.errors import ResourceError, UsageError, suggest
 from treelora_cli.learning.evaluation import HeldOut, blamed, read_held_out, score_tasks
+from treelora_cli.learning.model_card import CardScores, complete_card
 from treelora_cli.project import Project
 
 FORMATS = {
@@ -147,7 +148,7 @@ def write_export(project: Project, base: Base, request: ExportRequest, inference
         with blamed(memory):
             _write(base, request, memory, task, aside)
         report = _checked(project, base, request, aside, task, inference)
-        _add_scores(aside / "README.md", report)
+        _complete_card(aside / "README.md", project, report, out.name)
         files = sorted(path.name for path in aside.iterdir())
         _move_into_place(aside, out)
     except OSError as error:
@@ -195,24 +196,12 @@ def _checked(
     return replace(report, check=check, project={name: one.value for name, one in own.items()})
 
 
-def _add_scores(card: Path, report: ExportReport) -> None:
-    """Add to the model card what the export scores, beside what the project scores."""
-    if report.check is None or not report.check.scores:
-        text = "Its scores were not measured when it was written."
-    else:
-        rows = [
-            f"| {name} | {_percent(report.project.get(name))} | {_percent(there)} |"
-            for name, (_, there) in report.check.scores.items()
-        ]
-        head = [f"| task | project, `{report.inference}` | this directory |", "| --- | --- | --- |"]
-        lines = ["Percent, on held-out examples of each task, when this directory was written:", "", *head, *rows]
-        text = "\n".join([*lines, "", report.advice] if report.advice else lines)
-    before = card.read_text(encoding="utf-8") if card.is_file() else ""
-    card.write_text(f"{before.rstrip()}\n\n## Scores\n\n{text}\n", encoding="utf-8")
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _complete_card(card: Path, project: Project, report: ExportReport, name: str) -> None:
+    """Add to the model card what only the project knows: scores, data, method, limits."""
+    names = [report.task] if report.task is not None else [entry.name for entry in project.state.tasks]
+    records = [project.task_record(one) for one in names]
+    scores = {one: there for one, (_, there) in (report.check.scores if report.check else {}).items()}
+    complete_card(card, name, records, CardScores(scores, report.project, report.inference, report.advice))
 
 
 def _held_out(project: Project, base: Base, request: ExportRequest, task: str | None) -> list[tuple[str, TaskData]]:

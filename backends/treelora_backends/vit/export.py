@@ -26,6 +26,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest logit difference by dtype, as a share of the largest logit (at least 10)."""
 _CARD = """---
 library_name: timm
+pipeline_tag: image-classification
+base_model: {base}
 tags: [image-classification, treelora]
 ---
 # {architecture}, merged by treelora
@@ -40,8 +42,10 @@ _SOLVED = (
     " tasks' images (no task's adapter is part of it)"
 )
 _MEAN = "the base with the mean of the tasks' {count} adapters merged into its weights"
+_ONE = "the base with its one task's adapter merged into its weights"
 _ADAPTER_CARD = """---
 library_name: peft
+pipeline_tag: image-classification
 base_model: {base}
 tags: [image-classification, lora, treelora]
 ---
@@ -61,6 +65,7 @@ def write_merged(base: LoadedVit, memory: Memory, out: Path, options: ExportOpti
     save_stock(base, vit, out, {**model_config(base, len(network.names)), "label_names": network.names})
     names = ", ".join(network.names)
     card = _CARD.format(
+        base=Path(str(base.config.base.model)).name,
         architecture=base.facts["architecture"],
         content=merged_content(base, len(vit.blocks), len(memory.tasks)),
         tasks=len(memory.tasks),
@@ -93,7 +98,9 @@ def save_stock(base: LoadedVit, vit: nn.Module, out: Path, config: dict[str, Any
 def merged_content(base: LoadedVit, blocks: int, tasks: int) -> str:
     """Say what a merged network of so many blocks is made of."""
     grown = blocks - base.facts["blocks"]
-    return _SOLVED.format(count=grown) if grown else _MEAN.format(count=tasks)
+    if grown:
+        return _SOLVED.format(count=grown)
+    return _ONE if tasks == 1 else _MEAN.format(count=tasks)
 
 
 def model_config(base: LoadedVit, classes: int) -> dict[str, Any]:

@@ -37,6 +37,7 @@ _FORMAT = 1
 _LOADER = Path(__file__).with_name("standalone.py")
 _CARD = """---
 library_name: timm
+pipeline_tag: image-classification
 base_model: {base}
 tags: [image-classification, lora, treelora]
 ---
