@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treelora_cli.backend.contract import STORED_KINDS, Backend, Base, Predictor, TaskData, TaskSession
+from treelora_cli.backend.contract import STORED_KINDS, Backend, Base, ExportingBase, Predictor, TaskData, TaskSession
 from treelora_cli.backend.registry import missing_members
 from treelora_cli.backend.values import DataRequest, ExportOptions, Learned, Memory, Score, TaskMemory, layout_of
 from treelora_cli.config import BaseConfig, Config, resolve
@@ -108,6 +108,7 @@ class Examination:
                 memory = self._learn(task, memory, "second")
                 self._answers(memory, task, str(self.config.inference))
                 self._exports(memory, task)
+                self._further_exports(memory, task)
         except _Ended:
             pass
         return self.findings
@@ -334,6 +335,22 @@ class Examination:
             _hold(0 <= score.value <= 1, f"the score is {score.value}, not in [0, 1]")
             _hold(score.count == task.test_size, f"{score.count} of {task.test_size} examples are scored")
             _hold(predictor.predict([]) == [], "predict([]) is not []")
+
+    def _further_exports(self, memory: Memory, task: TaskData) -> None:
+        if not isinstance(self.base, ExportingBase):
+            return
+        for kind in ("routed", "onnx", "gguf"):
+            with self._check(f"--format {kind} exports and reloads, or is refused"):
+                out = self.scratch / kind
+                out.mkdir()
+                try:
+                    export = self.base.further_export(kind)
+                    export.write(memory, out, ExportOptions())
+                except UsageError:
+                    continue
+                _hold(any(out.iterdir()) and bool(export.load_line(out)), "nothing is written, or nothing loads it")
+                check = export.check(memory, out, [(memory.tasks[-1].name, task)])
+                _hold(check.passed, f"reloaded, it differs by {check.largest_difference:.2g}")
 
     def _exports(self, memory: Memory, task: TaskData) -> None:
         for kind, one in (("merged", None), ("adapter", memory.tasks[-1].name)):
