@@ -157,3 +157,11 @@ def test_training_sees_other_images_and_statistics_do_not(weights: Path) -> None
     entered = own.entering(rows, views)
     assert entered.shape == own._entering_anew(rows, views, own.augment).shape
     assert not torch.allclose(entered, own._entering_anew(rows, views, own.augment), atol=1e-2)
+
+
+def test_balanced_classes_of_a_task_count_alike_in_the_solved_heads(weights: Path) -> None:
+    base, config = load(weights, batch_size=16)
+    plain = of_project(base, config).finish().tensors["anchor.counts"]
+    config = replace(config, head=replace(config.head, class_weights="balanced"))
+    assert plain.tolist() == [13.0, 5.0]
+    torch.testing.assert_close(of_project(base, config).finish().tensors["anchor.counts"], torch.tensor([9.0, 9.0]))

@@ -259,3 +259,16 @@ def test_ridge_share_grows_with_a_power_of_features_per_example_up_to_ten():
     assert ridge_share(0.36, 1000, 1000) == pytest.approx(0.36)
     assert ridge_share(0.36, 1000, 4000) == pytest.approx(0.36 / 32)
     assert ridge_share(0.36, 1000, 10) == 10.0
+
+
+def test_weighted_examples_count_as_if_they_were_there_so_often() -> None:
+    generator = torch.Generator().manual_seed(0)
+    phi, labels = torch.randn(6, 4, generator=generator), torch.tensor([0, 0, 0, 0, 1, 1])
+    weighted = RidgeStatistics.empty(4, 2, torch.device("cpu"))
+    weighted.add(phi, labels, torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 3.0]))
+    repeated = RidgeStatistics.empty(4, 2, torch.device("cpu"))
+    repeated.add(torch.cat([phi, phi[4:], phi[4:]]), torch.cat([labels, labels[4:], labels[4:]]))
+    assert weighted.counts.tolist() == repeated.counts.tolist() == [4.0, 6.0]
+    one, other = weighted.solve(0.1), repeated.solve(0.1)
+    torch.testing.assert_close(one.weight, other.weight)
+    torch.testing.assert_close(one.bias, other.bias)

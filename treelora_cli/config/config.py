@@ -144,6 +144,11 @@ class HeadConfig:
     ridge: float | None = setting(
         None, "ridge penalty at one feature per example, as a share of the mean eigenvalue", low=0
     )
+    class_weights: str | None = setting(
+        None,
+        "what an image counts in the solved heads: the same, or less, the more its class has in its task",
+        choices=("none", "balanced"),
+    )
     views: int | None = setting(None, "views of an image that are learned from: itself, and mirrored", low=1, high=2)
     merged: str | None = setting(
         None, "the merged network: solved blocks on the base, or the mean of all updates", choices=("solved", "mean")
@@ -255,7 +260,7 @@ DEFAULTS = Config(
         precision="auto",
         grad_checkpointing=False,
     ),
-    head=HeadConfig(width=1500, ridge=0.07, views=1, merged="solved", closed="solved"),
+    head=HeadConfig(width=1500, ridge=0.07, class_weights="none", views=1, merged="solved", closed="solved"),
 )
 """The lowest level of precedence; a backend's own defaults stand above it."""
 

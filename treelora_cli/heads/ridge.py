@@ -87,7 +87,7 @@ class RidgeStatistics:
     Attributes:
         gram: Sum of ``phi phi^T``, of width W.
         sums: Sum of ``phi`` per column, (K, W).
-        counts: Examples per column, (K,).
+        counts: Examples per column, weighted where they are, (K,).
     """
 
     gram: Gram
@@ -103,8 +103,13 @@ class RidgeStatistics:
             torch.zeros(columns, device=device),
         )
 
-    def add(self, phi: Tensor, columns: Tensor) -> None:
-        """Count examples in: phi (n, W), column index of each (n,)."""
+    def add(self, phi: Tensor, columns: Tensor, weights: Tensor | None = None) -> None:
+        """Count examples in: phi (n, W), column index of each (n,), and what each counts (n,), by default 1."""
+        if weights is not None:
+            self.gram.add_(phi * weights.sqrt()[:, None])
+            self.sums.index_add_(0, columns, phi * weights[:, None])
+            self.counts.index_add_(0, columns, weights.to(self.counts.dtype))
+            return
         self.gram.add_(phi)
         self.sums.index_add_(0, columns, phi)
         self.counts.index_add_(0, columns, torch.ones_like(columns, dtype=self.counts.dtype))

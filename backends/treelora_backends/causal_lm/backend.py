@@ -18,6 +18,7 @@ from treelora_backends.causal_lm.loaded import LoadedLm
 from treelora_backends.causal_lm.loading import (
     choose_layers,
     files_of,
+    gguf_read_once,
     is_language_model,
     load_model,
     load_tokenizer,
@@ -74,8 +75,9 @@ class CausalLmBackend:
 
     def load(self, config: Config, runtime: Runtime) -> CausalLmBase:
         """Load the model and its tokenizer, and attach an adapter slot."""
-        model = load_model(config.base, runtime.device, offline=runtime.offline)
-        tokenizer = load_tokenizer(config.base, offline=runtime.offline)
+        with gguf_read_once():
+            model = load_model(config.base, runtime.device, offline=runtime.offline)
+            tokenizer = load_tokenizer(config.base, offline=runtime.offline)
         _check_vocabulary(model, tokenizer, str(config.base.model))
         fingerprint = identity(
             files_of(str(config.base.model)), _loaded_as(config.base), lambda: hash_parameters(model)

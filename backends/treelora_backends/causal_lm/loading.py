@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -156,6 +158,29 @@ def files_of(model: str) -> list[Path]:
 
 
 # -- loading --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Parse a GGUF file once; transformers does so for configuration, tokenizer and weights, seconds each time."""
+    if importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    gguf: Any = importlib.import_module("gguf")
+    original, known = gguf.GGUFReader, dict[str, Any]()
+
+    def reader(path: Any, mode: str = "r") -> Any:
+        if mode != "r":
+            return original(path, mode)
+        if str(path) not in known:
+            known[str(path)] = original(path)
+        return known[str(path)]
+
+    gguf.GGUFReader = reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
 
 
 def load_tokenizer(base: BaseConfig, *, offline: bool) -> Any:

@@ -39,7 +39,13 @@ class VitBackend:
     """Registered as ``vit``."""
 
     name = "vit"
-    honours = ("train.accumulate", "train.label_smoothing", "train.class_weights", "train.augment")
+    honours = (
+        "train.accumulate",
+        "train.label_smoothing",
+        "train.class_weights",
+        "train.augment",
+        "head.class_weights",
+    )
     contender_heads = ("linear", "aligned", "routed", "ridge", "mean", "l2p", "dualprompt")
 
     def defaults(self) -> Config:

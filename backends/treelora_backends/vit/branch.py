@@ -100,13 +100,13 @@ class BranchHead:
         some = views[: self.runtime.smallest(min(len(views), _FIRST_LOOK))]
         self.features = FeatureMap.fit(some, self.settings.random, self.settings.seed, self.runtime.sum)
 
-    def learn(self, views: Tensor, labels: Tensor, classes: int) -> None:
-        """Count a task in: both views side by side (n, 2 M), labels (n,) from 0."""
+    def learn(self, views: Tensor, labels: Tensor, classes: int, weights: Tensor | None = None) -> None:
+        """Count a task in: both views side by side (n, 2 M), labels (n,) from 0; each class counts (classes,)."""
         assert self.features is not None
         alone = self.runtime.accelerator.num_processes == 1
         new = RidgeStatistics.empty(self.settings.width, classes, self.device, self.gram if alone else None)
         for rows in torch.arange(len(views), device=views.device).split(_FIRST_LOOK):
-            new.add(self.features(views[rows]), labels[rows])
+            new.add(self.features(views[rows]), labels[rows], None if weights is None else weights[labels[rows]])
         total = new.over_processes(self.gram, self.runtime)
         self.gram, self._sums, self._counts = total.gram, total.sums, total.counts
 

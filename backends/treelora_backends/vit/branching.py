@@ -99,6 +99,7 @@ class OwnImages(Protocol):
     shared_head: SharedHead
     at_once: int
     keeping: Keeping
+    class_weights: Tensor | None
 
     def entering(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return the tokens before the cut of chosen views, (B, L, C)."""
@@ -205,7 +206,7 @@ class Branching:
             head.standardise(views)
             if self.judgement is not None:
                 head.sharpness = self.judgement.sharpness
-        head.learn(views, labels, len(self.session.task.labels))
+        head.learn(views, labels, len(self.session.task.labels), self.session.class_weights)
         return self.name, head.to_tensors(), head.task_tensors()
 
     def _both_views(self) -> tuple[Tensor, Tensor]:

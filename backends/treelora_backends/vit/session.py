@@ -70,6 +70,8 @@ class VitSession:
         self.labels = task.train.labels[self.own].to(self.device)
         weights = class_weights(config.train.class_weights, self.labels, len(task.labels), self.runtime)
         self.objective = Objective(config.train.label_smoothing or 0.0, weights)
+        self.class_weights = class_weights(config.head.class_weights, self.labels, len(task.labels), self.runtime)
+        """What an image of each class counts in the solved heads, (k,)."""
         self.augment = base.augmenting(config)
         self.head = nn.Linear(base.trunk.width, len(task.labels)).to(self.device)
         nn.init.zeros_(self.head.weight)
@@ -109,7 +111,7 @@ class VitSession:
         pooled_sum = torch.zeros(len(self.task.labels), self.base.trunk.width, device=self.device)
         order = torch.randperm(len(self.own), generator=torch.Generator().manual_seed(self.seed))
         chunks = order.split(self.at_once)
-        self.shared_head.open_task(len(self.task.labels))
+        self.shared_head.open_task(len(self.task.labels), self.class_weights)
         with adapters.base_only(self.base.network):
             for rows in self.runtime.reporter.track(chunks, "Frozen pass", len(chunks)):
                 self._run_frozen(rows, pooled_sum)

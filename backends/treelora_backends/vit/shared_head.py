@@ -106,6 +106,7 @@ class SharedHead:
         self.gram: Gram | None = None
         self._waiting: list[tuple[Features, Tensor]] = []
         self._classes = 0
+        self._weights: Tensor | None = None
         self._new: RidgeStatistics
         self._half: Aside
         self._sums: Tensor
@@ -130,9 +131,9 @@ class SharedHead:
 
     # -- a new task -----------------------------------------------------------------------------------
 
-    def open_task(self, classes: int) -> None:
-        """Begin a task of so many classes."""
-        self._classes = classes
+    def open_task(self, classes: int, weights: Tensor | None = None) -> None:
+        """Begin a task of so many classes; an image of each counts ``weights``, (classes,), by default 1."""
+        self._classes, self._weights = classes, weights
         self._begin_sums()
 
     def _begin_sums(self) -> None:
@@ -145,11 +146,15 @@ class SharedHead:
     def add(self, features: Features, labels: Tensor) -> None:
         """Count images in, (n,) labels from 0; the project's first images, in random order, fix the standard."""
         if self.features is not None:
-            self._new.add(self.features(features), labels)
+            self._count(features, labels)
             return
         self._waiting.append((features, labels))
         if sum(len(some) for _, some in self._waiting) >= _FIRST_LOOK:
             self._settle()
+
+    def _count(self, features: Features, labels: Tensor) -> None:
+        assert self.features is not None
+        self._new.add(self.features(features), labels, None if self._weights is None else self._weights[labels])
 
     def close_task(self) -> None:
         """Sum over processes; the Gram matrix then waits aside."""
@@ -173,7 +178,7 @@ class SharedHead:
         self.features = HeadFeatures(plain, solved)
         self._begin_sums()
         for one, labels in self._waiting:
-            self._new.add(self.features(one), labels)
+            self._count(one, labels)
         self._waiting.clear()
 
     def to_tensors(self) -> dict[str, Tensor]:
