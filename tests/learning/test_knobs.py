@@ -136,3 +136,11 @@ def test_a_backend_that_does_nothing_of_the_kind_refuses(train: TrainConfig, lin
         check_settings(other, Config(train=train))
     other.honours = ("train.accumulate", "train.augment")
     check_settings(other, Config(train=train))
+
+
+def test_a_task_of_one_class_is_a_task(cli: Cli, project: Path, tmp_path: Path) -> None:
+    one = make_images(tmp_path / "alone", ["brown"])
+    done = cli("-C", project, "train-task", one, *OPTIONS, "--set", "head.class_weights=balanced", "--json")
+    assert done.code == 0, done.err
+    assert done.json["scores"]["alone"]["examples"] == 8
+    assert json.loads(next(project.glob("tasks/*-alone/labels.json")).read_text()) == ["brown"]
