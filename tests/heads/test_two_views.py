@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
+from treelora_cli.heads import two_views
 from treelora_cli.heads.two_views import LEAST_SHARP, MOST_SHARP, Examples, Judgement, fused, judge
 
 
@@ -39,6 +41,19 @@ def test_an_adapter_pays_where_images_kept_out_gain_and_not_where_they_do_not() 
     same = judge(_noisy(0.3), _noisy(0.3), (0.01, 0.01), 2)
     assert abs(same.gain) < 0.01  # twice the same opinion
     assert not judge(_noisy(2.0), _noisy(0.3), (0.01, 0.01), 2).pays
+
+
+def test_each_head_has_its_own_penalty() -> None:
+    examples = _noisy(2.0)
+    # a frozen head under so large a penalty says nothing: ln 2 nats are to be gained, and the other head gains them
+    assert judge(examples, examples, (1e6, 0.01), 2).gain == pytest.approx(math.log(2), abs=1e-3)
+    assert judge(examples, examples, (0.01, 1e6), 2).gain == pytest.approx(0.0, abs=1e-3)
+
+
+def test_sharpnesses_that_are_tried_are_powers_of_the_root_of_two_from_1_to_64() -> None:
+    tried = two_views._SHARPNESSES
+    assert (tried[0], tried[-1]) == (1.0, 64.0)
+    assert [b / a for a, b in itertools.pairwise(tried)] == pytest.approx([2**0.5] * 12)
 
 
 def test_a_gain_of_what_is_asked_pays() -> None:
