@@ -99,6 +99,17 @@ def test_nearest_is_relative_to_each_layers_level() -> None:
     assert bandit.nearest() == 0
 
 
+def test_nearest_weighs_a_layer_by_its_pulls() -> None:
+    bandit = TreeBandit(build_tree(np.array([[[0], [0]], [[1], [1]]], dtype=np.float32), 1))
+    arms = bandit.arms.arm_of
+    for layer, pulls, means in zip(bandit._layers, (12, 1), ([1.0, 2.0], [20.0, 10.0]), strict=True):
+        layer.counts[arms], layer.sums[arms] = pulls, np.multiply(pulls, means)
+        layer.counts[0] = 2 * pulls
+    bandit.step_count = 24
+    # task 0 is (-12 x 0.5 + 5) / 13, task 1 the same with the other sign
+    assert bandit.nearest() == 0
+
+
 def test_a_saved_search_is_summed_up_without_its_tree() -> None:
     bandit = TreeBandit(build_tree(FOUR, 1))
     for value in (0.4, 8.4, 0.5):
