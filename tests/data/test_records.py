@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from treelora_cli.backend.values import DataRequest, Turn
 from treelora_cli.data.chats import read_chats
@@ -23,6 +25,12 @@ def read(tmp_path):
 
     return listing
 
+
+WORDS = [
+    *("messages", "role", "content", "user", "assistant", "from", "value", "tool_calls", "function", "arguments"),
+    *("function_call", "tools", "weight", "prompt", "answer", "instruction", "input", "output", "system", "history"),
+    *("question", "context", "choices", "options", "text", "label", "answers", "paragraphs", "qas", "labels", "name"),
+]
 
 SQUAD = {"text": ["Rome", "the city of Rome", "Rome"], "answer_start": [0, 4, 9]}
 
@@ -271,6 +279,9 @@ def test_the_hash_of_a_chat_with_its_systems_words_is_that_of_before(tmp_path):
         ({"messages": "[{"}, "'messages' is invalid JSON"),
         ({"question": "Q?", "options": ["a"], "answer": "A"}, "'options' is a list of two or more texts"),
         ({"prompt": "p", "answer": float("inf")}, "empty answer"),
+        ({"instruction": "a", "output": "b", "history": 5}, "'history' is a list of pairs of texts"),
+        ({"question": "a", "choices": [["x"], ["y"]], "answer": 0}, "'choices' is a list of two or more texts"),
+        ({"text": "a", "label": float("inf")}, "empty label"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]},
             "a message holds image_url; only text can be read",
@@ -302,6 +313,35 @@ def test_records_that_fit_no_shape_are_refused_with_their_line(read, record, mes
 def test_the_hint_for_unknown_columns_can_be_typed(read, record, hint):
     with pytest.raises(DataError, match=hint):
         read(record)
+
+
+@pytest.mark.parametrize("called", ["f", None, 3, ["f"]])
+def test_calls_that_are_none_are_refused(read, called):
+    record = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": called}]}
+    with pytest.raises(DataError, match=r"d\.jsonl:1: a call of a tool is a record with name and arguments"):
+        read({"messages": [{"role": "user", "content": "a"}, record]})
+
+
+_anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(WORDS), _anything, min_size=1, max_size=6), min_size=1, max_size=3))
+def test_any_records_with_known_names_are_examples_or_a_data_error(tmp_path_factory, records):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    try:
+        found = list_texts(DataRequest(path, held_out=0.0))
+    except DataError as error:
+        message = str(error)
+    else:
+        assert found.train
+        return
+    assert "any.jsonl" in message or message.startswith("Found ")
+    assert "cannot be read" not in message, "each is told what is wrong"
 
 
 def test_chats_that_wait_for_an_answer(tmp_path):

@@ -579,6 +579,11 @@ def test_columns_that_mean_something_else_divide_nothing(column: str, values: tu
     assert divided(*values, column=column) == (list(range(len(values))), [], [])
 
 
+def test_a_table_without_labelled_rows_is_refused() -> None:
+    with pytest.raises(DataError, match=r"d:0: split says of all rows that they have no labels"):
+        divided("unlabeled", "unsupervised")
+
+
 def test_a_split_that_is_no_part_is_refused() -> None:
     with pytest.raises(DataError, match=r"d:1: split 'physics' is none of train, test, validation\."):
         divided("train", "physics")

@@ -250,3 +250,10 @@ def test_a_head_in_the_middle_of_a_table_is_no_example(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"d\.csv:3: repeats the head of the table; were several joined\?"):
         listed(tmp_path / "d.csv")
     assert prompts(listed(tmp_path / "d.csv", skip_bad=True)) == (["a", "c"], [])
+
+
+@pytest.mark.parametrize("parts", [("test", "test"), ("val", "test")])
+def test_a_table_of_held_out_parts_alone_is_refused(tmp_path: Path, parts: tuple[str, str]) -> None:
+    rows = [json.dumps({"prompt": "a", "answer": "b", "split": part}) for part in parts]
+    with pytest.raises(DataError, match=r"holds no training examples, but [12] held-out ones\."):
+        listed(build(tmp_path, **{"d.jsonl": "\n".join(rows)}) / "d.jsonl")

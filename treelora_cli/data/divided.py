@@ -50,6 +50,8 @@ def divide_rows(rows: list[Row], notes: list[str], kind: str) -> tuple[list[Row]
             found[part].append(replace(row, values=others))
         elif not says_unlabelled(str(value)):
             raise DataError(f"{row.where}: {column} '{value}' is none of train, test, validation.")
+    if not any(found.values()):
+        raise DataError(f"{rows[0].where}: {column} says of all rows that they have no labels; nothing can be learned.")
     if column != "split" and (found[TEST] or found[VAL]):
         notes.append(f"Column '{column}' tells which {kind} are held out.")
     return found[TRAIN], answered_part(found[TRAIN], found[TEST], found[VAL], notes, kind)

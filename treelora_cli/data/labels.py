@@ -41,8 +41,8 @@ _LONGEST = 500
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a cell holds nothing: null, NaN, or a text that spells one of these."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    """Return whether a cell holds nothing: null, NaN, infinity, or a text that spells one of these."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return True
     return isinstance(value, str) and value.strip().lower() in _MISSING
 

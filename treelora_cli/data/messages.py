@@ -137,7 +137,10 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
         raise DataError(f"{where}: 'tool_calls' is a list of records.")
     read = []
     for call in calls:
-        inner = dict(call.get("function", call))
+        inner = call.get("function", call)
+        if not isinstance(inner, dict):
+            raise DataError(f"{where}: a call of a tool is a record with name and arguments.")
+        inner = dict(inner)
         if isinstance(inner.get("arguments"), str):
             try:
                 inner["arguments"] = json.loads(inner["arguments"])

@@ -173,6 +173,8 @@ def _instruction(row: Row, answer: str) -> TextExample:
 def _instruction_chat(row: Row, answer: str) -> TextExample:
     turns = []
     system, history = row.values.get("system"), row.values.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"{row.where}: 'history' is a list of pairs of texts.")
     if isinstance(system, str) and system.strip():
         turns.append(Turn("system", system))
     for pair in history:
@@ -230,7 +232,8 @@ def _choices(row: Row, column: str) -> tuple[list[str], list[str]]:
     texts, named = (choices.get("text"), choices.get("label")) if isinstance(choices, dict) else (choices, None)
     if isinstance(choices, dict) and texts is None:
         texts, named = list(choices.values()), list(choices)
-    if not isinstance(texts, list) or not 2 <= len(texts) <= len(_LETTERS):
+    known = isinstance(texts, list) and all(isinstance(one, str | int | float) for one in texts)
+    if not isinstance(texts, list) or not known or not 2 <= len(texts) <= len(_LETTERS):
         raise DataError(f"{row.where}: '{column}' is a list of two or more texts.")
     letters = [str(one) for one in named] if isinstance(named, list) and len(named) == len(texts) else []
     return [str(one) for one in texts], letters or list(_LETTERS[: len(texts)])

@@ -104,7 +104,11 @@ def list_texts(request: DataRequest) -> TextListing:
         test, change = find_recorded(test, train, request.recorded.held_out, hash_of_text)
         test = _limit(test, request.recorded.limit, f"test/{request.seed}")
         return TextListing(style, labels, metric, train, test, tuple(notes), change)
-    if train and not test and request.held_out > 0:
+    if not train and request.recorded is None and not request.test_only:
+        raise DataError(
+            f"{path} holds no training examples, but {len(test)} held-out ones. To learn those, rename them."
+        )
+    if not test and request.held_out > 0:
         train, test = _split(train, request, bool(labels))
         notes.append(f"No held-out data given: {len(test)} of {len(train) + len(test)} examples kept for scoring.")
     train = _limit(train, request.train_limit, f"train/{request.seed}")
@@ -205,6 +209,20 @@ def _hint(row: Row) -> str:
     return f" Try {' '.join(pairs)}"
 
 
+def _read(row: Row, shape: Shape) -> TextExample:
+    """Return a record as an example.
+
+    Raises:
+        DataError: It cannot be read, whatever is in it; names file and line.
+    """
+    try:
+        return shape.read(row)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # a record may hold anything at any place
+        raise DataError(f"{row.where}: a record that cannot be read ({type(error).__name__}: {error}).") from error
+
+
 def _examples(
     rows: Sequence[Row], shape: Shape, labels: tuple[str, ...] | None, request: DataRequest, notes: list[str]
 ) -> list[TextExample]:
@@ -214,7 +232,7 @@ def _examples(
             check_text(row)
             if len(row.values) > 1 and all(name == value for name, value in row.values.items()):
                 raise DataError(f"{row.where}: repeats the head of the table; were several joined? Remove it.")
-            one = shape.read(row)
+            one = _read(row, shape)
             if labels is not None and one.answer not in labels:
                 raise DataError(
                     f"{row.where}: label '{one.answer}' is not in labels.json ({', '.join(labels)})"
