@@ -31,11 +31,12 @@ ROOMS: dict[str, str] = {
     "learning": "algorithm backend config data errors locations methods project score_matrix seeds version",
     "compare": "backend config errors learning methods score_matrix seeds version",
     "views": "algorithm backend compare errors project.metrics score_matrix",
+    "serving": "api backend data errors learning views",
     "report": "algorithm errors project score_matrix views",
     "api": "algorithm backend config data errors learning project score_matrix",
     "__init__": "api version",
     "commands": "algorithm api backend compare config data errors learning locations methods project report"
-    " score_matrix views",
+    " score_matrix serving views",
     "app": "backend commands errors project version views",
     "__main__": "app",
     "backends": "backend errors",

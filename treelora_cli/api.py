@@ -27,10 +27,11 @@ from treelora_cli.project import Project as Stored
 
 if TYPE_CHECKING:
     from treelora_cli.algorithm.tree import Tree
-    from treelora_cli.backend.contract import Base, Predictor
+    from treelora_cli.backend.contract import Base
     from treelora_cli.backend.runtime import Reporter, Runtime
-    from treelora_cli.backend.values import Prediction, Score, Turn
+    from treelora_cli.backend.values import Picture, Prediction, Score, Turn
     from treelora_cli.config import Config
+    from treelora_cli.learning.answering import Answerer
     from treelora_cli.learning.evaluation import HeldOut
     from treelora_cli.learning.export import ExportReport, ExportRequest
     from treelora_cli.learning.task import TaskReport
@@ -73,7 +74,7 @@ class Project:
         self._start = start
         self._runtime: Runtime | None = None
         self._base: tuple[Config, Base] | None = None
-        self._predictors: dict[str, Predictor] = {}
+        self._answerers: dict[str, Answerer] = {}
 
     # -- open -----------------------------------------------------------------------------------------
 
@@ -178,9 +179,25 @@ class Project:
         """Take in what another process committed since."""
         self._enter(Stored.open(self.root))
 
+    def newest(self) -> Project:
+        """Return another object at what was committed last, with the same loaded model; this one stays as it is."""
+        other = Project(Stored.open(self.root), self._start)
+        other._runtime, other._base = self._runtime, self._base
+        return other
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the state that this object is at, hex: it names the commit."""
+        return self._stored.state.digest()
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model is asked with images, and not with texts."""
+        return "input_size" in self._stored.state.base["facts"]
+
     def _enter(self, stored: Stored) -> None:
         self._stored = stored
-        self._predictors.clear()
+        self._answerers.clear()
 
     # -- the model ------------------------------------------------------------------------------------
 
@@ -196,7 +213,7 @@ class Project:
         from treelora_cli.learning.opening import compute_as_recorded, open_base
 
         if self._base is None or self._base[0] != config:
-            self._predictors.clear()
+            self._answerers.clear()
             self._base = config, open_base(self._stored, config, self.runtime, exact=exact)
         else:
             compute_as_recorded(self._stored, self.runtime, exact=exact)
@@ -369,12 +386,12 @@ class Project:
                 self.runtime.reporter.note(f"Task '{one.name}': {one.changed}.")
 
     def predict(
-        self, inputs: Sequence[str | Path | Sequence[Turn]], *, inference: str | None = None
+        self, inputs: Sequence[str | Path | Sequence[Turn] | Picture], *, inference: str | None = None
     ) -> list[Prediction]:
-        """Answer image files or prompts, without being told the task.
+        """Answer images or prompts, without being told the task.
 
         Args:
-            inputs: Paths of images, prompts, or chats as sequences of turns.
+            inputs: Paths of images or images in memory, prompts, or chats as sequences of turns.
             inference: ``routed``, ``latest`` or ``merged``; the project's own when ``None``.
 
         Raises:
@@ -384,25 +401,34 @@ class Project:
         return [answer for _, answer in self.answers(inputs, inference=inference)]
 
     def answers(
-        self, inputs: Iterable[str | Path | Sequence[Turn]], *, inference: str | None = None
+        self, inputs: Iterable[str | Path | Sequence[Turn] | Picture], *, inference: str | None = None
     ) -> Iterator[tuple[str, Prediction]]:
         """As ``predict``, but hand out each input with its answer as they come.
 
         The model is loaded at once, inputs are taken and answered some at a time.
         """
-        from treelora_cli.learning.answering import answer_each
+        answerer = self.answerer(inference=inference)
+        given = (str(one) if isinstance(one, Path) else one for one in inputs)
+        return answerer.each(list(given) if isinstance(inputs, Sequence) else given)
+
+    def answerer(self, *, inference: str | None = None) -> Answerer:
+        """Load the model and return what answers with it, at the state that this object is at now.
+
+        Raises:
+            UsageError: Nothing is learned.
+        """
+        from treelora_cli.learning.answering import Answerer
         from treelora_cli.learning.evaluation import blamed
 
         self._check_learned()
         config = self._config({} if inference is None else {"inference": inference})
         base, chosen = self._loaded(config), str(config.inference)
-        memory = self._stored.memory()
-        if chosen not in self._predictors:
+        if chosen not in self._answerers:
+            memory = self._stored.memory()
             with blamed(memory):
-                self._predictors[chosen] = base.predictor(memory, chosen)
-        given: Iterable[str | Sequence[Turn]] = (str(one) if isinstance(one, Path) else one for one in inputs)
-        given = list(given) if isinstance(inputs, Sequence) else given
-        return answer_each(self._predictors[chosen], memory, given, self.runtime.reporter)
+                predictor = base.predictor(memory, chosen)
+            self._answerers[chosen] = Answerer(chosen, predictor, memory, self.runtime.reporter)
+        return self._answerers[chosen]
 
     def inference(self, given: str | None = None) -> str:
         """Return how answers are made: as ``given``, else as the project's settings say."""

@@ -23,6 +23,7 @@ from treelora_cli.commands.predict import predict
 from treelora_cli.commands.report import report
 from treelora_cli.commands.rollback import rollback
 from treelora_cli.commands.run import run
+from treelora_cli.commands.serve import serve
 from treelora_cli.commands.settings import settings
 from treelora_cli.commands.status import status
 from treelora_cli.commands.train_task import train_task
@@ -51,6 +52,7 @@ for _name, _command in (
     ("inspect-tree", inspect_tree),
     ("export", export),
     ("predict", predict),
+    ("serve", serve),
     ("status", status),
     ("report", report),
     ("settings", settings),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ExportOptions,
         Learned,
         Memory,
+        Picture,
         Prediction,
         Score,
         Turn,
@@ -154,8 +155,8 @@ class Predictor(Protocol):
     def evaluate(self, task: TaskData) -> Score:
         """Score the held-out examples of a task over everything learned so far."""
 
-    def predict(self, inputs: Sequence[str | Sequence[Turn]]) -> list[Prediction]:
-        """Answer each input: a prompt, the messages of a chat, or the path of an image."""
+    def predict(self, inputs: Sequence[str | Sequence[Turn] | Picture]) -> list[Prediction]:
+        """Answer each input: a prompt, the messages of a chat, or an image, by its path or as it came over a wire."""
 
 
 class ContenderModel(Protocol):

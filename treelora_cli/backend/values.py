@@ -286,6 +286,19 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image that is no file.
+
+    Attributes:
+        name: For messages.
+        data: What the file would hold.
+    """
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One answer.
 

@@ -14,8 +14,8 @@ from treelora_cli.commands.context import Session, session_of
 from treelora_cli.errors import UsageError, suggest
 
 if TYPE_CHECKING:
+    from treelora_cli.api import Project
     from treelora_cli.backend.values import Prediction, Turn
-    from treelora_cli.project import Project
     from treelora_cli.views.predictions import Shape
 
 
@@ -50,10 +50,9 @@ def predict(
     if output_format not in FORMATS:
         hint = suggest(output_format, FORMATS)
         raise UsageError(f"--format is one of {', '.join(FORMATS)}; got '{output_format}'{hint}.")
-    stored = session.project()
-    given = _written_out(stored, inputs or []) if stored.state.tasks else inputs or []
-    asked = _asked(given, messages, system)
     project = session.opened(device)
+    given = _written_out(project, inputs or []) if project.tasks else inputs or []
+    asked = _asked(given, messages, system)
     tree = project.tree if explain else None
     beside = None if tree is None else leaves(tree, project.tasks)
     answered = project.answers(asked, inference=inference)
@@ -82,12 +81,11 @@ def _show(
         session.output.line(csv_line(shape.cells(*pair)) if output_format == "csv" else json_line(shape.record(*pair)))
 
 
-def _written_out(stored: Project, inputs: Sequence[str]) -> list[str]:
+def _written_out(project: Project, inputs: Sequence[str]) -> list[str]:
     """Return each image file or prompt that inputs mean, before any model is loaded."""
     from treelora_cli.data.inputs import image_inputs, text_inputs
 
-    takes_images = "input_size" in stored.state.base["facts"]
-    return (image_inputs if takes_images else text_inputs)(inputs, lambda: sys.stdin.buffer.read())
+    return (image_inputs if project.takes_images else text_inputs)(inputs, lambda: sys.stdin.buffer.read())
 
 
 def _asked(inputs: Sequence[str], messages: Path | None, system: str | None) -> Sequence[str | Sequence[Turn]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,24 @@ def is_image(path: Path) -> bool:
 def looks_like_image(head: bytes) -> bool:
     """Return whether these first bytes open an image file."""
     return _MAGIC.match(head) is not None
+
+
+def pixels_of(data: bytes, name: str) -> int:
+    """Return how many pixels an image's head claims, the most there is beyond Pillow's own limit; nothing is decoded.
+
+    Raises:
+        DataError: It is no image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            return int(opened.width * opened.height)
+    except Image.DecompressionBombError:
+        return sys.maxsize
+    except Exception as error:  # see ``open_image``
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else _first_line(error)
+        raise DataError(f"{name}: unreadable or truncated image ({reason}).") from error
 
 
 def open_image(data: bytes, name: str, largest: float | None = None) -> Any:

@@ -4,39 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 
 from treelora_cli.backend.contract import Predictor
 from treelora_cli.backend.runtime import Reporter
-from treelora_cli.backend.values import Memory, Prediction, Turn
+from treelora_cli.backend.values import Memory, Picture, Prediction, Turn
 from treelora_cli.errors import DataError
 from treelora_cli.learning.evaluation import blamed
 
-Input = str | Sequence[Turn]
-"""A path, a prompt or a chat."""
+Input = str | Sequence[Turn] | Picture
+"""A path, a prompt, a chat, or an image that is no file."""
 _AT_ONCE = 256
 """Inputs answered before the first of them is handed out."""
 
 
-def answer_each(
-    predictor: Predictor, memory: Memory, inputs: Iterable[Input], reporter: Reporter
-) -> Iterator[tuple[str, Prediction]]:
-    """Yield each input, of a chat its last turn, with its answer, under a progress bar where their number is known.
+@dataclass(frozen=True)
+class Answerer:
+    """Answers with everything that was learned at one commit.
+
+    Attributes:
+        inference: How answers are made.
+        predictor: The backend's.
+        memory: What it computes with.
+        reporter: Shows progress.
+    """
+
+    inference: str
+    predictor: Predictor
+    memory: Memory
+    reporter: Reporter
+
+    def __call__(self, inputs: Sequence[Input]) -> list[Prediction]:
+        """Answer inputs at once.
+
+        Raises:
+            DataError: One cannot be read.
+        """
+        with _files_named(), blamed(self.memory):
+            return self.predictor.predict(inputs)
+
+    def each(self, inputs: Iterable[Input]) -> Iterator[tuple[str, Prediction]]:
+        """Yield each input, of a chat its last turn, with its answer; a progress bar shows where their number is known.
+
+        Raises:
+            DataError: An input cannot be read.
+        """
+        total = len(inputs) if isinstance(inputs, list) else None
+        return self.reporter.track(self._answered(iter(inputs)), "Answering", total)
+
+    def _answered(self, inputs: Iterator[Input]) -> Iterator[tuple[str, Prediction]]:
+        while part := list(islice(inputs, _AT_ONCE)):
+            yield from zip(map(shown, part), self(part), strict=True)
+
+
+def shown(one: Input) -> str:
+    """Return what stands for an input beside its answer."""
+    if isinstance(one, Picture):
+        return one.name
+    return one if isinstance(one, str) else one[-1].content
+
+
+def read_through(memory: Memory) -> None:
+    """Read everything that answers are made of, so that what is damaged is known before the first.
 
     Raises:
-        DataError: An input cannot be read.
+        DamagedError: A file is.
     """
-    total = len(inputs) if isinstance(inputs, list) else None
-    pairs = _answered(predictor, memory, iter(inputs))
-    return reporter.track(pairs, "Answering", total)
-
-
-def _answered(predictor: Predictor, memory: Memory, inputs: Iterator[Input]) -> Iterator[tuple[str, Prediction]]:
-    while part := list(islice(inputs, _AT_ONCE)):
-        with _files_named(), blamed(memory):
-            answers = predictor.predict(part)
-        shown = [one if isinstance(one, str) else one[-1].content for one in part]
-        yield from zip(shown, answers, strict=True)
+    for task in memory.tasks:
+        task.stored()
+    if memory.tasks:
+        memory.shared()
+    for name in {task.branch for task in memory.tasks} - {None}:
+        memory.branch(str(name))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from treelora_backends.causal_lm.task import LmTask
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
 from treelora_cli.backend.contract import OTHERS
-from treelora_cli.backend.values import Answers, Memory, Prediction, Score, Turn
+from treelora_cli.backend.values import Answers, Memory, Picture, Prediction, Score, Turn
 from treelora_cli.data.examples import TextExample, chat_example
 from treelora_cli.data.text_scores import exact_match
 from treelora_cli.errors import DataError, UsageError
@@ -192,7 +192,7 @@ class LmPredictor:
 
     # -- predictions ----------------------------------------------------------------------------------
 
-    def predict(self, inputs: Sequence[str | Sequence[Turn]]) -> list[Prediction]:
+    def predict(self, inputs: Sequence[str | Sequence[Turn] | Picture]) -> list[Prediction]:
         """Answer prompts and chats; a chat's task is asked with its own system prompt unless the input has one.
 
         Raises:
@@ -252,7 +252,9 @@ def _grouped(chosen: Sequence[int | None]) -> dict[int | None, list[int]]:
     return {task: [row for row, one in enumerate(chosen) if one == task] for task in dict.fromkeys(chosen)}
 
 
-def _checked(text: str | Sequence[Turn], number: int) -> TextExample:
+def _checked(text: str | Sequence[Turn] | Picture, number: int) -> TextExample:
+    if isinstance(text, Picture):
+        raise DataError(f"{text.name} is an image; this project's backend is causal-lm. Give a prompt.")
     if not isinstance(text, str):
         return chat_example(f"prompt {number}", text, Turn("assistant", ""))
     if not text.strip():

@@ -28,7 +28,7 @@ from treelora_backends.vit.single import SingleNetwork
 from treelora_backends.vit.trunk import Entering
 from treelora_cli.backend import adapters
 from treelora_cli.backend.contract import OTHERS
-from treelora_cli.backend.values import Answers, Memory, Prediction, Score, Turn
+from treelora_cli.backend.values import Answers, Memory, Picture, Prediction, Score, Turn
 from treelora_cli.data.names import label_key
 from treelora_cli.data.paths import existing
 from treelora_cli.errors import DataError, UsageError
@@ -120,20 +120,20 @@ class VitPredictor:
         for rows in own.split(images_at_once(self.device)):
             yield pictures.pixels[rows].to(self.device), pictures.labels[rows].to(self.device)
 
-    def predict(self, inputs: Sequence[str | Sequence[Turn]]) -> list[Prediction]:
-        """Answer image files.
+    def predict(self, inputs: Sequence[str | Sequence[Turn] | Picture]) -> list[Prediction]:
+        """Answer image files and images in memory.
 
         Raises:
             DataError: Messages of a chat, or a file that is no image.
         """
-        names = [name for name in inputs if isinstance(name, str)]
-        if len(names) < len(inputs):
+        given = [one for one in inputs if isinstance(one, str | Picture)]
+        if len(given) < len(inputs):
             raise DataError("This project's backend is vit: give image files. --messages and --system are for chats.")
         answers = []
         count = images_at_once(self.device)
-        for start in range(0, len(names), count):
-            chunk = [existing(Path(name)) for name in names[start : start + count]]
-            pixels = [self.base.preprocessing.to_pixels(path.read_bytes(), str(path)) for path in chunk]
+        for start in range(0, len(given), count):
+            chunk = [one if isinstance(one, Picture) else _read(one) for one in given[start : start + count]]
+            pixels = [self.base.preprocessing.to_pixels(one.data, one.name) for one in chunk]
             images = torch.stack([torch.from_numpy(picture) for picture in pixels]).to(self.device)
             scores, asked = self.class_scores(self.base.preprocessing.normalise(images))
             likely = scores.softmax(dim=1).topk(min(OTHERS + 1, len(self.names)), dim=1)
@@ -218,3 +218,9 @@ class VitPredictor:
         sums = torch.zeros(len(log_columns), groups, device=log_columns.device)
         sums.index_add_(1, group, (log_columns - top).exp())
         return sums.clamp(min=1e-30).log() + top
+
+
+def _read(path: str) -> Picture:
+    """Read an image file."""
+    found = existing(Path(path))
+    return Picture(str(found), found.read_bytes())
