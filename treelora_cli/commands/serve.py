@@ -48,7 +48,7 @@ def serve(
         from treelora_cli.serving.application import Service
         from treelora_cli.serving.limits import MIB, Limits
         from treelora_cli.serving.server import server_for
-        from treelora_cli.serving.worker import Worker, prepared
+        from treelora_cli.serving.worker import Worker, counted, prepared
 
         body = int(max_body * MIB)
         limits = Limits(body, max(16 * body, Limits.bodies), max_items, int(max_pixels * 1e6), max_queue, batch)
@@ -64,9 +64,9 @@ def serve(
         if hosts is None:
             session.output.note(f"Whoever reaches {url} may ask: there is no password.")
         session.output.line(url)
-        session.output.note(f"Answering {len(project.tasks)} tasks of {project.root} at {url}. Ctrl-C ends.")
+        session.output.note(f"Answering {counted(len(project.tasks), 'task')} of {project.root} at {url}. Ctrl-C ends.")
         try:
             server.run(sockets=[listening])
         finally:
             worker.stop()
-        session.output.note(f"Ended after {worker.answered} requests.")
+        session.output.note(f"Ended after {counted(worker.answered, 'request')}.")

@@ -157,7 +157,7 @@ async def _disconnected(request: Request) -> None:
 
 def _top(request: Request) -> int:
     given = request.query_params.get("top", "1")
-    if not (given.isdecimal() and len(given) < 4 and 1 <= int(given) <= _MOST_NAMED):
+    if not (given.isascii() and given.isdecimal() and len(given) < 4 and 1 <= int(given) <= _MOST_NAMED):
         raise Refusal(422, f"?top= is a number from 1 to {_MOST_NAMED}.")
     return int(given)
 

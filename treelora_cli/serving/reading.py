@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from treelora_cli.backend.values import Picture
+from treelora_cli.data.messages import read_messages
 from treelora_cli.data.pixels import pixels_of
-from treelora_cli.data.records import read_messages
 from treelora_cli.errors import DataError
 from treelora_cli.learning.answering import Input
 from treelora_cli.serving.limits import Limits, Refusal

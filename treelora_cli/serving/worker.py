@@ -20,6 +20,7 @@ _LOOK_EVERY = 1.0
 """Seconds between looks at ``state.json`` while nothing is asked."""
 _TRY_AGAIN = 5.0
 """Seconds until a commit that could not be read is tried again."""
+_OPTION_OF_TRAINING = " Mend it, or pass --skip-bad."
 _Stamp: TypeAlias = tuple[int, int, int]
 
 
@@ -194,7 +195,7 @@ class Worker:
             project = self.serving.project.newest()
             if project.digest != self.serving.project.digest:
                 self.serving = Serving.at(project, self._prepare)
-                self._note(f"Now at commit {project.digest[:12]}: {_counted(len(project.tasks))}.")
+                self._note(f"Now at commit {project.digest[:12]}: {counted(len(project.tasks), 'task')}.")
             self.problem = None
         except (TreeLoraError, OSError, MemoryError) as error:
             if self.problem != str(error):
@@ -213,14 +214,15 @@ def prepared(project: Project, inference: str | None) -> Answerer:
     return answerer
 
 
-def _counted(tasks: int) -> str:
-    return f"{tasks} task{'' if tasks == 1 else 's'}"
+def counted(count: int, what: str) -> str:
+    """Return a number of things in words."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _told(error: Exception) -> Refusal:
     """Return what whoever asked is told of an error."""
     if isinstance(error, DataError):
-        return Refusal(422, str(error))
+        return Refusal(422, str(error).removesuffix(_OPTION_OF_TRAINING))
     if is_out_of_memory(error):
         return Refusal(503, "Out of memory. Send fewer or smaller inputs at once.")
     if isinstance(error, TreeLoraError):
