@@ -35,12 +35,12 @@ GOOD = picture(16, 16)
 class Server:
     """A server of this process, and its clients."""
 
-    def __init__(self, root: Path, limits: Limits = SMALL) -> None:
+    def __init__(self, root: Path, limits: Limits = SMALL, threshold: str | None = None) -> None:
         self.notes: list[str] = []
         self.socket = bound("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         opened = Project.open(root, device="cpu")
-        self.worker = Worker(opened, lambda at: prepared(at, None), limits, self.notes.append)
+        self.worker = Worker(opened, lambda at: prepared(at, None, threshold), limits, self.notes.append)
         hosts = hosts_of(self.socket, "127.0.0.1", [])
         self.server = server_for(Service(self.worker, limits, self.notes.append).application(hosts))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
@@ -78,8 +78,8 @@ class Server:
 
 
 @contextmanager
-def serving(root: Path, limits: Limits = SMALL) -> Iterator[Server]:
-    server = Server(root, limits)
+def serving(root: Path, limits: Limits = SMALL, threshold: str | None = None) -> Iterator[Server]:
+    server = Server(root, limits, threshold)
     try:
         yield server
     finally:

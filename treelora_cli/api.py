@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from treelora_cli.learning.evaluation import HeldOut
     from treelora_cli.learning.export import ExportReport, ExportRequest
     from treelora_cli.learning.task import TaskReport
+    from treelora_cli.learning.unknown import Threshold, Wanted
     from treelora_cli.project.metrics import WatchSet
     from treelora_cli.score_matrix import ScoreMatrix, Standing
 
@@ -386,40 +387,56 @@ class Project:
                 self.runtime.reporter.note(f"Task '{one.name}': {one.changed}.")
 
     def predict(
-        self, inputs: Sequence[str | Path | Sequence[Turn] | Picture], *, inference: str | None = None
+        self,
+        inputs: Sequence[str | Path | Sequence[Turn] | Picture],
+        *,
+        inference: str | None = None,
+        threshold: float | str | None = None,
     ) -> list[Prediction]:
         """Answer images or prompts, without being told the task.
 
         Args:
             inputs: Paths of images or images in memory, prompts, or chats as sequences of turns.
             inference: ``routed``, ``latest`` or ``merged``; the project's own when ``None``.
+            threshold: Say ``unknown`` below it: a probability, or ``auto`` for what 5 of 100 held-out examples of the
+                project's own fall below (``auto:1``: 1 of 100).
 
         Raises:
-            UsageError: Nothing is learned.
+            UsageError: Nothing is learned, or no such threshold can be had.
             DataError: An input cannot be read or is too long.
         """
-        return [answer for _, answer in self.answers(inputs, inference=inference)]
+        return [answer for _, answer in self.answers(inputs, inference=inference, threshold=threshold)]
 
     def answers(
-        self, inputs: Iterable[str | Path | Sequence[Turn] | Picture], *, inference: str | None = None
+        self,
+        inputs: Iterable[str | Path | Sequence[Turn] | Picture],
+        *,
+        inference: str | None = None,
+        threshold: float | str | None = None,
     ) -> Iterator[tuple[str, Prediction]]:
         """As ``predict``, but hand out each input with its answer as they come.
 
         The model is loaded at once, inputs are taken and answered some at a time.
         """
-        answerer = self.answerer(inference=inference)
+        answerer = self.answerer(inference=inference, threshold=threshold)
         given = (str(one) if isinstance(one, Path) else one for one in inputs)
         return answerer.each(list(given) if isinstance(inputs, Sequence) else given)
 
-    def answerer(self, *, inference: str | None = None) -> Answerer:
+    def answerer(self, *, inference: str | None = None, threshold: float | str | None = None) -> Answerer:
         """Load the model and return what answers with it, at the state that this object is at now.
 
+        Args:
+            inference: See ``predict``.
+            threshold: See ``predict``.
+
         Raises:
-            UsageError: Nothing is learned.
+            UsageError: Nothing is learned, or no such threshold can be had.
         """
         from treelora_cli.learning.answering import Answerer
         from treelora_cli.learning.evaluation import blamed
+        from treelora_cli.learning.unknown import wanted
 
+        asked = None if threshold is None else wanted(threshold)
         self._check_learned()
         config = self._config({} if inference is None else {"inference": inference})
         base, chosen = self._loaded(config), str(config.inference)
@@ -428,7 +445,28 @@ class Project:
             with blamed(memory):
                 predictor = base.predictor(memory, chosen)
             self._answerers[chosen] = Answerer(chosen, predictor, memory, self.runtime.reporter)
-        return self._answerers[chosen]
+        found = self._answerers[chosen]
+        return found if asked is None else replace(found, threshold=self._threshold(asked, found))
+
+    def _threshold(self, asked: Wanted, answerer: Answerer) -> Threshold:
+        """Return the threshold in this project's own figures; held-out examples are scored where none are stored."""
+        from treelora_cli.learning.unknown import Threshold, own_share
+
+        if asked.own is None:
+            return Threshold(probability=asked.probability)
+        if getattr(answerer.predictor, "tells_foreign", False):
+            return Threshold()
+        if not getattr(answerer.predictor, "tells_familiarity", False):
+            raise UsageError(
+                f"--threshold auto: answered as {answerer.inference}, nothing says how familiar an input is."
+                " Give a probability, such as --threshold 0.5."
+            )
+        familiar = [value for one in self._stored.answers().values() for value in one.familiar]
+        if not familiar:
+            self.runtime.reporter.note("No familiarity is stored yet: the held-out examples are scored first.")
+            scores = self.evaluate(inference=answerer.inference).scores.values()
+            familiar = [value for one in scores if one.answers is not None for value in one.answers.familiar]
+        return Threshold(familiarity=own_share(familiar, asked.own))
 
     def inference(self, given: str | None = None) -> str:
         """Return how answers are made: as ``given``, else as the project's settings say."""

@@ -374,6 +374,6 @@ def test_one_network_answers_in_float32_whatever_a_project_computes_in(learned_p
     base = open_base(project, project_config(project, Config()), runtime)
     predictor = base.predictor(project.memory(), inference)
     images = torch.randn(4, 3, *base.preprocessing.size, generator=torch.Generator().manual_seed(0))
-    full, _ = predictor.class_scores(images)
+    full, *_ = predictor.class_scores(images)
     runtime.compute_as({"precision": "bf16"})
     assert torch.equal(predictor.class_scores(images)[0], full)

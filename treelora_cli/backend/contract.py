@@ -150,7 +150,12 @@ class BranchSession(Protocol):
 
 
 class Predictor(Protocol):
-    """Answers without being told the task."""
+    """Answers without being told the task.
+
+    For ``predict --threshold auto``, a predictor whose answers say how familiar an input is has a true attribute
+    ``tells_familiarity``; one that itself tells inputs of no task (``task`` is ``None``, ``task_confidence`` is not),
+    ``tells_foreign``.
+    """
 
     def evaluate(self, task: TaskData) -> Score:
         """Score the held-out examples of a task over everything learned so far."""

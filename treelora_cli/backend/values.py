@@ -310,6 +310,8 @@ class Prediction:
         task_confidence: Probability that the input is from the likeliest task, whether that answered or the untouched
             model did; ``None`` where nothing is chosen from.
         task_margin: How far that task is ahead of the next.
+        familiarity: How like what was learned the input is, on a scale of the backend's; ``None`` where it has none.
+        known: False where a threshold was asked for and the input is below it; ``output`` is ``unknown`` then.
     """
 
     output: str
@@ -318,6 +320,8 @@ class Prediction:
     others: tuple[tuple[str, float], ...] = ()
     task_confidence: float | None = None
     task_margin: float | None = None
+    familiarity: float | None = None
+    known: bool = True
 
     @property
     def margin(self) -> float | None:
@@ -334,12 +338,14 @@ class Answers:
         routes: Examples by the task that answered; empty where nothing routes.
         places: Examples whose right answer came first, second, ... among the likeliest, as far as that is known.
         sure: (probability given to the answer, whether it was right) of each example.
+        familiar: ``Prediction.familiarity`` of each example; empty where there is none.
     """
 
     confusion: Mapping[tuple[str, str], int]
     routes: Mapping[str, int]
     places: tuple[int, ...]
     sure: tuple[tuple[float, bool], ...]
+    familiar: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,13 @@ import typer
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, mps or auto (the best there is).")]
 Inference = Annotated[str | None, typer.Option(help="routed, latest or merged.")]
+Threshold = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P|auto[:PERCENT]",
+        help="Say 'unknown' below this probability, or where 95 of 100 own held-out examples are more familiar (auto).",
+    ),
+]
 Weights = Annotated[Path | None, typer.Option(help="Local .safetensors for a model given by name.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the task's data.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]

@@ -32,6 +32,7 @@ def predict(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt of every INPUT; else its task's own.")] = None,
     inference: options.Inference = None,
+    threshold: options.Threshold = None,
     top: Annotated[int, typer.Option(min=1, max=10, help="Name so many of the likeliest answers.")] = 1,
     explain: Annotated[
         bool,
@@ -55,8 +56,9 @@ def predict(
     asked = _asked(given, messages, system)
     tree = project.tree if explain else None
     beside = None if tree is None else leaves(tree, project.tasks)
-    answered = project.answers(asked, inference=inference)
-    _show(session, project.inference(inference), answered, Shape(top, explain, beside), output_format)
+    answered = project.answers(asked, inference=inference, threshold=threshold)
+    shape = Shape(top, explain, beside, known=threshold is not None)
+    _show(session, project.inference(inference), answered, shape, output_format)
 
 
 def _show(
@@ -67,7 +69,10 @@ def _show(
 
     if output_format == "table" or session.output.as_json:
         pairs: Sequence[tuple[str, Prediction]] = list(answered)
-        foreign = sum(one.task is None and one.task_confidence is not None for _, one in pairs)
+        unknown = sum(not one.known for _, one in pairs)
+        foreign = sum(one.known and one.task is None and one.task_confidence is not None for _, one in pairs)
+        if unknown:
+            session.output.note(f"{unknown} of {len(pairs)} inputs are unknown.")
         if foreign:
             told = f"{foreign} of {len(pairs)} inputs belong to no task"
             session.output.note(f"{told}: the untouched model answered them.")

@@ -30,6 +30,7 @@ def serve(
     max_pixels: Annotated[float, typer.Option(min=0.001, max=1000, help="Largest image, in millions of pixels.")] = 50,
     max_queue: Annotated[int, typer.Option(min=1, max=100000, help="Most requests that wait.")] = 256,
     inference: options.Inference = None,
+    threshold: options.Threshold = None,
     device: options.Device = None,
 ) -> None:
     """Answer over HTTP: POST /predict, GET /tasks, GET /healthz. A task that is committed meanwhile is taken in.
@@ -54,7 +55,7 @@ def serve(
         limits = Limits(body, max(16 * body, Limits.bodies), max_items, int(max_pixels * 1e6), max_queue, batch)
 
         def prepare(at: Project) -> Answerer:
-            return prepared(at, inference)
+            return prepared(at, inference, threshold)
 
         allow_many_connections()
         worker = Worker(project, prepare, limits, session.output.note)

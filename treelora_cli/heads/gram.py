@@ -108,6 +108,10 @@ class Gram(ABC):
     def upper(self) -> Tensor:
         """Return a matrix (W, W) with this upper triangle; what is below is not meant."""
 
+    @abstractmethod
+    def block(self, part: slice) -> Tensor:
+        """Return the whole matrix of some rows and the same columns, (n, n)."""
+
     def dense(self) -> Tensor:
         """Return the whole matrix, (W, W)."""
         return symmetric(self.upper())
@@ -125,25 +129,33 @@ class HalfGram(Gram):
             self.width, columns.shape[1], factor, columns, 1.0, self.values.numpy(), uplo="L", overwrite_c=True
         )
 
-    @property
-    def _places(self) -> Tensor:
-        """Return where the diagonal is stored, (W,)."""
+    def _places(self, row: Tensor, column: Tensor) -> Tensor:
+        """Return where entries of the lower triangle (``row >= column``) are stored."""
         columns = (self.width + 1) // 2
         even = 1 - self.width % 2
+        second = column >= columns
+        across = torch.where(second, row - columns + 1 - even, column)
+        down = torch.where(second, column - columns, row + even)
+        return down + across * (self.width + even)
+
+    @property
+    def _diagonal(self) -> Tensor:
         index = torch.arange(self.width)
-        second = index >= columns
-        within = index - columns
-        row = torch.where(second, within, index + even)
-        column = torch.where(second, within + 1 - even, index)
-        return row + column * (self.width + even)
+        return self._places(index, index)
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, (W,)."""
-        return self.values[self._places]
+        return self.values[self._diagonal]
 
     def add_diagonal_(self, amount: float) -> None:
         """Add a multiple of the identity in place."""
-        self.values[self._places] += amount
+        self.values[self._diagonal] += amount
+
+    def block(self, part: slice) -> Tensor:
+        """Return the whole matrix of some rows and the same columns, (n, n)."""
+        index = torch.arange(self.width)[part]
+        row, column = torch.meshgrid(index, index, indexing="ij")
+        return self.values[self._places(torch.maximum(row, column), torch.minimum(row, column))]
 
     def solve_(self, right: Tensor) -> Tensor:
         """Solve ``A x = right`` (W, K) in place; see ``Gram.solve_``."""
@@ -183,6 +195,10 @@ class FullGram(Gram):
     def add_diagonal_(self, amount: float) -> None:
         """Add a multiple of the identity in place."""
         self.values.diagonal().add_(amount)
+
+    def block(self, part: slice) -> Tensor:
+        """Return the whole matrix of some rows and the same columns, (n, n)."""
+        return symmetric(self.values[part, part])
 
     def solve_(self, right: Tensor) -> Tensor:
         """Solve ``A x = right`` (W, K); see ``Gram.solve_``."""

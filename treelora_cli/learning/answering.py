@@ -12,6 +12,7 @@ from treelora_cli.backend.runtime import Reporter
 from treelora_cli.backend.values import Memory, Picture, Prediction, Turn
 from treelora_cli.errors import DataError
 from treelora_cli.learning.evaluation import blamed
+from treelora_cli.learning.unknown import Threshold
 
 Input = str | Sequence[Turn] | Picture
 """A path, a prompt, a chat, or an image that is no file."""
@@ -28,12 +29,14 @@ class Answerer:
         predictor: The backend's.
         memory: What it computes with.
         reporter: Shows progress.
+        threshold: Says which answers are ``unknown`` instead; none are when ``None``.
     """
 
     inference: str
     predictor: Predictor
     memory: Memory
     reporter: Reporter
+    threshold: Threshold | None = None
 
     def __call__(self, inputs: Sequence[Input]) -> list[Prediction]:
         """Answer inputs at once.
@@ -42,7 +45,8 @@ class Answerer:
             DataError: One cannot be read.
         """
         with _files_named(), blamed(self.memory):
-            return self.predictor.predict(inputs)
+            answers = self.predictor.predict(inputs)
+        return answers if self.threshold is None else [self.threshold(one) for one in answers]
 
     def each(self, inputs: Iterable[Input]) -> Iterator[tuple[str, Prediction]]:
         """Yield each input, of a chat its last turn, with its answer; a progress bar shows where their number is known.

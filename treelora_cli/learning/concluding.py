@@ -68,7 +68,9 @@ def _counted(scores: Mapping[str, Score]) -> dict[str, TaskAnswers]:
     """Return the counts as a project keeps them; of free answers only who gave them."""
     known = {name: one for name, one in scores.items() if one.answers is not None or one.routes}
     return {
-        name: TaskAnswers({} if one.answers is None else one.answers.confusion, one.routes)
+        name: TaskAnswers({}, one.routes)
+        if one.answers is None
+        else TaskAnswers(one.answers.confusion, one.routes, one.answers.familiar)
         for name, one in known.items()
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from treelora_cli.errors import DamagedError, UsageError
 
 ANSWERS = "metrics/answers.json"
 """The file's name in a project."""
+_SPREAD = 200
+"""Familiarities kept of a task."""
 _KEPT = 10
 """Given answers kept for each right one, the most frequent."""
 
@@ -25,21 +28,25 @@ class TaskAnswers:
     Attributes:
         confusion: Examples by (right answer, given answer).
         routes: Examples by the task that answered.
+        familiar: How familiar examples were, in order; empty where the backend does not say, and in older projects.
     """
 
     confusion: Counts
     routes: Mapping[str, int]
+    familiar: tuple[float, ...] = ()
 
 
 def answers_document(answers: Mapping[str, TaskAnswers]) -> dict[str, Any]:
     """Return what the file holds: of each right answer the most frequent given ones."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for task, one in answers.items():
         by_right: dict[str, list[tuple[int, str]]] = {}
         for (right, given), count in one.confusion.items():
             by_right.setdefault(right, []).append((-count, given))
         kept = [[right, given, -n] for right, pairs in by_right.items() for n, given in sorted(pairs)[:_KEPT]]
         found[task] = {"confusion": kept, "routes": sorted(([*pair] for pair in one.routes.items()), key=str)}
+        if one.familiar:
+            found[task]["familiar"] = [float(f"{value:.6g}") for value in _spread(sorted(one.familiar))]
     return {"tasks": found}
 
 
@@ -53,10 +60,24 @@ def parse_answers(data: bytes) -> dict[str, TaskAnswers]:
         found = {}
         for task, one in json.loads(data)["tasks"].items():
             confusion = {(_text(right), _text(given)): _count(n) for right, given, n in one["confusion"]}
-            found[task] = TaskAnswers(confusion, {_text(name): _count(n) for name, n in one["routes"]})
+            routes = {_text(name): _count(n) for name, n in one["routes"]}
+            found[task] = TaskAnswers(confusion, routes, tuple(map(_finite, one.get("familiar", ()))))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{ANSWERS} is malformed ({type(error).__name__}). Run treelora doctor.") from error
     return found
+
+
+def _spread(values: Sequence[float]) -> Sequence[float]:
+    """Return some of the values, as many from each part of their range."""
+    if len(values) <= _SPREAD:
+        return values
+    return [values[(2 * place + 1) * len(values) // (2 * _SPREAD)] for place in range(_SPREAD)]
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError("number expected")
+    return float(value)
 
 
 def _text(value: Any) -> str:

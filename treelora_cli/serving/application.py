@@ -67,15 +67,16 @@ class Service:
         started = perf_counter()
         images = self.worker.serving.project.takes_images
         kind = kind_of(request.headers, images=images)
-        shape = Shape(_top(request))
+        top = _top(request)
         self.worker.check_room()
         async with self._body(request) as body:
             inputs = await inputs_of(kind, request.headers, body, self.limits, images=images)
             done = await _answered(request, self.worker.submit(inputs))
-        records = [shape.record(shown(one), answer) for one, answer in zip(inputs, done.predictions, strict=True)]
-        self.log(f"POST /predict: {len(inputs)} in {1000 * (perf_counter() - started):.0f} ms")
         project, answerer = done.serving.project, done.serving.answerer
         assert answerer is not None
+        shape = Shape(top, known=answerer.threshold is not None)
+        records = [shape.record(shown(one), answer) for one, answer in zip(inputs, done.predictions, strict=True)]
+        self.log(f"POST /predict: {len(inputs)} in {1000 * (perf_counter() - started):.0f} ms")
         return _line({"commit": project.digest[:12], "inference": answerer.inference, "predictions": records})
 
     async def health(self, _request: Request) -> Response:

@@ -203,13 +203,13 @@ class Worker:
             self.problem = str(error)
 
 
-def prepared(project: Project, inference: str | None) -> Answerer:
+def prepared(project: Project, inference: str | None, threshold: str | None = None) -> Answerer:
     """Return what answers with a project, after all that it needs was read and found whole.
 
     Raises:
         TreeLoraError: Nothing is learned, or a file is damaged.
     """
-    answerer = project.answerer(inference=inference)
+    answerer = project.answerer(inference=inference, threshold=threshold)
     read_through(answerer.memory)
     return answerer
 

@@ -28,11 +28,13 @@ class Shape:
         top: Answers named, the chosen one included.
         explain: Also show how sure the choice is and where in the tree the task stands.
         beside: Tasks in the same leaf of the tree, by task; asked for by ``explain``.
+        known: Also say, in JSON, whether an input is known: there is a threshold.
     """
 
     top: int = 1
     explain: bool = False
     beside: dict[str, list[str]] | None = None
+    known: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -51,6 +53,8 @@ class Shape:
         }
         if answer.task_confidence is not None:
             found |= {"task_confidence": answer.task_confidence, "task_margin": answer.task_margin}
+        if self.known:
+            found["known"] = answer.known
         if self.top > 1:
             others = answer.others[: self.top - 1]
             found["others"] = [{"output": output, "confidence": sure} for output, sure in others]

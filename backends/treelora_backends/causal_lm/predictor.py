@@ -66,6 +66,12 @@ class LmPredictor:
         self._given: list[tuple[str, str, float | None, str | None, dict[str, float]]] = []
         self.answerer = Answerer(base.lm, base.encoder, base.runtime, base.known_answers)
 
+    @property
+    def tells_foreign(self) -> bool:
+        """Whether an input that is of no task is told."""
+        routed = self.inference == "routed" and self._choose is None and len(self.memory.tasks) > 1
+        return routed and TaskRouter.thresholds(self.memory) is not None
+
     # -- which adapter --------------------------------------------------------------------------------
 
     @cached_property

@@ -32,6 +32,7 @@ from treelora_cli.backend.values import Answers, Memory, Picture, Prediction, Sc
 from treelora_cli.data.names import label_key
 from treelora_cli.data.paths import existing
 from treelora_cli.errors import DataError, UsageError
+from treelora_cli.heads.familiarity import Familiarity
 from treelora_cli.heads.ridge import LinearHead
 
 if TYPE_CHECKING:
@@ -75,19 +76,20 @@ class VitPredictor:
         """Score the held-out images of a task over all classes."""
         position = {label_key(name): index for index, name in enumerate(self.names)}
         truth = torch.tensor([position.get(label_key(label), -1) for label in task.labels], device=self.device)
-        rows = [torch.zeros(0, 5, device=self.device)]
+        rows = [torch.zeros(0, 6, device=self.device)]
         for pixels, labels in self._shares(task.test):
-            scores, asked = self.class_scores(self.base.preprocessing.normalise(pixels))
+            scores, asked, familiar = self.class_scores(self.base.preprocessing.normalise(pixels))
             confidence, best = scores.softmax(dim=1).max(dim=1)
             right = truth[labels]
             above = scores > scores.gather(1, right.clamp(min=0)[:, None])
             place = torch.where(right < 0, len(self.names), above.sum(dim=1))
             routed = torch.full_like(best, -1) if asked is None else asked
-            rows.append(torch.stack([labels, best, routed, place, confidence], dim=1))
+            familiar = torch.full_like(confidence, torch.nan) if familiar is None else familiar
+            rows.append(torch.stack([labels, best, routed, place, confidence, familiar], dim=1))
         return self._score(task, self.base.runtime.gather_rows(torch.cat(rows)).cpu())
 
     def _score(self, task: ImageTask, rows: Tensor) -> Score:
-        """Count rows of (label in the task, class answered, task asked, place of the right class, confidence)."""
+        """Count rows of (label, class answered, task asked, place of the right class, confidence, familiarity)."""
         labels, best, asked, place = rows[:, :4].long().T.tolist() if len(rows) else ([], [], [], [])
         given = [self.names[one] for one in best]
         right = [
@@ -102,6 +104,7 @@ class VitPredictor:
             routes=Counter(self.memory.tasks[one].name for one in asked if one >= 0),
             places=tuple(sum(one == rank for one in place) for rank in range(OTHERS + 1)),
             sure=tuple(zip(rows[:, 4].tolist(), right, strict=True)),
+            familiar=tuple(rows[:, 5].tolist()) if self.tells_familiarity else (),
         )
         return Score(sum(right) / max(1, len(rows)), len(rows), routed, answers)
 
@@ -135,20 +138,21 @@ class VitPredictor:
             chunk = [one if isinstance(one, Picture) else _read(one) for one in given[start : start + count]]
             pixels = [self.base.preprocessing.to_pixels(one.data, one.name) for one in chunk]
             images = torch.stack([torch.from_numpy(picture) for picture in pixels]).to(self.device)
-            scores, asked = self.class_scores(self.base.preprocessing.normalise(images))
+            scores, asked, familiar = self.class_scores(self.base.preprocessing.normalise(images))
             likely = scores.softmax(dim=1).topk(min(OTHERS + 1, len(self.names)), dim=1)
             for row in range(len(chunk)):
                 task = None if asked is None else self.memory.tasks[int(asked[row])].name
                 classes = [self.names[index] for index in likely.indices[row].tolist()]
                 (best, sure), *others = zip(classes, likely.values[row].tolist(), strict=True)
-                answers.append(Prediction(best, task, sure, tuple(others)))
+                like = None if familiar is None else float(familiar[row])
+                answers.append(Prediction(best, task, sure, tuple(others), familiarity=like))
         return answers
 
     @torch.no_grad()
-    def class_scores(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return log-scores over class names (B, classes), and the likeliest task (B,) where one is routed to."""
+    def class_scores(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return log-scores over class names (B, classes), and where routed the likeliest task and familiarity (B,)."""
         if self.inference != "routed":  # as stock timm computes it; solved blocks lose their answers in bf16
-            return self.single(images).float(), None
+            return self.single(images).float(), None, None
         return self._routed(images)
 
     @cached_property
@@ -158,16 +162,22 @@ class VitPredictor:
 
     # -- routed ---------------------------------------------------------------------------------------
 
+    @property
+    def tells_familiarity(self) -> bool:
+        """Whether answers say how familiar an image is."""
+        return self.inference == "routed"
+
     @cached_property
-    def _anchor(self) -> tuple[HeadFeatures, LinearHead]:
+    def _anchor(self) -> tuple[HeadFeatures, Familiarity, LinearHead]:
         head = SharedHead.restore(self.memory.shared(), self.base.trunk, self.base.config, self.base.runtime)
         assert head.features is not None
-        return head.features, head.solve_(self.memory)
+        return head.features, head.familiarity(self.memory), head.solve_(self.memory)
 
-    def _routed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _routed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with adapters.base_only(self.base.network):
-            plain, scores = self._anchor_scores(images)
-            other, mirrored = self._anchor_scores(images.flip(-1))
+            plain, scores, phi = self._anchor_scores(images)
+            other, mirrored, phi_mirrored = self._anchor_scores(images.flip(-1))
+        familiar = self._anchor[1]((phi + phi_mirrored) / 2)
         log_columns = (ANCHOR_SHARPNESS * (scores + mirrored) / 2).log_softmax(dim=1)  # (B, K)
         if self._branches is not None:
             by_branch = self._by_group(log_columns, self._branches.group_of, len(self._branches.names))
@@ -177,7 +187,7 @@ class VitPredictor:
         for task in self._with_own_adapter.intersection(asked.unique().tolist()):
             rows = (asked == task).any(dim=1).nonzero().squeeze(1)
             self._ask_adapter(int(task), rows, plain.cut, log_columns, log_tasks)
-        return self._by_group(log_columns, self.class_of, len(self.names)), asked[:, 0]
+        return self._by_group(log_columns, self.class_of, len(self.names)), asked[:, 0], familiar
 
     @cached_property
     def _with_own_adapter(self) -> set[int]:
@@ -190,13 +200,14 @@ class VitPredictor:
             return None
         return BranchAnswers(self.base, self.memory, self.task_of)
 
-    def _anchor_scores(self, images: Tensor) -> tuple[Seen, Tensor]:
-        """Return what the frozen network sees and the anchor's scores of one view, (B, K)."""
-        features, solved = self._anchor
+    def _anchor_scores(self, images: Tensor) -> tuple[Seen, Tensor, Tensor]:
+        """Return what the frozen network sees of one view, the anchor's scores (B, K), and its last features (B, C)."""
+        features, _, solved = self._anchor
         with self.base.runtime.autocast():
             cut = self.base.trunk.before(images)
             seen = self.base.trunk.after(cut)
-        return Seen(cut, seen.layered), solved(features(seen))
+        phi = features(seen)
+        return Seen(cut, seen.layered), solved(phi), phi[:, features.last]
 
     def _ask_adapter(self, task: int, rows: Tensor, cut: Entering, log_columns: Tensor, log_tasks: Tensor) -> None:
         """Multiply the adapter's opinion into the task's columns of the given rows, in place."""

@@ -19,6 +19,7 @@ from treelora_cli.backend.runtime import Runtime
 from treelora_cli.backend.values import Memory
 from treelora_cli.config import Config
 from treelora_cli.data.names import label_key
+from treelora_cli.heads.familiarity import Familiarity
 from treelora_cli.heads.gram import Gram
 from treelora_cli.heads.ridge import FeatureMap, LinearHead, RidgeStatistics, Tensors, ridge_share
 
@@ -67,16 +68,24 @@ class HeadFeatures:
     Attributes:
         plain: Standardises; draws the random features where ``solved`` is ``None``.
         solved: Random features of the class token.
+        size: Width C of the network.
     """
 
-    def __init__(self, plain: FeatureMap, solved: SolvedFeatures | None) -> None:
+    def __init__(self, plain: FeatureMap, solved: SolvedFeatures | None, size: int) -> None:
         self.plain = plain
         self.solved = solved
+        self.size = size
 
     @property
     def width(self) -> int:
         """W."""
         return self.plain.width + (0 if self.solved is None else self.solved.projection.shape[0])
+
+    @property
+    def last(self) -> slice:
+        """Where in phi the last of the standardised features lie: of most models the class token's, C of them."""
+        end = self.plain.mean.shape[0]
+        return slice(max(0, end - self.size), end)
 
     def __call__(self, features: Features) -> Tensor:
         """Return phi, (n, W)."""
@@ -121,7 +130,7 @@ class SharedHead:
             if head.carries_blocks:
                 solved = SolvedFeatures.restore(tensors, trunk, head.random, head.seed)
             plain = FeatureMap.from_tensors(tensors, head._drawn, head.seed, head.device)
-            head.features = HeadFeatures(plain, solved)
+            head.features = HeadFeatures(plain, solved, trunk.width)
             head.gram = Gram.read(tensors, "anchor", head.features.width, head.device)
         return head
 
@@ -175,7 +184,7 @@ class SharedHead:
         if self.carries_blocks:
             seen = self.runtime.concatenate(tokens[: self.runtime.smallest(len(tokens))])
             solved = SolvedFeatures.fit(seen, self.trunk, self.random, self.seed)
-        self.features = HeadFeatures(plain, solved)
+        self.features = HeadFeatures(plain, solved, self.trunk.width)
         self._begin_sums()
         for one, labels in self._waiting:
             self._count(one, labels)
@@ -198,6 +207,12 @@ class SharedHead:
         sums = torch.cat([task.tensors()["anchor.sums"] for task in memory.tasks]).to(self.device)
         counts = torch.cat([task.tensors()["anchor.counts"] for task in memory.tasks]).to(self.device)
         return RidgeStatistics(self.gram, sums, counts)
+
+    def familiarity(self, memory: Memory) -> Familiarity:
+        """Return what tells images of no learned kind; asked before ``solve_``."""
+        assert self.features is not None
+        statistics, last = self._statistics(memory), self.features.last
+        return Familiarity.of_sums(statistics.gram.block(last), statistics.sums[:, last], statistics.counts)
 
     def solve_(self, memory: Memory) -> LinearHead:
         """Solve for the columns of every task in ``memory``; uses up the Gram matrix."""
