@@ -1,9 +1,9 @@
 """A load on ``treelora serve`` over loopback: rate, p50, p99 and errors, while another task is committed.
 
-    python tests/benchmarks/serve_load.py PROJECT IMAGES --requests 2000 --clients 8 --train DATA
+    python tests/benchmarks/serve_load.py PROJECT IMAGES --requests 2000 --clients 8 --train DATA [OPTION...]
 
-``PROJECT`` is copied, ``IMAGES`` a folder of images to ask with, ``DATA`` the task that is learned meanwhile. The clients
-are threads of this process, each with one connection that is kept; one image a request.
+``PROJECT`` is copied, ``IMAGES`` a folder of images to ask with, ``DATA`` the task that is learned meanwhile, with its
+options. The clients are threads of this process, each with one connection that is kept; one image a request.
 """
 
 from __future__ import annotations
