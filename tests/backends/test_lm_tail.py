@@ -119,7 +119,7 @@ def test_training_and_probing_use_the_tail_that_is_set(models, tail, tmp_path):
     session = base.session(base.read_task(DataRequest(tmp_path / "t.jsonl")), Memory((), dict), base.config)
     asked = []
     plain = base.lm.loss
-    base.lm.loss = lambda labelled, tail=0, entering=None: asked.append(tail) or plain(labelled, tail, entering)
+    base.lm.loss = lambda labelled, tail=0, *more: asked.append(tail) or plain(labelled, tail, *more)
     session.prepare()
     session.loss([0, 1])
     next(iter(session.probe_losses(1)))

@@ -18,6 +18,7 @@ COMMANDS = (
     "inspect-tree",
     "export",
     "predict",
+    "serve",
     "status",
     "report",
     "settings",

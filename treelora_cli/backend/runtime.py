@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-import torch
-
 from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:

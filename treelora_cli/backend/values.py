@@ -335,14 +335,12 @@ class Answers:
 
     Attributes:
         confusion: Examples by (right answer, given answer).
-        routes: Examples by the task that answered; empty where nothing routes.
         places: Examples whose right answer came first, second, ... among the likeliest, as far as that is known.
         sure: (probability given to the answer, whether it was right) of each example.
         familiar: ``Prediction.familiarity`` of each example; empty where there is none.
     """
 
     confusion: Mapping[tuple[str, str], int]
-    routes: Mapping[str, int]
     places: tuple[int, ...]
     sure: tuple[tuple[float, bool], ...]
     familiar: tuple[float, ...] = ()

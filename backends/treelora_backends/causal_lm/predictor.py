@@ -279,7 +279,6 @@ def _counted(given: Sequence[tuple[str, str, float | None, str | None, dict[str,
     """Count what was answered to all processes' examples."""
     return Answers(
         confusion=Counter((right, text) for right, text, *_ in given),
-        routes=Counter(name for _, _, _, name, _ in given if name is not None),
         places=(sum(exact_match(text, right) == 1 for right, text, *_ in given),),
         sure=tuple((sure, exact_match(text, right) == 1) for right, text, sure, *_ in given if sure is not None),
     )

@@ -101,12 +101,12 @@ class VitPredictor:
             routed = sum(one in holders for one in asked) / max(1, len(rows))
         answers = Answers(
             confusion=Counter(zip((task.labels[label] for label in labels), given, strict=True)),
-            routes=Counter(self.memory.tasks[one].name for one in asked if one >= 0),
             places=tuple(sum(one == rank for one in place) for rank in range(OTHERS + 1)),
             sure=tuple(zip(rows[:, 4].tolist(), right, strict=True)),
             familiar=tuple(rows[:, 5].tolist()) if self.tells_familiarity else (),
         )
-        return Score(sum(right) / max(1, len(rows)), len(rows), routed, answers)
+        routes = Counter(self.memory.tasks[one].name for one in asked if one >= 0)
+        return Score(sum(right) / max(1, len(rows)), len(rows), routed, answers, routes=routes)
 
     def _tasks_with(self, labels: Sequence[str]) -> Tensor:
         """Indices of the tasks that hold one of these classes: any of them is a right route."""
