@@ -44,6 +44,8 @@ FAMILIES = {
     "relative positions, no class token": "vit_relpos_small_patch16_224",
 }
 ALL = pytest.mark.parametrize("family", FAMILIES)
+_QUICK = ("ViT with a class token", "EVA-02 with rope, split q/k/v", "SigLIP, pooled by attention")
+"""Families that the default tests take through a whole stream; the slow tests take all."""
 
 
 @cache
@@ -202,7 +204,9 @@ def test_a_layer_that_adapters_cannot_reach_is_refused(family: str, stored: Path
 # -- a stream on each family ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [one if one in _QUICK else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
+)
 def test_two_tasks_and_both_exports_under_stock_code(
     cli: Cli, family: str, stored: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -237,7 +237,7 @@ def test_texts_of_every_kind_are_answered_as_the_project_answers_them(cli: Cli, 
     assert set(done["scores"]) == {"moods", "chats", "colours"}, "free text is scored token by token, elsewhere"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_labels_by_likelihood_and_chats_without_a_template(cli: Cli, tmp_path: Path, family: str) -> None:
     model = save_model(tmp_path / "model", family, None, depth=4)
     root = text_project(tmp_path / "p", model, tmp_path, "--set", "head.closed=likelihood")

@@ -203,7 +203,8 @@ def test_the_packages_are_there() -> None:
     check_installed()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_process_with_0(learned_project: Path, number: signal.Signals) -> None:
     command = [
         sys.executable,
