@@ -7,6 +7,8 @@ Source: the relative Mahalanobis distance (Ren et al., 2021, arXiv:2106.09022), 
 Measured on frozen class tokens of the ViT-S of ``recipes/datasets9.yaml``, at the threshold that 5 % of own held-out
 images fall below: of foreign images 62 % are unknown after caltech1 and hands, 94 % after sketches and traffic1, 52 %
 after cifar1 and cifar2, 78 % after seven tasks; by the probability of the shared head's answer 23, 41, 8 and 25 %.
+The statistic was chosen on these streams. On the embedded ViT, after two CIFAR tasks of 20 images a class, ``predict
+--threshold auto`` finds 20 of 108 foreign images and 7 of 100 of its own unknown.
 """
 
 from __future__ import annotations
