@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,21 @@ def _learned_project(tmp_path_factory: pytest.TempPathFactory, _empty_project: P
     for name, _ in STREAM:
         must("-C", root, "train-task", data / name, "--device", "cpu", "--precision", "fp32")
     return root
+
+
+@pytest.fixture(scope="module")
+def served(_learned_project: Path) -> Iterator[Any]:
+    """A server on the learned project, one for each test file."""
+    from serving_client import serving
+
+    with serving(_learned_project) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def images(data: Path) -> list[Path]:
+    """Four held-out images of each class of the stream."""
+    return sorted(data.glob("*/test/*/0[0-3].png"))
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_vit
 import torch
-from conftest import MODEL, MODEL_ARGS, STREAM, plain_runtime
+from conftest import STREAM
 from torch import Tensor
-from treelora_backends.vit.backend import VitBackend, VitBase
+from treelora_backends.vit.backend import VitBase
 from treelora_backends.vit.contenders.heads import AlignedContender, LinearContender, MeanContender, RidgeContender
 from treelora_backends.vit.contenders.heads import RoutedContender as Routed
 from treelora_backends.vit.contenders.plain import ClassTable, PlainSession, features_of
@@ -20,7 +21,7 @@ from treelora_cli.backend import adapters
 from treelora_cli.backend.contract import ContenderModel
 from treelora_cli.backend.values import DataRequest, Memory
 from treelora_cli.compare.worker import Contest
-from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig, resolve
+from treelora_cli.config import Config, TrainConfig, resolve
 from treelora_cli.heads.ridge import LinearHead
 from treelora_cli.learning.stream import PlannedTask
 from treelora_cli.methods.catalogue import load_method
@@ -30,14 +31,7 @@ WIDTH = 48
 
 
 def load_vit(weights: Path, **train: Any) -> tuple[VitBase, Config]:
-    flags = Config(
-        base=BaseConfig(model=MODEL, weights=str(weights), model_args=MODEL_ARGS),
-        adapter=AdapterConfig(rank=2, alpha=4.0, blocks=0),
-        train=TrainConfig(**{"epochs": 2, "batch_size": 8, "lr": 0.01, "precision": "fp32", **train}),
-    )
-    backend = VitBackend()
-    config = resolve(flags, Config(), backend.defaults())
-    return backend.load(config, plain_runtime()), config
+    return tiny_vit.load_vit(weights, **{"epochs": 2, "batch_size": 8, "lr": 0.01, **train})
 
 
 def planned(data: Path, *names: str) -> list[PlannedTask]:

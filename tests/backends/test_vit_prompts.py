@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import timm
+import tiny_vit
 import torch
-from conftest import MODEL, MODEL_ARGS, plain_runtime
+from conftest import MODEL, MODEL_ARGS
 from safetensors.torch import save_file
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
-from treelora_backends.vit.backend import VitBackend, VitBase
+from treelora_backends.vit.backend import VitBase
 from treelora_backends.vit.contenders.heads import PromptContender, make_contender
 from treelora_backends.vit.contenders.plain import PlainSession
 from treelora_backends.vit.contenders.prompts import (
@@ -28,7 +29,7 @@ from treelora_backends.vit.images import ImageTask, Pictures
 
 from treelora_cli.backend import adapters
 from treelora_cli.compare.worker import Contest
-from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig, resolve
+from treelora_cli.config import Config
 from treelora_cli.errors import ModelError
 from treelora_cli.methods.catalogue import load_method
 
@@ -57,14 +58,7 @@ def strong(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(weights: Path, **train: Any) -> tuple[VitBase, Config]:
-    flags = Config(
-        base=BaseConfig(model=MODEL, weights=str(weights), model_args=MODEL_ARGS),
-        adapter=AdapterConfig(rank=2, alpha=4.0, blocks=0),
-        train=TrainConfig(**{"epochs": 20, "batch_size": 16, "lr": 0.02, "precision": "fp32", **train}),
-    )
-    backend = VitBackend()
-    config = resolve(flags, Config(), backend.defaults())
-    return backend.load(config, plain_runtime()), config
+    return tiny_vit.load_vit(weights, **{"epochs": 20, "batch_size": 16, "lr": 0.02, **train})
 
 
 def prompts_of(base: VitBase, method: str, seed: int = 0) -> PromptedVit:

@@ -21,17 +21,6 @@ from treelora_cli.project import Project as Stored
 from treelora_cli.serving.server import bound, hosts_of
 
 
-@pytest.fixture(scope="module")
-def served(_learned_project: Path) -> Iterator[Server]:
-    with serving(_learned_project) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def images(data: Path) -> list[Path]:
-    return sorted(data.glob("*/test/*/0[0-3].png"))
-
-
 def form(parts: list[tuple[str, bytes]], *, field: str = "image") -> tuple[bytes, dict[str, str]]:
     body = b"".join(
         f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n\r\n'.encode() + data + b"\r\n"

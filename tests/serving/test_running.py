@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +20,6 @@ from serving_client import GOOD, HEAD, SMALL, Server, serving
 
 from treelora_cli.project import Project as Stored
 from treelora_cli.serving.server import bound, check_installed
-
-
-@pytest.fixture(scope="module")
-def served(_learned_project: Path) -> Iterator[Server]:
-    with serving(_learned_project) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def images(data: Path) -> list[Path]:
-    return sorted(data.glob("*/test/*/0[0-3].png"))
-
 
 # -- crowds ------------------------------------------------------------------------------------------
 
