@@ -125,6 +125,7 @@ def _show(
 
     inference, standing, scores, held_out = found.inference, found.standing, found.scores, found.held_out
     untouched = inference == BASE
+    scored = [one for one in sets if one.name in found.watch]
     document = {
         "inference": inference,
         "op": standing.overall(),
@@ -142,14 +143,13 @@ def _show(
         },
         "changed_data": {one.name: one.changed for one in held_out if one.changed},
         "not_scored": {one.name: one.problem for one in held_out if one.data is None},
-        "watch": {one.name: _watch_facts(one, found.watch[one.name]) for one in sets if one.name in found.watch},
+        "watch": {one.name: _watch_facts(one, found.watch[one.name]) for one in scored},
         **detail[0],
     }
     routed = {name: score.routed for name, score in scores.items()}
     shown = [untouched_table(standing)] if untouched else [standing_table(standing, routed), FORMULAS]
     lines = [*beside_lines(scores), *route_lines(scores)]
-    fresh = [one.after("", found.watch[one.name].value) for one in sets if one.name in found.watch]
-    watch = [watch_table(fresh)] if fresh else []
+    watch = [watch_table([one.after("", found.watch[one.name].value) for one in scored])] if scored else []
     session.output.result(document, f"Inference: {inference}", *shown, *lines, *watch, *detail[1])
 
 

@@ -22,7 +22,8 @@ def status(context: typer.Context) -> None:
     session = session_of(context)
     project = session.project()
     state, matrix = project.state, project.matrix()
-    tasks = _tasks(project, matrix.standing())
+    standing = matrix.standing()
+    tasks = _tasks(project, standing)
     interrupted, resumable = _interrupted(project)
     waiting = project.pending.of(state)
     document = {
@@ -43,7 +44,7 @@ def status(context: typer.Context) -> None:
     }
     table = _table(f"{project.root}: {state.backend} on {state.base['resolved']['model']}", tasks)
     if tasks:
-        table.caption = summary(matrix.standing())
+        table.caption = summary(standing)
     session.output.result(
         document, table, *_lines(document), f"On disk: {_size(document)}. Next: {_next_step(document)}"
     )

@@ -66,7 +66,7 @@ def watch_table(outcomes: Sequence[Outcome]) -> Table | None:
 
 
 def _last(watch: Mapping[str, Any] | None) -> float | None:
-    return next(reversed(list((watch or {"scores": {}})["scores"].values())), None)
+    return next(reversed(watch["scores"].values()), None) if watch else None
 
 
 def _cell(figure: Figure | None, show: Callable[[float], str], ratio: str) -> str:
