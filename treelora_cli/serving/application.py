@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -28,13 +27,6 @@ from treelora_cli.views.predictions import Shape
 _MOST_NAMED = 10
 
 
-@dataclass
-class _Bodies:
-    """Bytes of bodies that are in memory."""
-
-    held: int = 0
-
-
 class Service:
     """Answers requests with a worker.
 
@@ -48,7 +40,7 @@ class Service:
         self.worker = worker
         self.limits = limits
         self.log = log
-        self._bodies = _Bodies()
+        self._held = 0  # bytes of all bodies in memory
 
     def application(self, hosts: Collection[str] | None) -> ASGIApp:
         """Return the application; ``hosts`` are the names it answers to, all when ``None``."""
@@ -116,17 +108,17 @@ class Service:
             with fail_after(self.limits.seconds):
                 async for part in request.stream():
                     held += len(part)
-                    self._bodies.held += len(part)
+                    self._held += len(part)
                     if held > self.limits.body:
                         raise self._too_large()
-                    if self._bodies.held > self.limits.bodies:
+                    if self._held > self.limits.bodies:
                         raise Refusal(429, "Too many large requests at once. Try again later.")
                     parts += part
             yield bytes(parts)
         except TimeoutError as error:
             raise Refusal(408, f"The body did not arrive within {self.limits.seconds:g} seconds.") from error
         finally:
-            self._bodies.held -= held
+            self._held -= held
 
     def _too_large(self) -> Refusal:
         return Refusal(413, f"The body is larger than {self.limits.body:,} bytes. Send less at once.")

@@ -58,8 +58,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 def address_of(bound_to: socket.socket, host: str) -> str:
     """Return the URL under which the socket answers."""
-    named = f"[{host}]" if ":" in host else host
-    return f"http://{named}:{bound_to.getsockname()[1]}"
+    return f"http://{_in_url(host)}:{bound_to.getsockname()[1]}"
 
 
 def hosts_of(bound_to: socket.socket, host: str, more: list[str]) -> set[str] | None:
@@ -67,7 +66,12 @@ def hosts_of(bound_to: socket.socket, host: str, more: list[str]) -> set[str] | 
     loopback = ipaddress.ip_address(bound_to.getsockname()[0]).is_loopback
     if not (loopback or more):
         return None
-    return {*LOOPBACK, f"[{host}]" if ":" in host else host, *more}
+    return {*LOOPBACK, _in_url(host), *more}
+
+
+def _in_url(host: str) -> str:
+    """Return a host as URLs and Host headers have it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def server_for(application: ASGIApp) -> uvicorn.Server:

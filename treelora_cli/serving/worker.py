@@ -43,9 +43,8 @@ class Serving:
         """Read everything that answers at a project's commit need."""
         if not project.tasks:
             return cls(project, None, ())
-        rows = project.matrix.rows
-        scores = dict(zip(project.tasks, rows[-1], strict=False)) if rows else {}
-        return cls(project, prepare(project), tuple(scores.get(name) for name in project.tasks))
+        scores = project.matrix.standing().now
+        return cls(project, prepare(project), scores)
 
 
 @dataclass(frozen=True)
