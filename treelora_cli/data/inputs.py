@@ -8,11 +8,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from treelora_cli.data.files import decode, lines_of
 from treelora_cli.data.layout import Passed, scan
-from treelora_cli.data.paths import existing, expanded, is_address, is_pattern, named_file
+from treelora_cli.data.paths import existing, expanded, is_address, is_pattern, named_file, without_scheme
 from treelora_cli.data.pixels import is_image, looks_like_image
 from treelora_cli.data.records import prompt_of
 from treelora_cli.data.tables import TEXT_SUFFIXES, Row, check_text, column_called, is_table, read_table, table_suffix
@@ -52,7 +51,7 @@ def _images(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
         return
     if is_address(one):
         raise DataError(f"{one} is an address; predict reads local files. Download it first.")
-    one = unquote(one.removeprefix("file://")) if one.startswith("file://") else one
+    one = without_scheme(one)
     for path in expanded(Path(one)) if is_pattern(one) else [Path(one)]:
         existing(path)
         if path.is_dir():
@@ -83,9 +82,9 @@ def text_inputs(inputs: Sequence[str], standard_input: Callable[[], bytes]) -> l
 
 def _texts(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
     if one == STANDARD_INPUT:
-        data = standard_input()
-        text = decode(data, Path("standard input"), [], western=True)
-        yield from (found for found, _ in _prompts_of_lines(data)) if _is_jsonl(text) else [text.strip()]
+        text = decode(standard_input(), Path("standard input"), [], western=True)
+        records = _records_in(text)
+        yield from map(_prompt_of, records) if records else [text.strip()]
         return
     named = _named_texts(one)
     if not named:
@@ -122,14 +121,6 @@ def _prompt_of(row: Row) -> str:
     return prompt_of(row) or _text_of(row, PROMPTS, "prompt")
 
 
-def _prompts_of_lines(data: bytes) -> Iterator[tuple[str, str]]:
-    """Yield the prompt in each record on standard input, and where it stands."""
-    for number, line in enumerate(lines_of(decode(data, Path("standard input"), [], western=True)), start=1):
-        if isinstance(record := _parsed(line), dict):
-            where = f"standard input:{number}"
-            yield _prompt_of(Row(record, where)), where
-
-
 def _text_of(row: Row, columns: Sequence[str], wanted: str) -> str:
     column = column_called(columns, list(row.values))
     if column is None:
@@ -143,9 +134,16 @@ def _text_of(row: Row, columns: Sequence[str], wanted: str) -> str:
     return value
 
 
-def _is_jsonl(text: str) -> bool:
-    lines = [line for line in lines_of(text) if line.strip()]
-    return bool(lines) and all(isinstance(_parsed(line), dict) for line in lines)
+def _records_in(text: str) -> list[Row]:
+    """Return the records on the lines of standard input; none unless each line that is not empty holds one."""
+    found = []
+    for number, line in enumerate(lines_of(text), start=1):
+        record = _parsed(line)
+        if isinstance(record, dict):
+            found.append(Row(record, f"standard input:{number}"))
+        elif line.strip():
+            return []
+    return found
 
 
 def _parsed(line: str) -> Any:

@@ -44,6 +44,11 @@ def is_address(name: str) -> bool:
     return _ADDRESS.match(name) is not None
 
 
+def without_scheme(name: str) -> str:
+    """Return the path in a ``file://`` address, its signs written out; other names as they are."""
+    return unquote(name.removeprefix("file://")) if name.startswith("file://") else name
+
+
 def is_pattern(name: str) -> bool:
     """Return whether a name is a pattern such as ``*.png``, and no file is called so."""
     return glob.has_magic(name) and not Path(name).exists()
@@ -87,7 +92,7 @@ def named_file(folder: Path, name: str, where: str) -> Path:
     """
     if is_address(name.strip()):
         raise DataError(f"{where}: {name[:80]} is an address; only local files are read. Download it first.")
-    plain = unquote(name.strip().removeprefix("file://")) if name.strip().startswith("file://") else name.strip()
+    plain = without_scheme(name.strip())
     spellings = (name, plain, plain.replace("\\", "/"))
     try:
         found = next((folder / one for one in spellings if (folder / one).is_file()), None)
