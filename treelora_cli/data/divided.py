@@ -9,13 +9,14 @@ from typing import Any
 
 from treelora_cli.data.layout import val_unused
 from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, says_unlabelled
+from treelora_cli.data.records import ANSWERS
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import DataError
 
 _NAMED = ("split", "partition", "subset", "part", "set", "dataset", "phase", "usage", "fold")
 _LEARNED = (
-    *("label", "labels", "class", "category", "target", "answer", "answers", "answerKey", "completion", "response"),
-    *("output", "sentiment"),
+    *("label", "labels", "class", "category", "target", "sentiment"),
+    *("answers", "answerKey", "output", *ANSWERS),
 )
 """Columns of what is learned."""
 _LOOKED_AT = 200

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.data.names import tidy_label
+from treelora_cli.data.paths import existing
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import DataError
 
@@ -131,12 +132,27 @@ def are_numbers(labels: Sequence[str]) -> bool:
     return bool(labels) and all(re.fullmatch(r"-?\d+", label) for label in labels)
 
 
-def read_label_names(path: Path) -> tuple[str, ...]:
-    """Read class names in their order: a JSON list, or one a line.
+def label_names(given: Path | None, data: Path) -> tuple[Path, tuple[str, ...]] | None:
+    """Return the file of label names and these in their order; ``None`` where there is none.
+
+    Args:
+        given: The user's file; ``labels.json`` beside the data, or in its folder, when ``None``.
+        data: Where the data lies.
 
     Raises:
         DataError: No such file, or no list of distinct names.
     """
+    if given is not None:
+        source = existing(given)
+    else:
+        source = (data if data.is_dir() else data.parent) / "labels.json"
+        if not source.is_file():
+            return None
+    return source, _read_label_names(source)
+
+
+def _read_label_names(path: Path) -> tuple[str, ...]:
+    """Read class names in their order: a JSON list, or one a line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         names = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()

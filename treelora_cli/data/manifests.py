@@ -15,15 +15,15 @@ from treelora_cli.data.divided import answered_part, divide_rows
 from treelora_cli.data.inputs import PICTURES
 from treelora_cli.data.labels import (
     column_of_names,
+    label_names,
     label_notes,
     label_texts,
     named,
-    read_label_names,
     refuse_several,
 )
 from treelora_cli.data.layout import Folder, Passed, scan
 from treelora_cli.data.names import part_of
-from treelora_cli.data.paths import existing, named_file
+from treelora_cli.data.paths import named_file
 from treelora_cli.data.pixels import is_image, looks_like_image
 from treelora_cli.data.table_folders import TableParts
 from treelora_cli.data.tables import Row, column_called, read_table, table_stem
@@ -98,7 +98,7 @@ class _Reader:
                 "Or name the columns: --map SOURCE=path --map SOURCE=label"
             )
         self.picture = picture
-        self.names = _label_names(path, request)
+        self.names = label_names(request.label_names, path)
         self.label = label if self.names else column_of_names(rows, label)
         self.request, self.notes = request, notes
         self.path = path
@@ -177,13 +177,6 @@ def _content(value: Any) -> bytes | None:
             return None
         return data if looks_like_image(data[:32]) else None
     return None
-
-
-def _label_names(path: Path, request: DataRequest) -> tuple[Path, tuple[str, ...]] | None:
-    source = path.parent / "labels.json" if request.label_names is None else existing(request.label_names)
-    if request.label_names is None and not source.is_file():
-        return None
-    return source, read_label_names(source)
 
 
 class _Files:

@@ -159,11 +159,16 @@ def _as_instruction(names: set[Any], rows: Sequence[Row]) -> Shape | None:
 
 
 def _instruction_text(row: Row) -> str:
-    parts = [text_of(row, "instruction"), *(row.values.get(name) for name in ("input", "context"))]
-    for name, part in zip(("input", "context"), parts[1:], strict=True):
-        if part is not None and not isinstance(part, str):
-            raise DataError(f"{row.where}: '{name}' is not text but {type(part).__name__}.")
-    return "\n\n".join(part for part in parts if part is not None and part.strip())
+    parts = [text_of(row, "instruction"), *(_text_beside(row, name) for name in ("input", "context"))]
+    return "\n\n".join(part for part in parts if part.strip())
+
+
+def _text_beside(row: Row, column: str) -> str:
+    """Return the text of a column that may be empty or missing."""
+    value = row.values.get(column)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{row.where}: '{column}' is not text but {type(value).__name__}.")
+    return value or ""
 
 
 def _instruction(row: Row, answer: str) -> TextExample:
@@ -203,10 +208,8 @@ def _asked(row: Row, passage: str | None, answer: str) -> TextExample:
 
 def _question(row: Row, passage: str | None) -> str:
     question = text_of(row, "question")
-    given = row.values.get(passage) if passage else None
-    if given is not None and not isinstance(given, str):
-        raise DataError(f"{row.where}: '{passage}' is not text but {type(given).__name__}.")
-    return f"{given}\n\n{question}" if given and given.strip() else question
+    given = _text_beside(row, passage) if passage else ""
+    return f"{given}\n\n{question}" if given.strip() else question
 
 
 def _choice(row: Row, passage: str | None, column: str, answer: str) -> TextExample:

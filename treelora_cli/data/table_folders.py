@@ -59,7 +59,7 @@ def _by_name(folder: Path, files: Sequence[Path], notes: list[str]) -> TablePart
         found[meant[table_stem(file)]].append(file)
     if found[TRAIN]:
         if found[None]:
-            notes.append(f"Not read, beside train and test: {', '.join(file.name for file in found[None])}.")
+            notes.append(not_read(found[None]))
         for part in (TRAIN, TEST, VAL):
             _refuse_twice(found[part])
         return TableParts(found[TRAIN], found[TEST], found[VAL], divided=True)
@@ -67,6 +67,11 @@ def _by_name(folder: Path, files: Sequence[Path], notes: list[str]) -> TablePart
         return TableParts(list(files), [], [], divided=False)
     names = ", ".join(sorted(table_stem(file).lower() for file in files))
     raise DataError(f"{folder} holds several tables and no train.*: {names}. Name one of them.")
+
+
+def not_read(files: Sequence[Path]) -> str:
+    """Return what to tell of files beside those of parts."""
+    return f"Not read, beside train and test: {', '.join(file.name for file in files)}."
 
 
 def _are_shards(files: Sequence[Path]) -> bool:

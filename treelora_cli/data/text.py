@@ -20,10 +20,10 @@ from treelora_cli.data.held_out import (
     set_aside,
     set_aside_by_position,
 )
-from treelora_cli.data.labels import column_of_names, label_notes, label_texts, named, read_label_names
+from treelora_cli.data.labels import column_of_names, label_names, label_notes, label_texts, named
 from treelora_cli.data.messages import is_chat
 from treelora_cli.data.names import one_spelling
-from treelora_cli.data.paths import existing, paths_of
+from treelora_cli.data.paths import paths_of
 from treelora_cli.data.records import ANSWERS, NEED, Shape, shape_of, unfolded, unused_text
 from treelora_cli.data.tables import Row, check_text
 from treelora_cli.data.text_files import WRONG_KIND, read_parts
@@ -80,7 +80,7 @@ def list_texts(request: DataRequest) -> TextListing:
     train_rows, test_rows = (unfolded(rows) for rows in read_parts(request, notes))
     shape = _shape(train_rows or test_rows)
     style = shape.style
-    names = _label_names(request, path) if style == "labels" else None
+    names = label_names(request.label_names, path) if style == "labels" else None
     if style == "labels":
         column = shape.label if names else column_of_names(train_rows or test_rows, shape.label)
         train_rows, test_rows = (_with_labels(rows, request, names, shape, column) for rows in (train_rows, test_rows))
@@ -127,16 +127,6 @@ def hash_of_text(one: TextExample) -> str:
 
 
 # -- labels kept elsewhere ------------------------------------------------------------------------
-
-
-def _label_names(request: DataRequest, path: Path) -> tuple[Path, tuple[str, ...]] | None:
-    """Return the label names in their order, and the file: the user's, or ``labels.json`` beside the data."""
-    source = (path if path.is_dir() else path.parent) / "labels.json"
-    if request.label_names is not None:
-        source = existing(request.label_names)
-    elif not source.is_file():
-        return None
-    return source, read_label_names(source)
 
 
 def _with_labels(

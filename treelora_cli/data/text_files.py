@@ -17,7 +17,7 @@ from treelora_cli.data.layout import Folder, Labelled, Passed, read_layout, scan
 from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, parts_among
 from treelora_cli.data.paths import existing, paths_of
 from treelora_cli.data.pixels import is_image
-from treelora_cli.data.table_folders import TableParts, tables_in
+from treelora_cli.data.table_folders import TableParts, not_read, tables_in
 from treelora_cli.data.tables import TEXT_SUFFIXES, Row, read_table, table_suffix
 from treelora_cli.errors import DataError
 
@@ -161,8 +161,7 @@ class _Reader:
         for file in files:
             found[meant[file.stem]] += read_table(file, "text", {}, self.notes)
         if found[None]:
-            names = ", ".join(file.name for file in files if meant[file.stem] is None)
-            self.notes.append(f"Not read, beside train and test: {names}.")
+            self.notes.append(not_read([file for file in files if meant[file.stem] is None]))
         return found[TRAIN], answered_part(found[TRAIN], found[TEST], found[VAL], self.notes, "examples")
 
     def _free(self, files: Sequence[Path]) -> list[Row]:
