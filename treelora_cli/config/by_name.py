@@ -45,7 +45,7 @@ def from_names(values: Mapping[str, Any]) -> Config:
     Raises:
         UsageError: No such setting, or a value out of range.
     """
-    known = [one.name for one in all_settings()]
+    known = known_settings()
     for name in values:
         if name not in known:
             raise UsageError(f"'{name}' is no setting{suggest(name, known)}. List them: treelora settings")
