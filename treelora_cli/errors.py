@@ -91,6 +91,11 @@ def suggest(value: str, known: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
+def first_line(error: BaseException, otherwise: str = "") -> str:
+    """Return the first line of an error's words, or ``otherwise`` where it has none."""
+    return (str(error).splitlines() or [otherwise])[0]
+
+
 def describe_error(error: BaseException) -> tuple[str, int]:
     """Return the line to show and the exit code."""
     if isinstance(error, TreeLoraError):
@@ -108,5 +113,4 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return "Out of memory; nothing was committed. Retry with a smaller --batch-size.", ResourceError.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "Disk full; nothing was committed. Free space and retry.", ResourceError.exit_code
-    first = (str(error).splitlines() or [""])[0]
-    return f"Unexpected {type(error).__name__}: {first}. Run again with --debug and report it.", 1
+    return f"Unexpected {type(error).__name__}: {first_line(error)}. Run again with --debug and report it.", 1

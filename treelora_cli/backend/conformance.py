@@ -25,7 +25,7 @@ from treelora_cli.backend.registry import missing_members
 from treelora_cli.backend.values import DataRequest, ExportOptions, Learned, Memory, Score, TaskMemory, layout_of
 from treelora_cli.config import BaseConfig, Config, resolve
 from treelora_cli.config.fields import check_range
-from treelora_cli.errors import DataError, TreeLoraError, UsageError
+from treelora_cli.errors import DataError, TreeLoraError, UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ class Examination:
         except (_Unmet, TreeLoraError) as error:
             problem = str(error)
         except Exception as error:  # a backend under examination may raise anything
-            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            problem = f"{type(error).__name__}: {first_line(error)}"
         self.findings.append(Finding(check, problem))
         if problem is not None and needed:
             raise _Ended

@@ -13,7 +13,7 @@ from typing import Any
 from treelora_cli.data.delimited import read_delimited
 from treelora_cli.data.files import decode, lines_of, read_bytes, refuse_archive, refuse_zeros, unpacked_name
 from treelora_cli.data.names import part_of
-from treelora_cli.errors import DataError
+from treelora_cli.errors import DataError, first_line
 
 TABLE_SUFFIXES = {
     ".csv": "csv",
@@ -275,7 +275,7 @@ def _read_arrow_table(data: bytes, path: Path, kind: str, read: Callable[[Any], 
     except MemoryError:
         raise
     except Exception as error:  # arrow's own errors, and Python's for values it cannot hold, such as year 20000
-        raise DataError(f"{path.name}: invalid {kind} ({(str(error).splitlines() or ['damaged'])[0]}).") from error
+        raise DataError(f"{path.name}: invalid {kind} ({first_line(error, 'damaged')}).") from error
     for column, found in names.items():
         if len(set(found)) < len(found):
             raise DataError(f"{path.name}: the class names of '{column}' in its schema are not distinct.")

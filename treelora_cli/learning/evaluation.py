@@ -12,7 +12,7 @@ from typing import Any
 
 from treelora_cli.backend.contract import Base, TaskData
 from treelora_cli.backend.values import DataRequest, Memory, Recorded, Score, layout_of
-from treelora_cli.errors import BackendError, DataError, ProjectError, is_out_of_memory
+from treelora_cli.errors import BackendError, DataError, ProjectError, first_line, is_out_of_memory
 from treelora_cli.locations import lasting
 
 
@@ -133,7 +133,7 @@ def blamed(memory: Memory) -> Iterator[None]:
             raise ProjectError(
                 f"What this project stores does not fit its model: {odd}. Restore its files from a copy."
             ) from error
-        told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} ({_place(error)})."
+        told = f"{type(error).__name__}: {first_line(error)} ({_place(error)})."
         if known:
             raise BackendError(
                 f"The backend failed: {told} What the project stores is as it was committed."

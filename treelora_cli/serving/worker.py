@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from treelora_cli.api import Project
 from treelora_cli.backend.values import Prediction
-from treelora_cli.errors import DataError, ProjectError, TreeLoraError, is_out_of_memory
+from treelora_cli.errors import DataError, ProjectError, TreeLoraError, first_line, is_out_of_memory
 from treelora_cli.learning.answering import Answerer, Input, read_through
 from treelora_cli.serving.limits import Limits, Refusal
 
@@ -226,5 +226,4 @@ def _told(error: Exception) -> Refusal:
         return Refusal(503, "Out of memory. Send fewer or smaller inputs at once.")
     if isinstance(error, TreeLoraError):
         return Refusal(503, str(error))
-    first = (str(error).splitlines() or [""])[0]
-    return Refusal(500, f"Unexpected {type(error).__name__}: {first}")
+    return Refusal(500, f"Unexpected {type(error).__name__}: {first_line(error)}")
