@@ -1,81 +1,36 @@
-"""A project in a few calls of Python; the commands use the same.
-
-::
-
-    from treelora_cli import Project
-
-    project = Project.create("birds", model="vit_base_patch16_224.augreg_in21k")
-    project.train_task("~/data/gulls")
-    print(project.evaluate().standing.overall())
-    print(project.predict(["photo.jpg"])[0].output)
-
-``API.md`` beside this file shows every call; its examples are run as tests. Nothing heavy is imported before a call
-needs the model. One object loads the model once; use it from one thread.
-"""
+"""What can be done with a project: open or create it, learn, go back, answer, ship."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treelora_cli.api.opened import Opened
+from treelora_cli.api.values import BASE, Evaluation
 from treelora_cli.config.by_name import from_names
 from treelora_cli.errors import DataError, UsageError
 from treelora_cli.project import Project as Stored
 
 if TYPE_CHECKING:
-    from treelora_cli.algorithm.tree import Tree
-    from treelora_cli.backend.contract import Base
     from treelora_cli.backend.runtime import Reporter, Runtime
-    from treelora_cli.backend.values import Picture, Prediction, Score, Turn
-    from treelora_cli.config import Config
+    from treelora_cli.backend.values import Picture, Prediction, Turn
     from treelora_cli.learning.answering import Answerer
     from treelora_cli.learning.evaluation import HeldOut
     from treelora_cli.learning.export import ExportReport, ExportRequest
     from treelora_cli.learning.task import TaskReport
     from treelora_cli.learning.unknown import Threshold, Wanted
-    from treelora_cli.project.metrics import WatchSet
-    from treelora_cli.score_matrix import ScoreMatrix, Standing
-
-BASE = "base"
-"""Names the model without any adapter, as a way to answer that only scoring offers."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of learned tasks.
-
-    Attributes:
-        inference: How was answered.
-        standing: Each task when it was learned and now; ``overall()`` and ``forgetting()`` are read off it.
-        scores: Score now of each task that could be scored, by name.
-        held_out: What each score is of, or why there is none.
-        watch: Score now of each watch set that could be scored, by name; none where only some tasks were asked for.
-    """
-
-    inference: str
-    standing: Standing
-    scores: dict[str, Score]
-    held_out: tuple[HeldOut, ...]
-    watch: dict[str, Score]
-
-
-class Project:
-    """A project directory, with its model loaded when first needed.
+class Project(Opened):
+    """A project directory, with its model loaded when first needed: what ``Opened`` shows, and all that can be done.
 
     Args:
         stored: The directory, as ``treelora_cli.project`` reads it.
         start: Starts device and processes; called once, when a call needs the model.
     """
-
-    def __init__(self, stored: Stored, start: Callable[[], Runtime]) -> None:
-        self._stored = stored
-        self._start = start
-        self._runtime: Runtime | None = None
-        self._base: tuple[Config, Base] | None = None
-        self._answerers: dict[str, Answerer] = {}
 
     # -- open -----------------------------------------------------------------------------------------
 
@@ -138,96 +93,11 @@ class Project:
         root = Path(directory).expanduser()
         return cls(make_project(root, flags, None, "settings", start()), start)
 
-    # -- look -----------------------------------------------------------------------------------------
-
-    @property
-    def root(self) -> Path:
-        """The project's directory."""
-        return self._stored.root
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the learned tasks in order of arrival."""
-        return tuple(task.name for task in self._stored.state.tasks)
-
-    @property
-    def matrix(self) -> ScoreMatrix:
-        """Scores of every task after every task."""
-        return self._stored.matrix()
-
-    @property
-    def tree(self) -> Tree | None:
-        """The tree of tasks, task ``i`` being ``tasks[i]``; ``None`` before the first."""
-        return self._stored.tree()
-
-    def record(self, task: str) -> dict[str, Any]:
-        """Return what is known of a task: data, settings, versions, timings, nearest task.
-
-        Raises:
-            UsageError: No such task.
-        """
-        return self._stored.task_record(task)
-
-    def labels(self, task: str) -> tuple[str, ...]:
-        """Return a task's class or answer names; empty for free text.
-
-        Raises:
-            UsageError: No such task.
-        """
-        return self._stored.labels(task)
-
-    def reload(self) -> None:
-        """Take in what another process committed since."""
-        self._enter(Stored.open(self.root))
-
     def newest(self) -> Project:
         """Return another object at what was committed last, with the same loaded model; this one stays as it is."""
         other = Project(Stored.open(self.root), self._start)
         other._runtime, other._base = self._runtime, self._base
         return other
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the state that this object is at, hex: it names the commit."""
-        return self._stored.state.digest()
-
-    @property
-    def takes_images(self) -> bool:
-        """Whether the model is asked with images, and not with texts."""
-        return "input_size" in self._stored.state.base["facts"]
-
-    def _enter(self, stored: Stored) -> None:
-        self._stored = stored
-        self._answerers.clear()
-
-    # -- the model ------------------------------------------------------------------------------------
-
-    @property
-    def runtime(self) -> Runtime:
-        """Device and processes, started when first asked for."""
-        if self._runtime is None:
-            self._runtime = self._start()
-        return self._runtime
-
-    def _loaded(self, config: Config, *, exact: bool = False) -> Base:
-        """Return the base under these settings; it is loaded again only where they differ, its arithmetic set anew."""
-        from treelora_cli.learning.opening import compute_as_recorded, open_base
-
-        if self._base is None or self._base[0] != config:
-            self._answerers.clear()
-            self._base = config, open_base(self._stored, config, self.runtime, exact=exact)
-        else:
-            compute_as_recorded(self._stored, self.runtime, exact=exact)
-        return self._base[1]
-
-    def _config(self, settings: Mapping[str, Any] | None = None) -> Config:
-        from treelora_cli.learning.opening import project_config
-
-        return project_config(self._stored, from_names(settings or {}))
-
-    def _check_learned(self) -> None:
-        if not self._stored.state.tasks:
-            raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
 
     # -- learn ----------------------------------------------------------------------------------------
 
@@ -373,11 +243,6 @@ class Project:
             self.runtime.reporter.note("'-': other examples, or answered in another way, than when it was learned.")
         standing = self._stored.matrix().standing(now, wanted, compared)
         return Evaluation(chosen, standing, scores, held_out, of_sets(everything))
-
-    @property
-    def watch(self) -> tuple[WatchSet, ...]:
-        """Sets that are scored after each task and never learned from, with their scores."""
-        return self._stored.watch()
 
     def _say(self, held_out: Iterable[HeldOut]) -> None:
         for one in held_out:
