@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treelora_cli.config.by_name import from_names
-from treelora_cli.errors import UsageError
 from treelora_cli.project import Project as Stored
 
 if TYPE_CHECKING:
@@ -116,7 +115,3 @@ class Opened:
         from treelora_cli.learning.opening import project_config
 
         return project_config(self._stored, from_names(settings or {}))
-
-    def _check_learned(self) -> None:
-        if not self._stored.state.tasks:
-            raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")

@@ -218,7 +218,7 @@ class Project(Opened):
         from treelora_cli.learning.evaluation import measured_alike, read_held_out, score_tasks
         from treelora_cli.learning.gate import of_sets, of_tasks, watched
 
-        self._check_learned()
+        self._stored.check_learned()
         wanted = [self._stored.entry(name).name for name in (self.tasks if tasks is None else tasks)]
         for name in places or {}:
             self._stored.entry(name)
@@ -302,7 +302,7 @@ class Project(Opened):
         from treelora_cli.learning.unknown import wanted
 
         asked = None if threshold is None else wanted(threshold)
-        self._check_learned()
+        self._stored.check_learned()
         config = self._config({} if inference is None else {"inference": inference})
         base, chosen = self._loaded(config), str(config.inference)
         if chosen not in self._answerers:

@@ -61,8 +61,7 @@ class ExportRequest:
             )
         if self.options.dtype not in _DTYPES:
             raise UsageError(f"--dtype is one of {', '.join(_DTYPES)}; got '{self.options.dtype}'.")
-        if not project.state.tasks:
-            raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
+        project.check_learned()
         if self.kind != "adapter" and self.task is not None:
             raise UsageError(f"--task goes with --format adapter; a {self.kind} export holds every task.")
         if self.kind not in _CAST and self.options.dtype != "float32":

@@ -129,6 +129,11 @@ class Project(Contents):
                 )
         return config
 
+    def check_learned(self) -> None:
+        """Raise ``UsageError`` before the first task."""
+        if not self.state.tasks:
+            raise UsageError("Nothing is learned yet. Run: treelora train-task DATA")
+
     def check_free(self, name: str) -> None:
         """Raise ``UsageError`` when a task of this name exists."""
         for number, task in enumerate(self.state.tasks, start=1):
