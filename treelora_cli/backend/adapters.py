@@ -280,6 +280,20 @@ def _pad(matrix: Tensor, *, dim: int, size: int) -> Tensor:
     return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim).contiguous()
 
 
+def save_adapter(weights: AdapterWeights, config: Mapping[str, Any], out: Path) -> None:
+    """Write a stock PEFT directory of one adapter.
+
+    Args:
+        weights: The adapter.
+        config: As ``peft_config`` returned it.
+        out: An existing directory.
+    """
+    from safetensors.torch import save_file
+
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(weights.to_tensors(), out / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def save_each(named: Sequence[tuple[str, AdapterWeights]], config: Mapping[str, Any], out: Path) -> list[str]:
     """Write PEFT directories below ``out/adapters``, one for each distinct adapter.
 
@@ -291,8 +305,6 @@ def save_each(named: Sequence[tuple[str, AdapterWeights]], config: Mapping[str, 
     Returns:
         The directory of each task's adapter, relative to ``out``.
     """
-    from safetensors.torch import save_file
-
     known: list[tuple[AdapterWeights, str]] = []
     places = []
     for number, (name, weights) in enumerate(named, start=1):
@@ -301,8 +313,7 @@ def save_each(named: Sequence[tuple[str, AdapterWeights]], config: Mapping[str, 
             place = f"adapters/{number:03d}-{name}"
             known.append((weights, place))
             (out / place).mkdir(parents=True)
-            save_file(weights.to_tensors(), out / place / "adapter_model.safetensors", metadata={"format": "pt"})
-            (out / place / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            save_adapter(weights, config, out / place)
         places.append(place)
     return places
 

@@ -79,14 +79,10 @@ def _add_update(model: nn.Module, weights: AdapterWeights) -> None:
 
 def write_adapter(base: LoadedLm, memory: Memory, task: str, out: Path) -> None:
     """Write one task's adapter: lora_A and lora_B only."""
-    from safetensors.torch import save_file
-
     known = _task(memory, task)
-    weights = known.adapter()
     config = adapters.peft_config(base.network, base.config.base.model)
     config["target_modules"] = _short_targets(base)
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(weights.to_tensors(), out / "adapter_model.safetensors", metadata={"format": "pt"})
+    adapters.save_adapter(known.adapter(), config, out)
     _write_card(base, f"the adapter of task {task}", [known], out, lora=True)
     write_modelfile(base, [known], out, adapter=True)
 
