@@ -36,7 +36,8 @@ from treelora_cli.compare.results import write_result
 from treelora_cli.compare.runs import Run
 from treelora_cli.config import AdapterConfig, Config, TrainConfig, TreeConfig, load_config, overlay, resolve
 from treelora_cli.errors import UsageError
-from treelora_cli.learning.evaluation import HeldOut, score_tasks
+from treelora_cli.learning.evaluation import HeldOut
+from treelora_cli.learning.gate import untouched_score, watch_request
 from treelora_cli.learning.opening import held_in, load_base
 from treelora_cli.learning.stream import PlannedTask, StreamRequest, plan_stream, plan_watch, run_stream
 from treelora_cli.learning.trainer import task_context, train_session
@@ -163,9 +164,9 @@ class Contest:
     def watch_over(self, sets: Mapping[str, DataRequest]) -> None:
         """Score sets that are never learned from, by the untouched base, now and after each task."""
         for name, request in sets.items():
-            data = self.base.read_task(dataclasses.replace(request, val=request.path, test_only=True))
-            with suppress(UsageError):  # images have no answer before a task
-                untouched = score_tasks(self.base, Memory((), dict), "base", [HeldOut(name, data)])[name].value
+            data = self.base.read_task(watch_request(request))
+            untouched = untouched_score(self.base, Memory((), dict), HeldOut(name, data))
+            if untouched is not None:  # images have no answer before a task
                 self.watch[name] = {"untouched": untouched, "scores": {}}
                 self._watched[name] = data
 

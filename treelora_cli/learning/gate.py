@@ -88,17 +88,17 @@ def register(base: Base, memory: Memory, name: str, request: DataRequest, infere
     Raises:
         DataError: Bad data, or labels that no task has.
     """
-    request = dataclasses.replace(request, val=request.path, test_only=True)
+    request = watch_request(request)
     data = base.read_task(request)
     if not data.test_size:
         raise DataError(f"{request.path} holds no examples to watch.")
-    held_out = [HeldOut(name, data)]
-    untouched = _untouched(base, memory, held_out)
+    held_out = HeldOut(name, data)
+    untouched = untouched_score(base, memory, held_out)
     if untouched is None:
         _check_labels(name, data.labels, memory)
     scores = {}
     if memory.tasks:
-        scores[memory.tasks[-1].name] = score_tasks(base, memory, inference, held_out)[name].value
+        scores[memory.tasks[-1].name] = score_tasks(base, memory, inference, [held_out])[name].value
     record = {"data": request.to_json(), "data_sha256": data.digest, "held_out": "".join(data.held_out)}
     return WatchSet(name, record, data.metric, data.test_size, untouched, scores)
 
@@ -112,10 +112,15 @@ def _check_labels(name: str, labels: Sequence[str], memory: Memory) -> None:
         raise DataError(f"Watch set '{name}' has labels that no task has: {told}. Learn a task with them first.")
 
 
-def _untouched(base: Base, memory: Memory, held_out: Sequence[HeldOut]) -> float | None:
+def watch_request(request: DataRequest) -> DataRequest:
+    """Return the request that reads every example of a set, none split off to learn from."""
+    return dataclasses.replace(request, val=request.path, test_only=True)
+
+
+def untouched_score(base: Base, memory: Memory, held_out: HeldOut) -> float | None:
     """Return the score of the model without any adapter; ``None`` where it cannot answer."""
     try:
-        return score_tasks(base, memory, "base", held_out)[held_out[0].name].value
+        return score_tasks(base, memory, "base", [held_out])[held_out.name].value
     except UsageError:
         return None
 
