@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ def conclude(new: NewTask, trained: Trained, clock: Clock, *, evaluate: bool) ->
     clock.lap("tree")
     memory, merged = within_budget(new, with_new(new, trained), tree)
     before = new.project.watch()
-    found = scores_of(new, memory) if evaluate else {}
+    found = scores_of(new, memory, before) if evaluate else {}
     scores, watch = of_tasks(found), after_task(before, new.name, found)
     values = [scores[one.name].value if one.name in scores else None for one in memory.tasks]
     matrix = new.project.matrix().with_row(new.name, values)
@@ -114,12 +114,12 @@ def within_budget(new: NewTask, memory: Memory, tree: Tree) -> tuple[Memory, Mer
     return replace(memory, tasks=tuple(tasks)), merged
 
 
-def scores_of(new: NewTask, memory: Memory) -> dict[str, Score]:
-    """Score every task with what is learned now."""
-    return score_tasks(new.base, memory, str(new.config.inference), _held_out(new))
+def scores_of(new: NewTask, memory: Memory, sets: Sequence[WatchSet]) -> dict[str, Score]:
+    """Score every task and watch set with what is learned now."""
+    return score_tasks(new.base, memory, str(new.config.inference), _held_out(new, sets))
 
 
-def _held_out(new: NewTask) -> Iterator[HeldOut]:
+def _held_out(new: NewTask, sets: Sequence[WatchSet]) -> Iterator[HeldOut]:
     records = {task.name: new.project.task_record(task.name) for task in new.project.state.tasks}
     for one in read_held_out(new.base, records, None):
         if one.data is None:
@@ -127,7 +127,7 @@ def _held_out(new: NewTask) -> Iterator[HeldOut]:
         yield one
     if new.data.test_size:
         yield HeldOut(new.name, new.data)
-    yield from watched(new.base, new.project.watch(), new.runtime.reporter)
+    yield from watched(new.base, sets, new.runtime.reporter)
 
 
 def commit_of(new: NewTask, trained: Trained, concluded: Conclusion, clock: Clock) -> Commit:

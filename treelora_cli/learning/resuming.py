@@ -129,10 +129,11 @@ def restore(checkpoint: Checkpoint, identity: Mapping[str, Any], trainer: Traine
     facts = checkpoint.facts()
     if facts is None:
         raise ProjectError("No interrupted task to resume. Run: treelora train-task DATA")
+    defaults = to_dict(DEFAULTS)["train"]
     for key, value in json.loads(json.dumps(identity)).items():
         found = facts.get(key)
         if key == "train" and isinstance(found, dict):  # begun before a setting was there: without it
-            found = {**{name: to_dict(DEFAULTS)["train"][name] for name in value}, **found}
+            found = {**{name: defaults[name] for name in value}, **found}
         if found != value:
             raise ProjectError(
                 f"The interrupted task cannot be resumed: its {key} has changed."
