@@ -7,8 +7,6 @@ The base itself is named, not copied.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,9 +23,10 @@ from treelora_backends.causal_lm.modelfile import write_modelfile
 from treelora_backends.causal_lm.network.layers import blocks_of
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.router import TaskRouter
+from treelora_backends.routed_files import check_loader, write_routed
 from treelora_cli.backend import adapters
 from treelora_cli.backend.values import ExportCheck, ExportOptions, Memory, Prediction, Turn, rounded_scores
-from treelora_cli.errors import CheckError, DataError
+from treelora_cli.errors import DataError
 
 if TYPE_CHECKING:
     from treelora_backends.causal_lm.loaded import LoadedLm
@@ -58,8 +57,6 @@ class RoutedExport:
 
     def write(self, memory: Memory, out: Path, options: ExportOptions) -> None:
         """Write adapters, router, heads, tokenizer and loader."""
-        from safetensors.torch import save_file
-
         base, encoder = self.base, self.base.encoder
         places = _save_adapters(base, memory, out)
         source = source_of(str(base.config.base.model))
@@ -96,10 +93,8 @@ class RoutedExport:
             tensors |= {"router.weight": weight, "router.bias": bias}
             floors = router.thresholds(memory)
             document["floors"] = None if floors is None else floors.tolist()
-        save_file({key: one.float().contiguous() for key, one in tensors.items()}, out / "router.safetensors")
-        (out / "routed.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_routed(out, {key: one.float() for key, one in tensors.items()}, document, _LOADER)
         base.tokenizer.save_pretrained(out / "tokenizer")
-        shutil.copyfile(_LOADER, out / "predict.py")
         content = f"LoRA adapters of {len(memory.tasks)} tasks, the router that chooses among them and the tasks' heads"
         for place, name in {place: task.name for task, place in zip(memory.tasks, places, strict=True)}.items():
             write_modelfile(base, [one for one in memory.tasks if one.name == name], out / place, adapter=True)
@@ -146,8 +141,7 @@ def load_standalone(out: Path, device: torch.device) -> Routed:
     """
     from treelora_backends.causal_lm.standalone import Routed
 
-    if (out / "predict.py").read_bytes() != _LOADER.read_bytes():
-        raise CheckError(f"{out / 'predict.py'} is not the loader that was written there.")
+    check_loader(out, _LOADER)
     return Routed(out, None, str(device))
 
 

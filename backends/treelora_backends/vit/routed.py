@@ -6,8 +6,6 @@ written as safetensors and JSON beside ``predict.py``, which is the module ``sta
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from treelora_backends.routed_files import check_loader, write_routed
 from treelora_backends.vit.branch_answers import BRANCHES_ASKED, UNLIKELY, BranchAnswers
 from treelora_backends.vit.export import model_config, save_stock
 from treelora_backends.vit.images import images_at_once
@@ -22,7 +21,6 @@ from treelora_backends.vit.predictor import ADAPTER_SHARE, ANCHOR_SHARPNESS, TAS
 from treelora_backends.vit.shared_head import SharedHead, class_names, class_of_column, columns_of
 from treelora_cli.backend import adapters
 from treelora_cli.backend.values import ExportCheck, ExportOptions, Memory
-from treelora_cli.errors import CheckError
 from treelora_cli.heads.two_views import FROZEN_SHARE
 
 if TYPE_CHECKING:
@@ -64,8 +62,6 @@ class RoutedExport:
 
     def write(self, memory: Memory, out: Path, options: ExportOptions) -> None:
         """Write base, adapters, router, heads and loader."""
-        from safetensors.torch import save_file
-
         _save_base(self.base, out / "base")
         places = _save_adapters(self.base, memory, out)
         columns = columns_of(memory)
@@ -95,9 +91,7 @@ class RoutedExport:
             more, branches = _branches(self.base, memory, places)
             tensors |= more
             document |= branches
-        save_file({key: one.cpu().contiguous() for key, one in tensors.items()}, out / "router.safetensors")
-        (out / "routed.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.copyfile(_LOADER, out / "predict.py")
+        write_routed(out, {key: one.cpu() for key, one in tensors.items()}, document, _LOADER)
         card = _CARD.format(
             base=Path(str(self.base.config.base.model)).name,
             architecture=self.base.facts["architecture"],
@@ -141,8 +135,7 @@ def load_standalone(out: Path, device: torch.device) -> Routed:
     """
     from treelora_backends.vit.standalone import Routed
 
-    if (out / "predict.py").read_bytes() != _LOADER.read_bytes():
-        raise CheckError(f"{out / 'predict.py'} is not the loader that was written there.")
+    check_loader(out, _LOADER)
     return Routed(out, str(device))
 
 
