@@ -67,3 +67,19 @@ def test_routes_of_free_answers_are_kept_for_the_report(learned: Path) -> None:
     assert sum(answers["names"].routes.values()) == 1, "one of twelve was held out"
     assert answers["names"].confusion == {}
     assert answers["fruit"].confusion
+
+
+def test_a_recipe_registers_its_watch_sets_before_the_first_task(cli: Cli, texts: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "words.yaml"
+    recipe.write_text(
+        f"backend: causal-lm\nbase: {{model: {texts / 'llama'}}}\nadapter: {{blocks: 0}}\n"
+        f"train: {{epochs: 1, precision: fp32}}\nstream: {{data: {texts}, tasks: [{{name: fruit, path: fruit.json}}],"
+        " watch: [{name: general, path: facts.json}, {name: other, path: names.json}]}\n"
+    )
+    done = cli("run", recipe, tmp_path / "project", "--device", "cpu")
+    assert done.code == 0, done.err
+    sets = Project.open(tmp_path / "project").watch()
+    assert [(one.name, one.untouched is None, list(one.scores)) for one in sets] == [
+        ("general", False, ["fruit"]),
+        ("other", False, ["fruit"]),
+    ]

@@ -103,12 +103,14 @@ def plan_watch(request: StreamRequest) -> dict[str, DataRequest]:
     return found
 
 
-def _watch(project: Project, base: Base, request: StreamRequest, inference: str) -> None:
-    """Register the recipe's watch sets that the project does not have yet."""
+def _watch(project: Project, base: Base, request: StreamRequest, inference: str) -> Project:
+    """Register the recipe's watch sets that the project does not have yet; returns the project with them."""
     known = {one.name for one in project.watch()}
     for name, data in plan_watch(request).items():
         if name not in known:
-            project.set_watch((*project.watch(), register(base, project.memory(), name, data, inference)))
+            new = register(base, project.memory(), name, data, inference)
+            project = project.set_watch((*project.watch(), new))
+    return project
 
 
 def run_stream(
@@ -135,7 +137,7 @@ def run_stream(
     if loaded is not None:
         loaded()
     with project.lock(f"run {request.recipe.name}") as project:
-        _watch(project, base, request, str(config.inference))
+        project = _watch(project, base, request, str(config.inference))
         for number, task in enumerate(tasks, start=1):
             if request.resume and project.state.task(task.name) is not None:
                 continue
