@@ -18,7 +18,22 @@ if TYPE_CHECKING:
 PLACEHOLDER = "YOUR TEXT"
 
 
-def base_lines(base: LoadedLm, content: str, *, lora: bool) -> list[str]:
+def write_card(base: LoadedLm, content: str, use: str, tasks: Sequence[TaskMemory], out: Path, *, lora: bool) -> None:
+    """Write the card of an export.
+
+    Args:
+        base: The loaded model.
+        content: What the directory holds.
+        use: How it is loaded and served.
+        tasks: What it was taught.
+        out: The directory.
+        lora: Whether it holds adapters, not whole weights.
+    """
+    lines = [*_base_lines(base, content, lora=lora), use, *_prompts_section(base, tasks)]
+    (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _base_lines(base: LoadedLm, content: str, *, lora: bool) -> list[str]:
     """Return the card's head: what the hub reads, the base, and what the directory holds."""
     source = source_of(str(base.config.base.model))
     origin = Path(source.gguf or source.name).name if source.gguf or Path(source.name).exists() else source.name
@@ -30,7 +45,7 @@ def base_lines(base: LoadedLm, content: str, *, lora: bool) -> list[str]:
     return [*lines, f"This directory holds {content}, made with treelora."]
 
 
-def prompts_section(base: LoadedLm, tasks: Sequence[TaskMemory]) -> list[str]:
+def _prompts_section(base: LoadedLm, tasks: Sequence[TaskMemory]) -> list[str]:
     """Return how each task is asked."""
     return ["", "## How each task is asked", "", *(line for task in tasks for line in _asked(base, task)), ""]
 

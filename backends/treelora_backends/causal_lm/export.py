@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from treelora_backends.causal_lm.answers import Answerer
 from treelora_backends.causal_lm.batches import Batch, pad
-from treelora_backends.causal_lm.card import base_lines, prompts_section
+from treelora_backends.causal_lm.card import write_card
 from treelora_backends.causal_lm.loading import load_model, source_of
 from treelora_backends.causal_lm.memory import manner_of, merged_adapter
 from treelora_backends.causal_lm.modelfile import write_modelfile
@@ -54,7 +54,7 @@ def write_merged(base: LoadedLm, memory: Memory, out: Path, options: ExportOptio
     except ValueError as error:
         raise UsageError(f"--max-shard {options.max_shard}: {error}") from error
     base.tokenizer.save_pretrained(out)
-    _write_card(base, merged_contents(memory), memory.tasks, out, lora=False)
+    write_card(base, merged_contents(memory), _SERVE, memory.tasks, out, lora=False)
     write_modelfile(base, memory.tasks, out, adapter=False)
     if source_of(str(base.config.base.model)).gguf:
         base.runtime.reporter.note("The base is a GGUF file; the exported weights are de-quantised.")
@@ -83,7 +83,7 @@ def write_adapter(base: LoadedLm, memory: Memory, task: str, out: Path) -> None:
     config = adapters.peft_config(base.network, base.config.base.model)
     config["target_modules"] = _short_targets(base)
     adapters.save_adapter(known.adapter(), config, out)
-    _write_card(base, f"the adapter of task {task}", [known], out, lora=True)
+    write_card(base, f"the adapter of task {task}", _SERVE_ADAPTER, [known], out, lora=True)
     write_modelfile(base, [known], out, adapter=True)
 
 
@@ -95,12 +95,6 @@ _SERVE_ADAPTER = """
 `PeftModel.from_pretrained(base, "PATH")`; `vllm serve BASE --enable-lora --lora-modules NAME=PATH`;
 `ollama create NAME -f Modelfile`.
 """
-
-
-def _write_card(base: LoadedLm, content: str, tasks: Sequence[TaskMemory], out: Path, *, lora: bool) -> None:
-    use = _SERVE_ADAPTER if lora else _SERVE
-    lines = [*base_lines(base, content, lora=lora), use, *prompts_section(base, tasks)]
-    (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _task(memory: Memory, name: str) -> TaskMemory:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treelora_backends.causal_lm.card import base_lines, prompts_section
+from treelora_backends.causal_lm.card import write_card
 from treelora_backends.causal_lm.export import compare_networks, merged_contents
 from treelora_backends.causal_lm.loading import drop_quantizer, load_model, source_of
 from treelora_backends.causal_lm.memory import merged_adapter
@@ -71,8 +71,7 @@ class GgufExport:
         changed = _changed(self.origin, model, merged_adapter(memory))
         _copy_with(self.origin, out / _FILE, changed, options.dtype)
         write_modelfile(base, memory.tasks, out, adapter=False, model=f"./{_FILE}")
-        lines = [*base_lines(base, merged_contents(memory), lora=False), _USE, *prompts_section(base, memory.tasks)]
-        (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        write_card(base, merged_contents(memory), _USE, memory.tasks, out, lora=False)
 
     def load_line(self, out: Path) -> str:
         """Return the line that loads it."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.causal_lm.answers import Answer, Manner, sum_scores
-from treelora_backends.causal_lm.card import base_lines, prompts_section
+from treelora_backends.causal_lm.card import write_card
 from treelora_backends.causal_lm.closed import ClosedHead
 from treelora_backends.causal_lm.loading import source_of
 from treelora_backends.causal_lm.memory import common_manner, manner_of, system_of
@@ -98,8 +98,7 @@ class RoutedExport:
         content = f"LoRA adapters of {len(memory.tasks)} tasks, the router that chooses among them and the tasks' heads"
         for place, name in {place: task.name for task, place in zip(memory.tasks, places, strict=True)}.items():
             write_modelfile(base, [one for one in memory.tasks if one.name == name], out / place, adapter=True)
-        card = "\n".join([*base_lines(base, content, lora=True), _USE, *prompts_section(base, memory.tasks)])
-        (out / "README.md").write_text(card, encoding="utf-8")
+        write_card(base, content, _USE, memory.tasks, out, lora=True)
 
     def load_line(self, out: Path) -> str:
         """Return the command that answers with it."""
