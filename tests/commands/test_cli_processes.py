@@ -283,6 +283,28 @@ def test_nothing_is_ever_unpickled(project: Path, data: Path, tmp_path: Path) ->
     assert done.out.splitlines()[-1] == "UNPICKLED []"
 
 
+_IMPORTED = """
+import sys
+from treelora_cli.app import run_command
+root, image = sys.argv[1:]
+for command in (["predict", image], ["eval", "--limit", "1"]):
+    assert run_command(["-C", root, *command]) == 0
+unused = {"transformers", "peft", "torch._dynamo", "sympy", "sklearn", "pandas", "pyarrow", "scipy.optimize"}
+print("UNUSED", sorted(unused & set(sys.modules)))
+import torch
+from torch._dynamo.utils import is_compile_supported
+asked = sys.modules["torchvision.ops.roi_align"].is_compile_supported
+assert asked is not is_compile_supported and asked("cpu") == is_compile_supported("cpu")
+assert torch.compiler.disable.__module__ == "torch.compiler"
+"""
+
+
+def test_predict_and_eval_of_images_import_nothing_that_they_do_not_use(project: Path, data: Path) -> None:
+    done = run_python(_IMPORTED, str(project), str(next(data.glob("*/test/*/00.png"))))
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == "UNUSED []"
+
+
 def test_readers_leave_no_trace(process: Cli, project: Path) -> None:
     before = tree_hash(project)
     for command in (["status"], ["inspect-tree", "--bandit"], ["eval", "--limit", "1"]):

@@ -18,13 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from treelora_cli import seeds
+from treelora_cli.backend.linear_slots import SLOT
 from treelora_cli.errors import DamagedError, ModelError
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-SLOT = "default"
-"""Name of the one adapter slot; PEFT saves this name without a suffix."""
 
 _KEY = "base_model.model.{layer}.lora_{part}.weight"
 

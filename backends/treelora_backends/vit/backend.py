@@ -13,7 +13,6 @@ from torch import nn
 
 from treelora_backends.kept import Keeping, planned
 from treelora_backends.vit.augment import Augment
-from treelora_backends.vit.contenders.heads import make_contender
 from treelora_backends.vit.export import check_export, write_adapter, write_merged
 from treelora_backends.vit.images import ImageTask, Preprocessing, make_preprocessing, read_image_task
 from treelora_backends.vit.loaded import LoadedVit
@@ -23,8 +22,8 @@ from treelora_backends.vit.predictor import VitPredictor
 from treelora_backends.vit.routed import RoutedExport
 from treelora_backends.vit.session import VitSession
 from treelora_backends.vit.trunk import Trunk
-from treelora_cli.backend import adapters
 from treelora_cli.backend.fingerprint import hash_parameters, identity
+from treelora_cli.backend.linear_slots import attach_linear
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig
 from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.locations import lasting
@@ -87,9 +86,8 @@ class VitBackend:
             Augment(config.train.augment, preprocessing.size, preprocessing.mean)  # refused before anything is read
         adapter = config.adapter
         assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
-        network = adapters.attach(vit, layers, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout).to(
-            runtime.device
-        )
+        network = attach_linear(vit, layers, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout)
+        network = network.to(runtime.device)
         network.eval()
         trunk = Trunk(vit, int(layers[0].split(".")[1]), config.head.blocks)
         _check_adapters_act(network, trunk, layers, preprocessing, runtime)
@@ -135,6 +133,8 @@ class VitBase(LoadedVit):
 
     def contender(self, head: str, config: Config) -> ContenderModel:
         """Return the plain network under a kind of head."""
+        from treelora_backends.vit.contenders.heads import make_contender
+
         return make_contender(self, head, config)
 
     def export_merged(self, memory: Memory, out: Path, options: ExportOptions) -> None:
