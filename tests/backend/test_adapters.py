@@ -69,6 +69,24 @@ def test_the_slot_adds_scale_times_b_a() -> None:
     torch.testing.assert_close(merged.second.weight, dense[1])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inputs_that_are_not_cast_give_the_same(autocast: bool) -> None:
+    network, seen = attached(), torch.randn(4, 5)
+    adapters.write_slot(network, some(1))
+    outputs = []
+    for cast_first in (False, True):
+        for layer in LAYERS:
+            network.get_submodule(f"base_model.model.{layer}").cast_input_dtype_enabled = cast_first
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs.append(network(seen))
+    assert torch.equal(*outputs)
+
+
+def test_inputs_of_layers_in_bf16_are_still_cast() -> None:
+    network = adapters.attach(Two().bfloat16(), LAYERS, rank=2, alpha=6.0, dropout=0.0)
+    assert network(torch.randn(4, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_reading_returns_what_was_written() -> None:
     network, weights = attached(), some(2)
     adapters.write_slot(network, weights)

@@ -16,9 +16,11 @@ import torch
 from conftest import STREAM, Cli, plain_runtime
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from treelora_backends.vit import trunk as trunks
 from treelora_backends.vit.backend import VitBackend, VitBase
 from treelora_backends.vit.images import make_preprocessing
-from treelora_backends.vit.trunk import Trunk
+from treelora_backends.vit.trunk import PLAIN_ATTENTION_TOKENS, Trunk
 
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
@@ -122,6 +124,31 @@ def test_what_lies_before_the_cut_serves_batches_of_any_size(family: str) -> Non
     one_by_one = torch.cat([trunk.after(trunk.before(x[row : row + 1])).pooled for row in range(5)])
     torch.testing.assert_close(one_by_one, whole, atol=1e-5, rtol=1e-5)
     assert not [module for module in vit.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+@ALL
+def test_attention_is_trained_as_plain_products_with_the_same_gradient(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit, calls, gradients = vit_of(family), [], []
+    trunk, fused = Trunk(vit, 0, 1), scaled_dot_product_attention
+    with torch.no_grad():
+        tokens = trunk.before(images()).tokens
+    monkeypatch.setattr(
+        nn.functional, "scaled_dot_product_attention", lambda *a, **k: (calls.append(1), fused(*a, **k))[1]
+    )
+    for most in (0, PLAIN_ATTENTION_TOKENS):
+        monkeypatch.setattr(trunks, "PLAIN_ATTENTION_TOKENS", most)
+        trunk._class_token_alone(tokens)
+        calls.clear()
+        seen = tokens.clone().requires_grad_()
+        trunk.pooled(seen).square().sum().backward()
+        gradients.append(seen.grad)
+        assert bool(calls) == (most == 0)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        trunk.pooled(tokens)
+    assert calls
 
 
 # -- the adapters -----------------------------------------------------------------------------------------

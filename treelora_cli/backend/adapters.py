@@ -111,9 +111,19 @@ def attach(
         task_type=cast("Any", task_type),
     )
     try:
-        return cast("PeftModel", get_peft_model(cast("Any", network), config, SLOT))
+        adapted = cast("PeftModel", get_peft_model(cast("Any", network), config, SLOT))
     except ValueError as error:
         raise ModelError(f"LoRA does not fit this model: {error}".splitlines()[0]) from error
+    _leave_inputs_uncast(adapted, layers)
+    return adapted
+
+
+def _leave_inputs_uncast(network: nn.Module, layers: Sequence[str]) -> None:
+    """Spare inputs of float32 layers a cast to the adapter's type: no change, or under autocast taken back at once."""
+    for layer in layers:
+        module = cast("Any", network.get_submodule(f"base_model.model.{layer}"))
+        if module.get_base_layer().weight.dtype == torch.float32:
+            module.cast_input_dtype_enabled = False
 
 
 def slot_parameters(network: nn.Module, layers: Sequence[str]) -> list[tuple[nn.Parameter, nn.Parameter]]:

@@ -8,7 +8,8 @@ Symbols: ``B`` images, ``L`` tokens, ``C`` width, ``F`` feature width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,6 +48,9 @@ class Features:
     token: Tensor
 
 
+PLAIN_ATTENTION_TOKENS = 128
+"""Tokens up to which attention is trained as plain matrix products on a CPU: for so few the backward pass of torch's
+fused attention takes a third of a bf16 step (recipes/RESULTS.md); for many the scores would take too much memory."""
 FEATURE_LIMIT = 3072
 """Features F up to which blocks are added; the head's statistics grow with their square."""
 
@@ -155,9 +159,23 @@ class Trunk:
         """Run the adapted blocks on the tokens before the cut and pool, (B, L, C) -> (B, C): ``after`` does more."""
         assert self._block_arguments is not None, "before() runs first"
         alone = self._class_token_alone(tokens)
-        for index in range(self.cut, len(self.blocks) - alone):
-            tokens = self.blocks[index](tokens, **self._block_arguments[index])
-        return self._pool(self._last_block_of_class_token(tokens) if alone else tokens)
+        with self._attention(tokens):
+            for index in range(self.cut, len(self.blocks) - alone):
+                tokens = self.blocks[index](tokens, **self._block_arguments[index])
+            return self._pool(self._last_block_of_class_token(tokens) if alone else tokens)
+
+    @contextmanager
+    def _attention(self, tokens: Tensor) -> Iterator[None]:
+        """Attend by plain matrix products where that trains faster; see ``PLAIN_ATTENTION_TOKENS``."""
+        few = tokens.device.type == "cpu" and tokens.shape[1] <= PLAIN_ATTENTION_TOKENS and torch.is_grad_enabled()
+        fused = [one for one in self.vit.modules() if getattr(one, "fused_attn", False)] if few else []
+        for one in fused:
+            one.fused_attn = cast("Any", False)
+        try:
+            yield
+        finally:
+            for one in fused:
+                one.fused_attn = cast("Any", True)
 
     def _pool(self, tokens: Tensor) -> Tensor:
         vit = cast("Any", self.vit)
