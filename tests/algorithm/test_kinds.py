@@ -145,13 +145,13 @@ def test_sentences() -> None:
     )
     joins = BranchChoice(True, "a", 0, 0.9, "kind")
     assert explain(joins, "t", ["a"], None, opened=True) == (
-        "'t' joined branch 'a': kind 0.90 from 'a', limit 1.8: the same."
+        "'t' joined branch 'a': kind 0.90 from 'a', limit 2: the same."
     )
     for reason, joined, sentence in (
-        ("new", False, "'t' opened a branch: kind 2.50 from 'a', limit 1.8: another."),
-        ("always", False, "'t' opened a branch: each task opens one (kind 2.50 from 'a', limit 1.8)."),
+        ("new", False, "'t' opened a branch: kind 2.50 from 'a', limit 2: another."),
+        ("always", False, "'t' opened a branch: each task opens one (kind 2.50 from 'a', limit 2)."),
         ("first", True, "'t' joined branch 'a': all tasks use the first one's."),
-        ("bound", True, "'t' joined branch 'a': no more branches may be opened, kind 2.50 from 'a', limit 1.8."),
+        ("bound", True, "'t' joined branch 'a': no more branches may be opened, kind 2.50 from 'a', limit 2."),
     ):
         choice = BranchChoice(joined, "a" if joined else None, 0, 2.5, reason)
         assert explain(choice, "t", ["a"], None, opened=True) == sentence
