@@ -50,7 +50,11 @@ def test_a_mapping_is_given_key_by_key() -> None:
         ("epochs=-1", r"'epochs' must be between 0 and 10000; got -1\."),
         ("train.epochs=[", r"--set train\.epochs=\[: not a number, word or list\."),
         ("stream.data=x", r"unknown setting 'stream\.data'"),
-        ("backend_settings=3", r"unknown setting 'backend_settings'"),
+        (
+            "backend_settings=3",
+            r"^--set backend_settings=3: 'backend_settings' has entries\. Write each as backend_set",
+        ),
+        ("base.model_args={a: 1}", r"'base\.model_args' has entries\. Write each as base\.model_args\.NAME=VALUE\.$"),
     ],
 )
 def test_a_pair_that_cannot_be_used_is_refused(pair: str, line: str) -> None:

@@ -98,6 +98,8 @@ def _named(key: str, where: str) -> tuple[str, str, type]:
     found = [name for name, kind in known.items() if kind is not dict and (name == key or name.endswith(f".{key}"))]
     if len(found) == 1:
         return found[0], "", known[found[0]]
+    if known.get(key) is dict:
+        raise UsageError(f"{where}: '{key}' has entries. Write each as {key}.NAME=VALUE.")
     if found:
         raise UsageError(f"{where}: '{key}' fits {' and '.join(found)}. Write one of them.")
     shown = [*known, *(name.rpartition(".")[2] for name in known)]

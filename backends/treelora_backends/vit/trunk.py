@@ -159,15 +159,22 @@ class Trunk:
         """Run the adapted blocks on the tokens before the cut and pool, (B, L, C) -> (B, C): ``after`` does more."""
         assert self._block_arguments is not None, "before() runs first"
         alone = self._class_token_alone(tokens)
-        with self._attention(tokens):
+        with self.attention(tokens.shape[1], tokens.device):
             for index in range(self.cut, len(self.blocks) - alone):
                 tokens = self.blocks[index](tokens, **self._block_arguments[index])
             return self._pool(self._last_block_of_class_token(tokens) if alone else tokens)
 
+    def whole(self, images: Tensor) -> Tensor:
+        """Run the whole network and pool, as the model itself does: (B, 3, H, W) -> (B, C)."""
+        vit = cast("Any", self.vit)
+        height, width = vit.patch_embed.patch_size
+        with self.attention(images.shape[-2] // height * (images.shape[-1] // width), images.device):
+            return cast("Tensor", vit.forward_head(vit.forward_features(images), pre_logits=True)).float()
+
     @contextmanager
-    def _attention(self, tokens: Tensor) -> Iterator[None]:
+    def attention(self, tokens: int, device: torch.device) -> Iterator[None]:
         """Attend by plain matrix products where that trains faster; see ``PLAIN_ATTENTION_TOKENS``."""
-        few = tokens.device.type == "cpu" and tokens.shape[1] <= PLAIN_ATTENTION_TOKENS and torch.is_grad_enabled()
+        few = device.type == "cpu" and tokens <= PLAIN_ATTENTION_TOKENS and torch.is_grad_enabled()
         fused = [one for one in self.vit.modules() if getattr(one, "fused_attn", False)] if few else []
         for one in fused:
             one.fused_attn = cast("Any", False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,8 @@ class ClassTable:
 
 def features_of(base: LoadedVit, images: Tensor) -> Tensor:
     """Return the pooled features of normalised images by the network as it is, (B, C)."""
-    vit = cast("Any", base.trunk.vit)
     with base.runtime.autocast():
-        pooled = vit.forward_head(vit.forward_features(images), pre_logits=True)
-    return cast("Tensor", pooled.float())
+        return base.trunk.whole(images)
 
 
 @torch.no_grad()
