@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from treelora_backends.causal_lm.batches import by_length, labelled_padded, padded, tokens_at_once
+from treelora_backends.causal_lm.network.halves import Passes
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.render import Encoder, Ids
 from treelora_cli.backend.runtime import Runtime
@@ -87,14 +88,22 @@ class Answerer:
         keys = [(self.weights, self.runtime.forward_precision, manner, one.ids.tobytes()) for one in prompts]
         fresh = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self.known}
         new_keys, asked = list(fresh), list(fresh.values())
-        most = tokens_at_once(self.lm.device)
-        batches = list(by_length(asked, lambda one: len(one) + manner.most_new, most))
         short = manner.by_label and self._labels_are_short(prompts[0], manner)
         ask = self._by_label if short else self._by_generation
+        batches = list(by_length(asked, lambda one: len(one) + manner.most_new, self._at_once(short)))
+        passes = Passes(self.runtime, self.lm.every_part())
         for rows in self.runtime.reporter.track(batches, "Answering", len(batches)):
-            answers = ask([asked[row] for row in rows], manner)
+            with passes.without_gradients():
+                answers = ask([asked[row] for row in rows], manner)
             self.known.update(zip((new_keys[row] for row in rows), answers, strict=True))
         return [self.known[key] for key in keys]
+
+    def _at_once(self, short: bool) -> int:
+        """Return the padded tokens of a batch: of prompts that are read only, or of texts that are written on."""
+        if short:
+            return tokens_at_once(self.lm.device)
+        halved = self.runtime.forward_precision == "bf16"
+        return self.lm.decoded_at_once(2 if halved else self.lm.state_dtype.itemsize)
 
     def _prompt(self, example: TextExample, manner: Manner, room: int) -> _Prompt:
         free = max(1, room - manner.reserve(room))
@@ -119,8 +128,7 @@ class Answerer:
         for labels in _distinct(by_tail.values()):
             rows = [row for row, prompt in enumerate(prompts) if by_tail[prompt.tail] == labels]
             batch = padded([prompts[row].ids for row in rows], self.encoder, self.lm.device)
-            with torch.no_grad(), self.runtime.autocast():
-                scores = self.lm.label_log_likelihoods(batch, labels)
+            scores = self.lm.label_log_likelihoods(batch, labels)
             confidence, best = scores.softmax(dim=1).max(dim=1)
             for row, sure, index in zip(rows, confidence.tolist(), best.tolist(), strict=True):
                 answers[row] = (manner.labels[index], sure)
@@ -130,9 +138,8 @@ class Answerer:
 
     def _by_generation(self, prompts: Sequence[_Prompt], manner: Manner) -> list[Answer]:
         batch = padded([prompt.ids for prompt in prompts], self.encoder, self.lm.device, left=True)
-        with torch.no_grad(), self.runtime.autocast():
-            most_new = max(1, min(manner.most_new, self.encoder.context - max(map(len, prompts))))
-            new = self.lm.generate(batch, most_new, self.encoder.stop_ids, self.encoder.pad_id)
+        most_new = max(1, min(manner.most_new, self.encoder.context - max(map(len, prompts))))
+        new = self.lm.generate(batch, most_new, self.encoder.stop_ids, self.encoder.pad_id)
         return [(self.encoder.decode(ids, manner.style), None) for ids in new]
 
     # -- scores ---------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from treelora_backends.causal_lm.batches import Batch, LabelledBatch
+from treelora_backends.causal_lm.batches import Batch, LabelledBatch, tokens_at_once
 from treelora_backends.causal_lm.network.ahead import mean_cross_entropy
+from treelora_backends.causal_lm.network.decoding import decoded, generated, is_plain, numbers_of_token
 from treelora_backends.causal_lm.network.features import Reading, routing_part
 from treelora_backends.causal_lm.network.layers import blocks_of, body_of, first_adapted, standing_in
 from treelora_backends.causal_lm.network.narrow import feed_forward, narrowed
@@ -27,6 +28,8 @@ from treelora_backends.causal_lm.network.tail import Divided, chosen_states, div
 
 _LOGITS, _LOGITS_ELSEWHERE = {"cpu": 2**24}, 2**26
 """Logits in memory at a time; of a wide vocabulary those of few positions."""
+_CACHED_BYTES = 2**27
+"""Of keys and values on a CPU while answers are written. A step reads every weight, for one text as for many."""
 _TRIAL_TOKENS = 6
 _UNLIKE = (AttributeError, TypeError, ValueError, LookupError, RuntimeError)
 """What a model of another make may raise where it is tried in parts."""
@@ -256,10 +259,14 @@ class LmNetwork:
         """Return the first so many blocks."""
         return list(self.blocks)[:count]
 
+    def every_part(self) -> list[nn.Module]:
+        """Return all that an answer runs through: the blocks and the output layer."""
+        head = self.model.get_output_embeddings()
+        return [*self.blocks, *([] if head is None else [head])]
+
     def trained_part(self) -> list[nn.Module]:
         """Return what runs in every step: the adapted blocks and the output layer."""
-        head = self.model.get_output_embeddings()
-        return [*list(self.blocks)[self.cut :], *([] if head is None else [head])]
+        return self.every_part()[self.cut :]
 
     # -- frozen blocks --------------------------------------------------------------------------------
 
@@ -372,19 +379,19 @@ class LmNetwork:
         scores = self._logits(states).log_softmax(dim=2)
         return scores.gather(2, tokens[1:].expand(len(ids), count)[:, :, None]).sum(dim=(1, 2))
 
-    @torch.no_grad()
     def generate(self, batch: Batch, most_new: int, end_ids: tuple[int, ...], pad_id: int) -> list[list[int]]:
         """Continue left-padded prompts greedily; returns the new ids, without what follows an end."""
-        config = copy.deepcopy(self.model.generation_config)
-        for key in ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length"):
-            setattr(config, key, None)
-        config.do_sample = False
-        config.max_new_tokens = most_new
-        config.pad_token_id = pad_id
-        config.eos_token_id = list(end_ids) or None
-        out = self.model.generate(input_ids=batch.ids, attention_mask=batch.mask, generation_config=config)
-        continued = []
-        for row in out[:, batch.ids.shape[1] :].tolist():
-            end = next((place for place, one in enumerate(row) if one in end_ids), len(row))
-            continued.append(row[:end])
-        return continued
+        if self.divides and self._head_is_linear and is_plain(self.model.generation_config):
+            return decoded(self._next, batch, most_new, end_ids)
+        return generated(self.model, batch, most_new, end_ids, pad_id)
+
+    def _next(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Return the likeliest next token of each text, (B,), and the cache with what was run."""
+        out = self._continue(ids, mask, cache)
+        return self._logits(self._states(out)[:, -1]).argmax(dim=1), out.past_key_values
+
+    def decoded_at_once(self, number_bytes: int) -> int:
+        """Return the padded tokens whose keys and values, of so many bytes a number, are kept at a time."""
+        if self.device.type != "cpu":
+            return tokens_at_once(self.device)
+        return max(1, _CACHED_BYTES // (numbers_of_token(self.model) * number_bytes))
