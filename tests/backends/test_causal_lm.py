@@ -455,6 +455,24 @@ def test_predict_chooses_task_and_answer(project, capsys):
     assert 0.5 < second["confidence"] <= 1
 
 
+def test_texts_of_one_label_are_a_task(llama, tmp_path, capsys):
+    root = tmp_path / "p"
+    assert run("init", root, "--backend", "causal-lm", "--model", llama, "--blocks", "0", *FAST) == 0
+    for label, words in (("good", ("happy", "glad", "fine")), ("bad", ("sad", "sick", "cold"))):
+        lines = [f'{{"sentence": "Tom is {word} and {n}", "label": "{label}"}}' for word in words for n in range(6)]
+        (tmp_path / f"{label}.jsonl").write_text("\n".join(lines))
+        assert run("-C", root, "train-task", tmp_path / f"{label}.jsonl") == 0
+    capsys.readouterr()
+    assert run("--json", "-C", root, "eval") == 0
+    assert [one["score"] for one in document(capsys)["tasks"].values()] == [1.0, 1.0]
+    assert run("--json", "-C", root, "predict", "Tom is glad and 7", "Tom is sick and 7") == 0
+    found = document(capsys)["predictions"]
+    assert [(one["output"], one["confidence"], one["task"]) for one in found] == [
+        ("good", 1.0, "good"),
+        ("bad", 1.0, "bad"),
+    ]
+
+
 def test_a_closed_answer_is_the_solved_heads_with_its_probability(project, llama):
     base, memory = load(llama), Project.open(project).memory()
     text = "Tom is sick and late"

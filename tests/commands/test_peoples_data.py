@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cli, check_error, make_images, picture, tree_hash
+from PIL import Image
 
 
 def manifest(folder: Path, classes: dict[str, str]) -> Path:
@@ -53,6 +54,23 @@ def test_a_task_of_one_class_is_a_task(cli: Cli, empty_project: Path, tmp_path: 
     image = tmp_path / "two" / "test" / "blue" / "00.png"
     answers = cli("-C", empty_project, "predict", image, "--json", "--device", "cpu").json["predictions"]
     assert answers[0]["output"] == "blue"
+
+
+@pytest.mark.parametrize("brightest", [0, 16, 17])
+def test_pictures_that_hold_numbers_of_classes_are_refused(
+    cli: Cli, empty_project: Path, tmp_path: Path, brightest: int
+) -> None:
+    for name, value in (("a", 0), ("b", brightest)):
+        for index in range(2):
+            path = tmp_path / "masks" / name / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 16), value).save(path)
+    done = cli("-C", empty_project, "train-task", tmp_path / "masks", "--dry-run", "--device", "cpu")
+    if brightest > 16:
+        assert done.code == 0, done.err
+        return
+    line = rf"masks: the brightest pixel of all 2 images is {brightest} of 255; such numbers are no brightness"
+    check_error(done, 4, line)
 
 
 def test_a_class_comes_back_in_another_spelling(cli: Cli, empty_project: Path, tmp_path: Path) -> None:

@@ -149,7 +149,6 @@ def test_val_replaces_the_held_out_part(olora, tmp_path_factory):
             "by 'user' and not by",
         ),
         (['{"messages": [{"role": "user", "content": ""}, {"role": "user", "content": "a"}]}'], "empty content"),
-        (['{"sentence": "a", "label": "b"}'] * 4, "one label only"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, lines, message):

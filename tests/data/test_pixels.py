@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from treelora_cli.data.pixels import looks_like_image, open_image
+from treelora_cli.data import pixels
+from treelora_cli.data.pixels import looks_like_image, open_image, pixels_of
 from treelora_cli.errors import DataError
 
 
@@ -144,7 +146,8 @@ def test_eight_bits_with_a_sign_are_refused() -> None:
     ("data", "name", "reason"),
     [
         (b"", "x.png", "it is empty"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "x.jpg", "HEIC, which is not read here; convert it to PNG or JPEG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "x.jpg", "HEIC; pip install pillow-heif, or convert it to PNG or JPEG"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0", "x", "HEIC; pip install pillow-heif"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "x.svg", "SVG, which is not read here"),
         (b"8BPS\0\1", "x.psd", "Photoshop, which is not read here"),
         (b"II*\0x", "x.NEF", "a camera's raw format, which is not read here"),
@@ -157,17 +160,33 @@ def test_eight_bits_with_a_sign_are_refused() -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "x.eps", "EPS, which is not read here"),
     ],
 )
-def test_what_is_no_picture_here_is_named(data: bytes, name: str, reason: str) -> None:
+def test_what_is_no_picture_here_is_named(data: bytes, name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "_decodes_heic", lambda: False)
     with pytest.raises(DataError, match=rf"^{name}: unreadable or truncated image \({reason}.*--skip-bad\.$"):
         open_image(data, name)
+    with pytest.raises(DataError, match=rf"^{name}: unreadable or truncated image \({reason}.*\)\.$"):
+        pixels_of(data, name)
 
 
-def test_an_image_that_calls_a_program_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_is_decoded_where_pillow_heif_is_installed() -> None:
+    heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    heif.from_pillow(Image.new("RGB", (64, 48), (200, 40, 40))).save(buffer)
+    assert looks_like_image(buffer.getvalue()[:32])
+    found = open_image(buffer.getvalue(), "x")
+    assert found.size == (64, 48) and pixels_of(buffer.getvalue(), "x") == 64 * 48
+    assert np.abs(np.asarray(found).astype(int) - (200, 40, 40)).max() < 8
+
+
+@pytest.mark.parametrize("read", [open_image, pixels_of])
+def test_an_image_that_calls_a_program_is_not_opened(
+    monkeypatch: pytest.MonkeyPatch, read: Callable[[bytes, str], object]
+) -> None:
     """Pillow hands EPS to Ghostscript, which runs what the file says."""
     monkeypatch.setattr("subprocess.check_call", lambda *_a, **_k: pytest.fail("a program was called"))
     monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
     with pytest.raises(DataError, match="no known format"):
-        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "x.png")
+        read(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "x.png")
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

@@ -154,6 +154,13 @@ def test_text_files_of_parts_are_kept_apart(tmp_path: Path, names: tuple[str, st
     assert texts(listed(tmp_path)) == (["a", "b"], ["c"])
 
 
+@pytest.mark.parametrize("beside", ["", "a text", "\0\1"])
+def test_texts_beside_those_of_parts_are_named_and_not_read(tmp_path: Path, beside: str) -> None:
+    found = listed(build(tmp_path, **{"train.txt": "a\nb\n", "test.txt": "c\n", "vocabulary.txt": beside}))
+    assert texts(found) == (["a", "b"], ["c"])
+    assert found.notes == ("Not read, beside train and test: vocabulary.txt.",)
+
+
 def test_texts_about_the_data_are_left_out(tmp_path: Path) -> None:
     build(tmp_path / "d", **{"pos/1.txt": "a", "neg/1.txt": "b", "README.txt": "r", "LICENSE.txt": "l"})
     found = listed(tmp_path / "d")

@@ -6,6 +6,7 @@ sample values, bits per sample, ImageJ, OME), the range of their type.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import sys
@@ -31,13 +32,14 @@ _UNREADABLE = {
     **{".svg": "SVG", ".psd": "Photoshop", ".jxl": "JPEG XL", ".eps": "EPS"},
 }
 """Pictures that are not read here; they are named, not passed over."""
+_HEIC = re.compile(rb".{4}ftyp(heic|heix|hevc|mif1|msf1)", re.DOTALL)
 _MAGIC_UNREADABLE = (
-    (re.compile(rb".{4}ftyp(heic|heix|hevc|mif1|msf1)", re.DOTALL), "HEIC"),
+    (_HEIC, "HEIC"),
     (re.compile(rb"8BPS"), "Photoshop"),
 )
 _MAGIC = re.compile(
     rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0\0\0\0|RIFF.{4}WEBP|II\*\0|MM\0\*|P[1-6][\s#]|\0\0\0\x0cjP  "
-    rb"|.{4}ftypavif",
+    rb"|.{4}ftyp(?:avif|heic|heix|hevc|mif1|msf1)",
     re.DOTALL,
 )
 _MAX_SAMPLE, _S_MAX_SAMPLE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _MIN_SAMPLE, _S_MIN_SAMPLE, _SIGN = (
@@ -70,16 +72,37 @@ def pixels_of(data: bytes, name: str) -> int:
     Raises:
         DataError: It is no image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with _opened(data) as opened:
             return int(opened.width * opened.height)
     except Image.DecompressionBombError:
         return sys.maxsize
     except Exception as error:  # see ``open_image``
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else _first_line(error)
-        raise DataError(f"{name}: unreadable or truncated image ({reason}).") from error
+        raise DataError(f"{name}: unreadable or truncated image ({_reason(error, data, name)}).") from error
+
+
+def _opened(data: bytes) -> Any:
+    """Read the head of an image in one of the known formats."""
+    from PIL import Image
+
+    Image.init()  # else formats are looked for among the commonest only
+    known = [kind for kind in _FORMATS if kind in Image.OPEN]
+    if _HEIC.match(data) and _decodes_heic():
+        known.append("HEIF")
+    return Image.open(io.BytesIO(data), formats=known)
+
+
+@functools.cache
+def _decodes_heic() -> bool:
+    """Let Pillow decode HEIC by pillow-heif, and return whether that is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def open_image(data: bytes, name: str, largest: float | None = None) -> Any:
@@ -93,12 +116,10 @@ def open_image(data: bytes, name: str, largest: float | None = None) -> Any:
     Raises:
         DataError: The bytes are not a whole image, or its range cannot be known; the message names it.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
-    Image.init()  # else formats are looked for among the commonest only
-    known = [kind for kind in _FORMATS if kind in Image.OPEN]
     try:
-        with Image.open(io.BytesIO(data), formats=known) as opened:
+        with _opened(data) as opened:
             _refuse_signs(opened, name)
             deep_colour = _is_deep_colour(opened)
             opened.load()
@@ -112,9 +133,15 @@ def open_image(data: bytes, name: str, largest: float | None = None) -> Any:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        # Pillow's own words for an unknown format name an object in memory, not the file
-        reason = _kind_of(data, name) if isinstance(error, UnidentifiedImageError) else _first_line(error)
+        reason = _reason(error, data, name)
         raise DataError(f"{name}: unreadable or truncated image ({reason}). Mend it, or pass --skip-bad.") from error
+
+
+def _reason(error: Exception, data: bytes, name: str) -> str:
+    """Return why Pillow does not read a file; its own words for an unknown format name an object in memory."""
+    from PIL import UnidentifiedImageError
+
+    return _kind_of(data, name) if isinstance(error, UnidentifiedImageError) else _first_line(error)
 
 
 def _kind_of(data: bytes, name: str) -> str:
@@ -125,6 +152,8 @@ def _kind_of(data: bytes, name: str) -> str:
         return "a pointer of Git LFS; fetch the files with git lfs pull"
     by_bytes = next((kind for magic, kind in _MAGIC_UNREADABLE if magic.match(data)), None)
     kind = by_bytes or _UNREADABLE.get(Path(name).suffix.lower())
+    if kind == "HEIC" and not _decodes_heic():
+        return "HEIC; pip install pillow-heif, or convert it to PNG or JPEG"
     return f"{kind}, which is not read here; convert it to PNG or JPEG" if kind else "no known format"
 
 

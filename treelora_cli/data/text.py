@@ -97,8 +97,6 @@ def list_texts(request: DataRequest) -> TextListing:
     if style == "labels":
         notes += label_notes([one.answer for one in train])
         _check_labels(labels, test)
-    if style == "labels" and len(labels) < 2:
-        raise DataError(f"{path}: one label only ('{labels[0]}'); a task of texts needs two or more.")
     metric = _metric(request.metric, style, labels, train or test)
     if request.recorded is not None and request.recorded.held_out is not None:
         test, change = find_recorded(test, train, request.recorded.held_out, hash_of_text)

@@ -157,11 +157,14 @@ class _Reader:
 
     def _read_text_parts(self, files: Sequence[Path], meant: Mapping[str, str | None]) -> Parts:
         """Read ``train.txt`` and ``valid.txt``: a text a line."""
-        found: dict[str | None, list[Row]] = {TRAIN: [], TEST: [], VAL: [], None: []}
+        found: dict[str, list[Row]] = {TRAIN: [], TEST: [], VAL: []}
+        beside = [file for file in files if meant[file.stem] is None]
+        if beside:
+            self.notes.append(not_read(beside))
         for file in files:
-            found[meant[file.stem]] += read_table(file, "text", {}, self.notes)
-        if found[None]:
-            self.notes.append(not_read([file for file in files if meant[file.stem] is None]))
+            part = meant[file.stem]
+            if part is not None:
+                found[part] += read_table(file, "text", {}, self.notes)
         return found[TRAIN], answered_part(found[TRAIN], found[TEST], found[VAL], self.notes, "examples")
 
     def _free(self, files: Sequence[Path]) -> list[Row]:
