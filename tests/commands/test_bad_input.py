@@ -141,7 +141,7 @@ CASES = {
     "prompts": Case(_prompts, rf"Found prompt, answer\. {WRONG_KIND}"),
     "bad JSONL": Case(_bad_jsonl, r"m\.jsonl:2: invalid JSON \("),
     "CSV naming no file": Case(_csv_without_file, r"m\.csv:2: no\.png not found\."),
-    "ragged CSV": Case(_csv_ragged, r"m\.csv:2: the number of fields differs from the header's\."),
+    "ragged CSV": Case(_csv_ragged, r"m\.csv:2: the number of fields differs from the first line's\."),
     "folder without classes": Case(_no_folders, rf"holds no class folders\. {WRONG_KIND}"),
     "held-out class unknown": Case(_held_out_class, r"held-out class 'green' has no training images\."),
     "class not there": Case(_absent_class, r"no class 'violet' there\."),

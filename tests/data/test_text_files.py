@@ -174,6 +174,15 @@ def test_texts_about_the_data_are_left_out(tmp_path: Path) -> None:
     assert texts(listed(build(tmp_path / "e", **{"1.md": "a", "2.md": "b", "README.md": "r"}))) == (["a", "b"], [])
 
 
+def test_one_folder_of_texts_is_a_label_only_if_that_is_said(tmp_path: Path) -> None:
+    build(tmp_path / "d", **{"my notes/1.txt": "a", "my notes/2.txt": "b"})
+    line = r"/d holds texts in my notes/ only\. If they are texts to learn, give that folder; if 'my notes' is their "
+    with pytest.raises(DataError, match=line + "label, pass --classes 'my notes'$"):
+        listed(tmp_path / "d")
+    assert texts(listed(tmp_path / "d/my notes")) == (["a", "b"], [])
+    assert texts(listed(tmp_path / "d", classes=("my notes",))) == (["my notes", "my notes"], [])
+
+
 def test_unsup_is_no_label_and_files_may_have_no_ending(tmp_path: Path) -> None:
     files = {"train/pos/1.txt": "a", "train/neg/1.txt": "b", "train/unsup/1.txt": "c", "test/pos/1.txt": "d"}
     assert texts(listed(build(tmp_path / "imdb", **files))) == (["neg", "pos"], ["pos"])
@@ -185,7 +194,10 @@ def test_unsup_is_no_label_and_files_may_have_no_ending(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("ham\thello\nspam\twin\n", r"every line has as many tabs\. .* pass --format tsv; .* pass --format text\."),
+        (
+            "ham\thello\nspam\twin\n",
+            r"every line has as many tabs\. .* pass --format tsv --map 1=label --map 2=text; .* pass --format text\.",
+        ),
         ('{"prompt": "a"}\n{"prompt": "b"}\n', r"every line is a JSON record\. Pass --format jsonl"),
         ("__label__pos good\n__label__neg bad\n", r"every line begins with __label__\. Write it as a table"),
     ],

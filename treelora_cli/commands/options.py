@@ -36,7 +36,12 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting of treelora.yaml, such as train.lr=0.01."),
 ]
 Val = Annotated[Path | None, typer.Option(help="Held-out data, when it lies elsewhere.")]
-Mapping = Annotated[list[str] | None, typer.Option("--map", metavar="SRC=DST", help="Read column SRC as DST.")]
+Mapping = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map", metavar="SRC=DST", help="Read column SRC as DST; SRC is a number where no line names columns."
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Most held-out examples per class or task.")]
 MaxForgetting = Annotated[
     float | None, typer.Option(help="Commit only if forgetting, in points, is not above this; else exit with 7.")

@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from treelora_cli.data.files import lines_of
 from treelora_cli.errors import DataError
@@ -14,18 +14,24 @@ from treelora_cli.errors import DataError
 _DELIMITERS = ",;\t|"
 _SEP_LINE = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)
 _LOOKED_AT = 20
+_SENTENCE = 3
+"""Spaces; names of columns have fewer."""
 
 
-def read_delimited(text: str, name: str, tabs: bool) -> Iterator[tuple[dict[str, str], int]]:
+def read_delimited(
+    text: str, name: str, tabs: bool, numbered: frozenset[str] = frozenset()
+) -> Iterator[tuple[dict[str, str], int]]:
     """Yield each record by column name, and its line.
 
     Args:
         text: The file.
         name: For messages.
         tabs: The file's name says that tabs divide it.
+        numbered: Columns asked for by number: unless the first line has all of these names, it is a record, and
+            columns are called "1", "2", ...
 
     Raises:
-        DataError: Malformed CSV, records of another length than the head, or a column named twice.
+        DataError: Malformed CSV, records of another length than the first line, or a column named twice.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the library's own is short for a document
     named = _SEP_LINE.match(text)
@@ -47,14 +53,29 @@ def read_delimited(text: str, name: str, tabs: bool) -> Iterator[tuple[dict[str,
             line = reader.line_num + skipped
             if not fields or (not head and not any(field.strip() for field in fields)):
                 continue
-            if not head:
+            if not head and numbered.issubset(field.strip() for field in fields):
                 head = _head(fields, f"{name}:{line}")
-            elif len(fields) != len(head):
-                raise DataError(f"{name}:{line}: the number of fields differs from the header's.")
-            else:
-                yield dict(zip(head, fields, strict=True)), line
+                continue
+            head = head or [str(place) for place in range(1, len(fields) + 1)]
+            if len(fields) != len(head):
+                raise DataError(f"{name}:{line}: the number of fields differs from the first line's.")
+            yield dict(zip(head, fields, strict=True)), line
     except csv.Error as error:
         raise DataError(f"{name}:{reader.line_num + skipped}: invalid CSV ({error}).") from error
+
+
+def lacks_head(rows: Sequence[Mapping[str, object]]) -> bool:
+    """Return whether the names of columns that nobody knows are rather a first record.
+
+    They are where one stands below itself, too, or reads like a sentence.
+    """
+    return recurring(rows) is not None or any(str(name).count(" ") >= _SENTENCE for name in rows[0])
+
+
+def recurring(rows: Sequence[Mapping[str, object]]) -> int | None:
+    """Return the place of the first column whose name stands below itself, too, from 0; ``None`` where none does."""
+    names = list(rows[0])
+    return next((place for place, name in enumerate(names) if any(row.get(name) == name for row in rows)), None)
 
 
 def _first_line(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shlex import quote
 
 from treelora_cli.errors import DataError
 
@@ -23,6 +24,8 @@ _ARCHIVES = (
     (b"7z\xbc\xaf\x27\x1c", 0, "7z"),
     (b"ustar", 257, "tar"),
 )
+_PACKED_TARS = (".tgz", ".tbz2", ".txz")
+_ARCHIVE_SUFFIXES = (".zip", ".tar", *_PACKED_TARS, ".rar", ".7z", *COMPRESSED)
 _SHEETS = (".xlsx", ".xlsm", ".xls", ".ods")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """What stands in place of a file that Git LFS did not fetch."""
@@ -69,9 +72,32 @@ def refuse_archive(path: Path) -> None:
 def _refuse_head(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(512)
-    if path.suffix.lower() == ".tgz":
-        raise DataError(f"{path} is a tar archive: unpack it first and give what is inside.")
+    if path.suffix.lower() in _PACKED_TARS:
+        raise _archive(path, "tar")
     _refuse_packed_together(head, path)
+
+
+def refuse_archives_in(folder: Path) -> None:
+    """Raise ``DataError`` when a folder without data holds an archive or a spreadsheet, in which data may be."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in (*_ARCHIVE_SUFFIXES, *_SHEETS) and file.is_file():
+            refuse_archive(file)
+
+
+def _archive(path: Path, kind: str) -> DataError:
+    """Return the error that says how an archive is unpacked."""
+    name = path
+    while name.suffix.lower() in (*_ARCHIVE_SUFFIXES, *COMPRESSED):
+        name = name.with_suffix("")
+    folder = quote(str(name if name != path else path.with_name(f"{path.name}-unpacked")))
+    file = quote(str(path))
+    commands = {
+        "zip": f"unzip -q {file} -d {folder}",
+        "tar": f"mkdir {folder} && tar -xf {file} -C {folder}",
+        "rar": f"unrar x {file} {folder}/",
+        "7z": f"7z x {file} -o{folder}",
+    }
+    return DataError(f"{path} is a {kind} archive. Unpack it and give what is inside: {commands[kind]}")
 
 
 def _refuse_packed_together(data: bytes, path: Path) -> None:
@@ -79,7 +105,7 @@ def _refuse_packed_together(data: bytes, path: Path) -> None:
         raise DataError(f"{path} is a spreadsheet: save it as CSV and give that.")
     archive = next((name for magic, at, name in _ARCHIVES if data[at : at + len(magic)] == magic), None)
     if archive is not None:
-        raise DataError(f"{path} is a {archive} archive: unpack it first and give what is inside.")
+        raise _archive(path, archive)
 
 
 def _unpacked(data: bytes, packing: str, path: Path) -> bytes:

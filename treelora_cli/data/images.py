@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treelora_cli.backend.values import Change, DataRequest
-from treelora_cli.data.files import refuse_archive
+from treelora_cli.data.files import refuse_archive, refuse_archives_in
 from treelora_cli.data.held_out import (
     OTHER_DATA,
     content_hash,
@@ -146,6 +146,7 @@ def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
     except NoLabelError:
         tables = tables_in(path, notes)
         if tables is None:
+            refuse_archives_in(path)
             raise
         listed = ", ".join(file.name for file in [*tables.train, *tables.test, *tables.val][:_SHOWN])
         notes.append(f"No folder of {path} names a class; its labels are in {listed}.")

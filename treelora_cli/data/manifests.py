@@ -24,7 +24,7 @@ from treelora_cli.data.labels import (
 from treelora_cli.data.layout import Folder, Passed, scan
 from treelora_cli.data.names import part_of
 from treelora_cli.data.paths import named_file
-from treelora_cli.data.pixels import is_image, looks_like_image
+from treelora_cli.data.pixels import IMAGE_SUFFIXES, is_image, looks_like_image
 from treelora_cli.data.table_folders import TableParts
 from treelora_cli.data.tables import Row, column_called, read_table, table_stem
 from treelora_cli.errors import DataError
@@ -93,6 +93,11 @@ class _Reader:
         found = list(rows[0].values)
         picture, label = column_called(PICTURES, found), column_called(_LABELS, found)
         if picture is None or label is None:
+            if any(Path(str(name)).suffix.lower() in IMAGE_SUFFIXES for name in found):
+                raise DataError(
+                    f"{path.name}: its first line is a record ({', '.join(map(str, found))}). Where no line names the"
+                    " columns, count them: --map 1=path --map 2=label"
+                )
             raise DataError(
                 f"Found {', '.join(map(str, found))}. {WRONG_KIND} "
                 "Or name the columns: --map SOURCE=path --map SOURCE=label"

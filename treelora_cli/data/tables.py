@@ -12,6 +12,7 @@ from typing import Any
 
 from treelora_cli.data.delimited import read_delimited
 from treelora_cli.data.files import decode, lines_of, read_bytes, refuse_archive, refuse_zeros, unpacked_name
+from treelora_cli.data.labelling_tools import refuse_tools_own
 from treelora_cli.data.names import part_of
 from treelora_cli.errors import DataError, first_line
 
@@ -27,6 +28,7 @@ TABLE_SUFFIXES = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+DELIMITED = ("csv", "tsv")
 FORMATS = ("arrow", "csv", "json", "jsonl", "parquet", "text", "tsv")
 TEXT_SUFFIXES = {".txt": "text", ".md": "text"}
 _SPACE = re.compile(r"\s*")
@@ -85,14 +87,17 @@ def read_table(
     Args:
         path: The file.
         data_format: One of ``FORMATS``; by the file's ending when ``None``.
-        columns: Source column by the name expected.
+        columns: Name expected by source column. Sources that are all numbers count the columns of a CSV without a head.
         notes: Takes what to tell the user, as of an encoding.
 
     Raises:
         DataError: Malformed content (file and line named), no rows, or a mapped column that is not there.
     """
     kind = table_format(path, data_format)
-    rows = list(_READERS[kind](read_bytes(path), path, [] if notes is None else notes))
+    read = _READERS[kind]
+    if kind in DELIMITED and columns and all(name.isdecimal() for name in columns):
+        read = partial(read, numbered=frozenset(columns))
+    rows = list(read(read_bytes(path), path, [] if notes is None else notes))
     if not rows:
         raise DataError(f"{path} holds no examples.")
     return [_rename(row, columns) for row in rows]
@@ -136,10 +141,12 @@ def _writable(value: Any) -> bool:
 # -- formats --------------------------------------------------------------------------------------
 
 
-def _read_csv(data: bytes, path: Path, notes: list[str], *, tabs: bool = False) -> Iterator[Row]:
+def _read_csv(
+    data: bytes, path: Path, notes: list[str], *, tabs: bool = False, numbered: frozenset[str] = frozenset()
+) -> Iterator[Row]:
     text = decode(data, path, notes, western=True)
     refuse_zeros(text, path)
-    for values, line in read_delimited(text, path.name, tabs):
+    for values, line in read_delimited(text, path.name, tabs, numbered):
         yield Row(dict(values), f"{path.name}:{line}")
 
 
@@ -190,6 +197,7 @@ def _read_json(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
     if len(values) > 1:  # records one after the other
         return (_record(value, f"{path.name}:{line}") for value, line in values)
     content = values[0][0] if values else None
+    refuse_tools_own(content, path.name)
     if isinstance(content, dict):
         content = _list_in(content)
     if not isinstance(content, list):
@@ -318,7 +326,7 @@ def _name_of(row: Row, column: str, names: Sequence[str]) -> Any:
     return names[int(value)]
 
 
-_READERS: dict[str, Callable[[bytes, Path, list[str]], Iterator[Row]]] = {
+_READERS: dict[str, Callable[..., Iterator[Row]]] = {
     "csv": _read_csv,
     "tsv": partial(_read_csv, tabs=True),
     "jsonl": _read_jsonl,

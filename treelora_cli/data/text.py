@@ -12,6 +12,7 @@ from pathlib import Path
 from shlex import quote
 
 from treelora_cli.backend.values import Change, DataRequest
+from treelora_cli.data.delimited import lacks_head, recurring
 from treelora_cli.data.examples import TextExample
 from treelora_cli.data.held_out import (
     OTHER_DATA,
@@ -174,6 +175,11 @@ def _shape(rows: Sequence[Row]) -> Shape:
         raise DataError(f"Found {names}. {NEED} Try --map {quote(f'{chats[0]}=messages')}")
     if any(isinstance(value, bytes | dict) for value in rows[0].values.values()):
         raise DataError(f"{rows[0].where}: Found {names}. {WRONG_KIND}")
+    if lacks_head([row.values for row in rows]):
+        raise DataError(
+            f"{rows[0].where.partition(':')[0]}: its first line seems to be a record ({names}). Where no line names the"
+            f" columns, count them: {_counted(rows)}"
+        )
     raise DataError(f"Found {names}. {NEED}{_hint(rows[0])}")
 
 
@@ -184,6 +190,16 @@ def _unused(rows: Sequence[Row], shape: Shape) -> list[str]:
     if not names:
         return []
     return [f"Read: {', '.join(used)}. Not used, though there is text in it: {', '.join(names)}."]
+
+
+def _counted(rows: Sequence[Row]) -> str:
+    """Guess what the columns of a table without a head are: one whose values come back holds labels."""
+    if len(rows[0].values) == 1:
+        return "--map 1=text"
+    label = recurring([row.values for row in rows])
+    if label is None:
+        return "--map 1=prompt --map 2=answer"
+    return f"--map {2 if label == 0 else 1}=text --map {label + 1}=label"
 
 
 def _hint(row: Row) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 
 from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.divided import answered_part, divide_rows
-from treelora_cli.data.files import decode, read_bytes
+from treelora_cli.data.files import decode, read_bytes, refuse_archives_in
 from treelora_cli.data.layout import Folder, Labelled, Passed, read_layout, scan
 from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, parts_among
 from treelora_cli.data.paths import existing, paths_of
@@ -73,7 +74,7 @@ def _refuse_table(path: Path, lines: Sequence[str]) -> None:
     elif all(line.startswith("__label__") for line in lines):
         seen, advice = "begins with __label__", "Write it as a table with a head: label, text"
     elif len(lines) > 1 and len(tabs) == 1 and tabs != {0}:
-        seen, advice = "has as many tabs", "If they divide columns, write their names above and pass --format tsv"
+        seen, advice = "has as many tabs", "If they divide columns, pass --format tsv --map 1=label --map 2=text"
     else:
         return
     raise DataError(f"{path}: every line {seen}. {advice}; if lines are texts to learn, pass --format text.")
@@ -119,6 +120,7 @@ class _Reader:
         texts = _texts_in(path)
         if texts.files or texts.inner:
             return self._read_texts(texts)
+        refuse_archives_in(path)
         pictures = any(is_image(entry) for entry in path.glob("**/*") if entry.is_file())
         raise DataError(f"{path} holds {'images' if pictures else 'no table'}. {WRONG_KIND}")
 
@@ -152,6 +154,13 @@ class _Reader:
             return (train, answered_part(train, test, val, self.notes, "examples")) if train else (test or val, [])
         passed = Passed()
         layout = read_layout(folder, self.request.classes, passed, "texts")
+        labels = {label for label, _ in (*layout.train, *layout.test)}
+        if len(labels) == 1 and self.request.classes is None:
+            (name,) = labels
+            raise DataError(
+                f"{folder.path} holds texts in {name}/ only. If they are texts to learn, give that folder; if '{name}'"
+                f" is their label, pass --classes {quote(name)}"
+            )
         self.notes += passed.lines(folder.path, "texts")
         return self._labelled(layout.train), self._labelled(layout.test)
 
