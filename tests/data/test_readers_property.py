@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from pyarrow import parquet
 
 from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.images import list_images
-from treelora_cli.data.pixels import open_image
+from treelora_cli.data.pixels import open_image, pixels_of
 from treelora_cli.data.tables import read_table
 from treelora_cli.data.text import TextListing, list_texts
 from treelora_cli.errors import DataError
@@ -114,6 +115,26 @@ def test_a_csv_is_read_as_the_library_reads_it(
         assert not wanted or len(names) == 1
     else:
         assert found == wanted
+
+
+@examples
+@given(st.integers(1, 4), st.data(), st.sampled_from(",;|"))
+def test_a_csv_without_a_head_is_read_from_its_first_line_on(
+    folder: Path, width: int, data: st.DataObject, sign: str
+) -> None:
+    rows = data.draw(st.lists(st.lists(_words, min_size=width, max_size=width), min_size=1, max_size=5))
+    sink = io.StringIO()
+    csv.writer(sink, delimiter=sign, quoting=csv.QUOTE_ALL).writerows(rows)
+    (folder / "h.csv").write_text(f"sep={sign}\n{sink.getvalue()}", encoding="utf-8", newline="")
+    found = outcome(lambda: [row.values for row in read_table(folder / "h.csv", None, {"1": "first"})])
+    first = next((place for place, row in enumerate(rows) if any(cell.strip() for cell in row)), None)
+    if first is None:
+        assert found is None, "nothing but blank lines"
+    elif "1" in [cell.strip() for cell in rows[first]]:
+        assert found is None or len(found) == len(rows) - first - 1, "a head of numbers"
+    else:
+        names = ["first", *(str(place) for place in range(2, width + 1))]
+        assert found == [dict(zip(names, row, strict=True)) for row in rows[first:]]
 
 
 @examples
@@ -236,6 +257,7 @@ def test_any_record_is_read_or_refused(folder: Path, messages: Any, beside: dict
 
 # -- images -------------------------------------------------------------------------------------------------
 
+_HEIF = ["HEIF"] if importlib.util.find_spec("pillow_heif") else []
 _MODES = {"L": "PNG", "RGB": "PNG", "RGBA": "PNG", "LA": "PNG", "P": "GIF", "1": "TIFF", "CMYK": "TIFF"}
 
 
@@ -261,7 +283,7 @@ def test_sixteen_bits_are_scaled_by_their_type_or_refused(row: list[int], kind: 
 
 
 @examples
-@given(st.data(), st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "deep", "float"]))
+@given(st.data(), st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "deep", "float", *_HEIF]))
 def test_a_damaged_image_is_read_or_refused(data: st.DataObject, kind: str) -> None:
     values = np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5
     image = Image.fromarray(values)
@@ -269,6 +291,8 @@ def test_a_damaged_image_is_read_or_refused(data: st.DataObject, kind: str) -> N
         image = Image.fromarray(values[..., 0].astype(np.uint16) * 300)
     elif kind == "float":
         image = Image.fromarray(values[..., 0].astype(np.float32))
+    elif kind == "HEIF":
+        importlib.import_module("pillow_heif").register_heif_opener()
     buffer = io.BytesIO()
     image.save(buffer, format="TIFF" if kind in ("deep", "float") else kind)
     content = (
@@ -277,7 +301,8 @@ def test_a_damaged_image_is_read_or_refused(data: st.DataObject, kind: str) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = outcome(lambda: open_image(content, "x"))
-    assert found is None or found.mode == "RGB"
+        pixels = outcome(lambda: pixels_of(content, "x"))
+    assert found is None or (found.mode == "RGB" and pixels == found.width * found.height)
 
 
 # -- folders ------------------------------------------------------------------------------------------------
