@@ -68,6 +68,17 @@ def test_the_plain_session_sees_the_data_in_the_order_of_ours(weights: Path, dat
             assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
 
 
+def test_a_class_in_another_spelling_is_the_same_class(weights: Path, data: Path) -> None:
+    base, _ = load_vit(weights)
+    task = base.read_task(DataRequest(path=data / "warm"))
+    table = ClassTable()
+    table.add([task])
+    table.add([replace(task, labels=tuple(label.upper() for label in task.labels))])
+    assert len(table.names) == 2 and table.first_task == [0, 0]
+    again = replace(task, labels=("RED", "green"))
+    assert table.truth(again).tolist() == [table.names.index("red"), -1]
+
+
 def test_a_mirrored_view_is_the_flipped_image(weights: Path, data: Path) -> None:
     base, config = load_vit(weights)
     task = base.read_task(DataRequest(path=data / "warm"))

@@ -342,6 +342,9 @@ def test_bad_models_make_no_project(cli: Cli, tmp_path: Path, weights: Path) -> 
     pickled.write_bytes(b"\x80\x04.")
     folder = tmp_path / "folder"
     folder.mkdir()
+    for name, config in (("broken", "{"), ("unknown", '{"architecture": "vit_of_nobody"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
     fitting = _arguments(weights)
     named = ["--model", "vit_tiny_patch16_244"]
     cases = [
@@ -360,6 +363,8 @@ def test_bad_models_make_no_project(cli: Cli, tmp_path: Path, weights: Path) -> 
         ([*fitting, "--blocks", "9"], 2, r"--blocks 9: vit_tiny_patch16_224 has 2 blocks\."),
         ([*fitting, "--rank", "0"], 2, r"--rank: 'rank' must be between 1 and 1024; got 0\."),
         (["--model", str(folder)], 5, r"holds no config\.json: not a model directory saved by timm\."),
+        (["--model", str(tmp_path / "broken")], 5, r"/broken cannot be loaded by timm \(Expecting property name"),
+        (["--model", str(tmp_path / "unknown")], 5, r"/unknown cannot be loaded by timm \(Unknown model"),
         (["--model", "./nowhere/model"], 5, r"nowhere/model not found\."),
         (["--model", "resnet18", "--weights", str(weights)], 5, r"does not fit|is not a vision transformer"),
         (

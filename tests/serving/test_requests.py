@@ -122,7 +122,7 @@ DEEP = b'{"images": ' + b"[" * 30_000 + b"]" * 30_000 + b"}"
     ("content", "status", "line"),
     [
         (GOOD[:-30], 422, "image: unreadable or truncated image"),
-        (b"", 422, "no known format"),
+        (b"", 422, "it is empty"),
         (b"GIF89a", 422, "image: unreadable or truncated image"),
         (b"/etc/passwd", 422, "no known format"),
         (picture(200, 100), 413, "image: more than 10,000 pixels. Send it smaller."),

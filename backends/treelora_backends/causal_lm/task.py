@@ -67,7 +67,7 @@ class LmTask:
 
     @property
     def closed(self) -> bool:
-        """True when an answer is one of the labels, right or wrong."""
+        """True when an answer is chosen among several labels, right or wrong."""
         return len(self.labels) > 1 and self.metric == "accuracy"
 
     @property
@@ -147,7 +147,7 @@ def answer_classes(tasks: Sequence[LmTask], weights: str | None) -> Tensor:
         if weights in (None, "none"):
             found += [0] * len(task.train)
             continue
-        if not task.closed:
+        if not task.labels or task.metric != "accuracy":
             raise UsageError(
                 f"train.class_weights {weights}: the answers are free text, so there are no classes to weigh. Leave it"
                 " out for this task: --set train.class_weights=none"

@@ -6,17 +6,14 @@ import difflib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from treelora_cli.backend.fingerprint import all_finite, whole_numbers
 from treelora_cli.config import BaseConfig, Config
-from treelora_cli.errors import ModelError, UsageError
+from treelora_cli.errors import ModelError, UsageError, first_line
 from treelora_cli.locations import lasting
-
-if TYPE_CHECKING:
-    pass
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "vit_tiny_cifar"
 """The model used when none is named."""
@@ -103,6 +100,8 @@ def create_vit(base: BaseConfig, *, offline: bool) -> nn.Module:
     except RuntimeError as error:
         raise ModelError(_misfit(str(base.model), error)) from error
     except Exception as error:  # the hub client raises many kinds when a download fails
+        if name.startswith("local-dir:"):
+            raise ModelError(f"{base.model} cannot be loaded by timm ({first_line(error)}).") from error
         reason = "is not cached and --offline is set" if offline else f"cannot be fetched ({type(error).__name__})"
         raise ModelError(f"{base.model} {reason}. Pass --model PATH or --weights FILE.") from error
     if base.weights is not None:

@@ -14,6 +14,7 @@ from treelora_cli import seeds
 from treelora_cli.backend.arithmetic import try_gradient
 from treelora_cli.backend.values import Learned, Score
 from treelora_cli.config import Config
+from treelora_cli.data.names import label_key
 from treelora_cli.heads.gaussians import Gaussian
 
 if TYPE_CHECKING:
@@ -28,32 +29,37 @@ VIEWS = 2
 
 
 class ClassTable:
-    """The classes seen, in order of arrival, and the tasks that hold them."""
+    """The classes seen, in order of arrival, and the tasks that hold them; one in another spelling is the same."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        """Keys of the classes, see ``label_key``, (K,)."""
         self.first_task: list[int] = []
         """Index of the task in which each class first came, (K,)."""
         self.tasks: list[tuple[str, ...]] = []
 
     def add(self, tasks: Sequence[ImageTask]) -> None:
         """Append the classes of tasks that are learned at once."""
-        labels = tuple(dict.fromkeys(label for task in tasks for label in task.labels))
-        for label in labels:
-            if label not in self.names:
-                self.names.append(label)
+        keys = distinct_keys(tasks)
+        for key in keys:
+            if key not in self.names:
+                self.names.append(key)
                 self.first_task.append(len(self.tasks))
-        self.tasks.append(labels)
+        self.tasks.append(keys)
 
     def rows(self, tasks: Sequence[ImageTask]) -> Tensor:
         """Return the indices of the tasks' classes, each once, (k,)."""
-        labels = dict.fromkeys(label for task in tasks for label in task.labels)
-        return torch.tensor([self.names.index(label) for label in labels], dtype=torch.int64)
+        return torch.tensor([self.names.index(key) for key in distinct_keys(tasks)], dtype=torch.int64)
 
     def truth(self, task: ImageTask) -> Tensor:
         """Return the index of each of the task's labels, -1 for one never seen."""
         found = {name: index for index, name in enumerate(self.names)}
-        return torch.tensor([found.get(label, -1) for label in task.labels], dtype=torch.int64)
+        return torch.tensor([found.get(label_key(label), -1) for label in task.labels], dtype=torch.int64)
+
+
+def distinct_keys(tasks: Sequence[ImageTask]) -> tuple[str, ...]:
+    """Return the keys of the classes of tasks that are learned at once, each once, in order of arrival."""
+    return tuple(dict.fromkeys(label_key(label) for task in tasks for label in task.labels))
 
 
 def features_of(base: LoadedVit, images: Tensor) -> Tensor:
@@ -109,11 +115,13 @@ class PlainSession:
         self.augment = base.augmenting(config)
         self.seed: int = seeds.of_task(config.seed, index)
         self.pictures = _Joined([task.train for task in tasks])
-        names = list(dict.fromkeys(label for task in tasks for label in task.labels))
-        local = [torch.tensor([names.index(label) for label in task.labels])[task.train.labels] for task in tasks]
+        keys = distinct_keys(tasks)
+        local = [
+            torch.tensor([keys.index(label_key(label)) for label in task.labels])[task.train.labels] for task in tasks
+        ]
         self.labels = torch.cat(local)
         """Index into the layer's rows, (n,)."""
-        weights = class_weights(config.train.class_weights, self.labels, len(names), base.runtime)
+        weights = class_weights(config.train.class_weights, self.labels, len(keys), base.runtime)
         weights = None if weights is None else weights.to(base.runtime.device)
         self.objective = Objective(config.train.label_smoothing or 0.0, weights)
 
