@@ -1,5 +1,8 @@
 """A tiny language model made in the test."""
 
+import json
+import random
+
 import torch
 from treelora_backends.causal_lm.backend import CausalLmBackend
 from treelora_backends.causal_lm.batches import Batch, LabelledBatch
@@ -12,6 +15,35 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+COLOURS = {"red": ["apple", "rose", "blood"], "green": ["grass", "leaf", "frog"]}
+
+
+def write_tables(folder):
+    """Write one table for each format: colours, moods, chats and texts."""
+    rng = random.Random(0)
+    colours = [
+        {"prompt": f"What colour is the {thing}?", "answer": colour}
+        for colour, things in COLOURS.items()
+        for thing in things
+        for _ in range(8)
+    ]
+    moods = [
+        {"sentence": f"Tom is {word} and {other}", "label": label}
+        for label, words in (("good", ["happy", "glad"]), ("bad", ["sad", "sick"]))
+        for word in words
+        for other in ("old", "young", "here", "there", "late", "soon")
+    ]
+    for rows in (colours, moods):
+        rng.shuffle(rows)
+    chats = [
+        {"messages": [{"role": "user", "content": f"Hi, I am {n}."}, {"role": "assistant", "content": f"Hello {n}!"}]}
+        for n in ("Tom", "Ann", "Bob", "Sue")
+    ] * 4
+    texts = [{"text": f"Once upon a time there was a {thing} named {name}."} for thing in "xyz" for name in "abcd"]
+    for name, rows in (("colours", colours), ("moods", moods), ("chats", chats), ("texts", texts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 def small_tokenizer(template=None):

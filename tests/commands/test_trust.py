@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli, check_error, child_environment, learned_hashes, make_images, run_python, tree_hash
-from faults import commit_of, everything
-from filelock import FileLock
+from conftest import Cli, check_error, make_images, run_python, tree_hash
+from faults import everything
 from interrupting import OPTIONS, stop_after
 from safetensors.torch import load, save
 
-from treelora_cli.errors import DamagedError, Interrupted, ProjectError, ResourceError
 from treelora_cli.project import Project
 from treelora_cli.project.state import seal
 from treelora_cli.project.store import record_of
@@ -186,64 +178,6 @@ def test_a_crafted_checkpoint_is_refused(cli: Cli, project: Path, tmp_path: Path
     check_error(cli(*resume), 3, r"checkpoint\.json is malformed\. Train the task anew\.")
 
 
-# -- links and pipes --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name",
-    [".treelora", ".treelora/objects", ".treelora/history", ".treelora/trash", "tasks", "tasks/001-warm", "metrics"],
-)
-def test_a_directory_that_is_a_link_is_refused_and_nothing_there_is_touched(
-    cli: Cli, project: Path, data: Path, tmp_path: Path, name: str
-) -> None:
-    """An earlier ``objects`` that led to somebody's home would have been emptied by the next commit."""
-    assert cli("-C", project, "rollback", "grey").code == 0
-    outside = tmp_path / "outside"
-    shutil.move(project / name, outside)
-    (outside / "precious.json").write_text("{}")
-    (project / name).symlink_to(outside)
-    before, there = tree_hash(project), tree_hash(outside)
-    line = rf"{name} is a symbolic link; nothing outside a project is read or written\."
-    commands = (
-        ["status"],
-        ["eval", "--device", "cpu"],
-        ["train-task", data / "warm", "--name", "x", "--device", "cpu"],
-        ["rollback", "cold"],
-        ["rollback", "--undo"],
-        ["doctor"],
-        ["doctor", "--repair"],
-        ["doctor", "--empty-trash", "--yes"],
-    )
-    for command in commands:
-        check_error(cli("-C", project, *command), 3, line)
-    assert tree_hash(project) == before
-    assert tree_hash(outside) == there
-
-
-@pytest.mark.parametrize("name", ["state.json", ".treelora/lock", ".treelora/lock.json"])
-def test_a_file_that_is_a_link_is_not_written_through(cli: Cli, project: Path, data: Path, name: str) -> None:
-    outside = project.parent / "outside"
-    shutil.move(project / name, outside) if (project / name).exists() else outside.write_text("mine")
-    (project / name).symlink_to(outside)
-    whole = outside.read_bytes()
-    done = cli("-C", project, "train-task", data / "warm", "--name", "x", "--device", "cpu")
-    check_error(done, 3, rf"{name} is a symbolic link; nothing outside a project is read or written\.")
-    assert outside.read_bytes() == whole
-
-
-def test_the_project_itself_may_be_reached_by_a_link(cli: Cli, project: Path, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(project)
-    learn = ["train-task", data / "warm", "--name", "x", "--epochs", "1", "--device", "cpu"]
-    assert cli("-C", tmp_path / "link", *learn).code == 0
-
-
-def test_a_named_pipe_in_a_files_place_holds_nobody(project: Path) -> None:
-    (project / ADAPTER).unlink()
-    os.mkfifo(project / ADAPTER)
-    with pytest.raises(DamagedError, match=rf"{ADAPTER}: hash mismatch"):
-        Project.open(project).adapter("warm")
-
-
 # -- damage beside the current state ----------------------------------------------------------------------
 
 
@@ -282,211 +216,6 @@ def test_one_flipped_bit_in_any_file_of_the_bookkeeping_is_noticed(cli: Cli, pro
     assert cli("-C", project, "doctor", "--json").json["damaged_past"] == {}
     path.write_bytes(b"{}")
     assert "needed only to undo or to resume" in cli("-C", project, "doctor").out
-
-
-# -- interrupted at the wrong moment ----------------------------------------------------------------------
-
-
-def test_status_speaks_of_resuming_only_where_it_can(cli: Cli, project: Path, tmp_path: Path) -> None:
-    stop_after(cli, project, make_images(tmp_path / "more", ["pink", "brown"]), 3)
-    assert "Next: treelora train-task --resume" in cli("-C", project, "status").out
-    assert cli("-C", project, "rollback", "grey").code == 0
-    shown = cli("-C", project, "status").out
-    assert "--resume" not in shown
-    assert "'more' was interrupted at another state of this project, to which it belongs." in shown
-    assert "Next: treelora train-task DATA" in shown
-    assert cli("-C", project, "status", "--json").json["interrupted"] == {"task": "more", "step": 3, "resumable": False}
-    assert cli("-C", project, "rollback", "--undo").code == 0
-    assert "Next: treelora train-task --resume" in cli("-C", project, "status").out
-    assert cli("-C", project, "status", "--json").json["interrupted"]["resumable"] is True
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_a_signal_in_a_commit_is_answered_truly(
-    project: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, place: str
-) -> None:
-    opened, replace = Project.open(project), os.replace
-
-    def signalled(source: object, target: object) -> None:
-        is_state = str(target) == str(project / "state.json")
-        if is_state and place == "before":
-            os.kill(os.getpid(), number)
-        replace(source, target)  # type: ignore[arg-type]
-        if is_state and place == "after":
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(os, "replace", signalled)
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match=r"^Interrupted, but task 'next' is committed\. See: treelora status$"):
-        opened.commit(commit_of(opened))
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    found = Project.open(project)
-    assert found.state.tasks[-1].name == "next"
-    everything(found)
-    with pytest.raises(Interrupted, match=r"^Interrupted, but the change was made\. See: treelora status$"):
-        found.rollback("next")
-    assert Project.open(project).state == opened.state
-
-
-_SLOW_READING = """
-import sys, time
-from treelora_backends.vit import images as vit_images
-from treelora_cli.app import main
-def slow(request):
-    print("reading", flush=True)
-    time.sleep(60)
-vit_images.list_images = slow
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_outside_training_ends_with_130_and_leaves_no_lock(
-    project: Path, data: Path, number: signal.Signals
-) -> None:
-    before = tree_hash(project)
-    command = [sys.executable, "-c", _SLOW_READING, "-C", str(project), "train-task", str(data / "warm")]
-    child = subprocess.Popen(
-        [*command, "--name", "x", "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=child_environment(),
-        # a suite that a shell runs in the background ignores Ctrl-C, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "reading\n"
-    child.send_signal(number)
-    _, err = child.communicate(timeout=30)
-    assert child.returncode == 130
-    assert err == "Error: Interrupted; nothing was committed.\n"
-    assert tree_hash(project) == before
-    assert not (project / ".treelora/lock.json").exists()
-
-
-@pytest.mark.slow
-def test_stopped_after_any_step_a_task_resumes_to_the_same_hashes(cli: Cli, project: Path, tmp_path: Path) -> None:
-    more = make_images(tmp_path / "more", ["pink", "brown"])
-    whole = Path(shutil.copytree(project, tmp_path / "whole"))
-    assert cli("-C", whole, "train-task", more, *OPTIONS).code == 0
-    for step in range(1, 8):
-        root = Path(shutil.copytree(project, tmp_path / "q"))
-        stop_after(cli, root, more, step)
-        assert cli("-C", root, "train-task", "--resume", *OPTIONS).code == 0
-        assert learned_hashes(root) == learned_hashes(whole), f"step {step}"
-        shutil.rmtree(root)
-
-
-def test_out_of_memory_while_training_changes_nothing_and_says_what_to_do(
-    cli: Cli, project: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from treelora_cli.learning.trainer import Trainer
-
-    def full(_trainer: Trainer, _batch: object) -> torch.Tensor:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-
-    monkeypatch.setattr(Trainer, "_take_step", full)
-    before = tree_hash(project)
-    done = cli("-C", project, "train-task", data / "cold", "--name", "x", "--device", "cpu")
-    check_error(done, 6, r"Out of memory at step 1; nothing was committed\. Retry with --batch-size 4 --set tr")
-    assert tree_hash(project) == before
-
-
-# -- leaving nothing behind -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("victim", range(0, 16, 3))
-def test_a_new_project_is_made_whole_or_not_at_all(tmp_path: Path, victim: int) -> None:
-    from faults import hooked
-
-    root, count = tmp_path / "a" / "b", 0
-
-    def fail(name: str) -> None:
-        nonlocal count
-        count += 1
-        if count > victim and name not in ("unlink", "rmdir"):  # removing needs no space
-            raise OSError(28, "No space left on device")
-
-    def make() -> Project:
-        return Project.create(root, "seed: 0\n", backend="vit", base={"layers": [], "fingerprint": ""}, fixed={})
-
-    with hooked(fail), pytest.raises(ResourceError, match="Disk full while writing"):
-        make()
-    assert list(tmp_path.iterdir()) == []
-    assert make().state.generation == 0
-
-
-@pytest.mark.parametrize("victim", range(0, 20, 2))
-def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one_alone(project: Path, victim: int) -> None:
-    from faults import hooked
-
-    checkpoint, count = Project.open(project).checkpoint, 0
-    facts = {"task": "x", "state": "", "request": {}}
-    checkpoint.save({**facts, "step": 3}, {"a": torch.zeros(2)})
-    before = tree_hash(project / ".treelora")
-
-    def fail(name: str) -> None:
-        nonlocal count
-        count += 1
-        if count > victim and name != "unlink":
-            raise OSError(28, "No space left on device")
-
-    with hooked(fail):
-        try:
-            checkpoint.save({**facts, "step": 6}, {"a": torch.ones(2)})
-        except ResourceError:
-            found = checkpoint.facts()
-            assert found is not None
-            assert found["step"] == 6 or tree_hash(project / ".treelora") == before
-    found = checkpoint.facts()
-    assert found is not None
-    assert checkpoint.tensors(found)["a"].tolist() == [float(found["step"] == 6)] * 2
-    assert len(list((project / ".treelora/run").iterdir())) == 2
-
-
-# -- the lock ---------------------------------------------------------------------------------------------
-
-
-def test_who_asks_for_the_holder_does_not_turn_a_writer_away(project: Path) -> None:
-    """``doctor`` looks who holds the lock by taking it for a moment."""
-    asking = FileLock(project / ".treelora/lock", thread_local=False)
-    asking.acquire()
-    threading.Timer(0.1, asking.release).start()
-    with Project.open(project).lock("train-task x"):
-        pass
-
-
-def test_a_shared_projects_lock_can_be_taken_by_the_group(project: Path) -> None:
-    (project / ".treelora/lock").unlink()
-    before = os.umask(0o002)
-    try:
-        with Project.open(project).lock("train-task x"):
-            pass
-    finally:
-        os.umask(before)
-    assert (project / ".treelora/lock").stat().st_mode & 0o777 == 0o664
-
-
-def test_a_reader_sees_a_whole_state_at_every_operation_of_an_undo(project: Path) -> None:
-    from faults import EVENTS, hooked
-
-    originals = {name: getattr(os, name) for name in (*EVENTS, "fdopen")}
-    generations: list[int] = []
-
-    def look(_name: str) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, original in originals.items():
-                patch.setattr(os, name, original)
-            found = Project.open(project)
-            everything(found)
-            generations.append(found.state.generation)
-
-    with hooked(look):
-        after = Project.open(project).rollback("cold")
-        after.undo_rollback(None)
-    assert set(generations) == {1, 3}
 
 
 # -- another base, nothing unpickled ----------------------------------------------------------------------
@@ -544,13 +273,6 @@ def test_the_source_neither_unpickles_nor_runs_a_models_code() -> None:
         assert "import pickle" not in text and "torch.load(" not in text and "trust_remote_code=True" not in text, path
 
 
-def test_a_crafted_lock_file_is_described_as_well_as_it_can(project: Path) -> None:
-    from treelora_cli.project.lock import _describe
-
-    (project / "lock.json").write_text(json.dumps({"pid": 1, "host": "h", "command": "c", "since": 2**70}))
-    assert _describe(project / "lock.json") == "another process"
-
-
 # -- space ------------------------------------------------------------------------------------------------
 
 
@@ -565,12 +287,3 @@ def test_doctor_says_what_the_machine_has_left(cli: Cli, project: Path) -> None:
     machine = cli("-C", project, "doctor", "--json").json["machine"]
     assert 0 < machine["free memory GiB"] <= machine["memory GiB"]
     assert machine["free disk GiB"] > 0
-
-
-def test_a_refused_link_is_an_error_of_the_project(project: Path) -> None:
-    (project / "metrics").rename(project / "elsewhere")
-    (project / "metrics").symlink_to("elsewhere")
-    start = time.perf_counter()
-    with pytest.raises(ProjectError, match="metrics is a symbolic link"):
-        Project.open(project)
-    assert time.perf_counter() - start < 1

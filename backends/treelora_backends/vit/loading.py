@@ -98,6 +98,8 @@ def create_vit(base: BaseConfig, *, offline: bool) -> nn.Module:
     except (TypeError, AssertionError, KeyError) as error:
         raise ModelError(f"{base.model}: --model-arg does not fit this architecture ({error}).") from error
     except RuntimeError as error:
+        if str(error).startswith("Unknown model"):
+            raise ModelError(f"{base.model} cannot be loaded by timm ({first_line(error)}).") from error
         raise ModelError(_misfit(str(base.model), error)) from error
     except Exception as error:  # the hub client raises many kinds when a download fails
         if name.startswith("local-dir:"):

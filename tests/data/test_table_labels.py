@@ -1,0 +1,235 @@
+"""Labels in tables: names in the schema, numbers without names, what is missing."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from conftest import picture
+from pyarrow import parquet
+
+from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.images import ImageListing, list_images
+from treelora_cli.data.tables import read_table
+from treelora_cli.errors import DataError
+
+
+def rows(path: Path, notes: list[str] | None = None, **columns: str) -> list[dict[str, Any]]:
+    return [row.values for row in read_table(path, None, columns, notes)]
+
+
+def written(path: Path, content: str | bytes, encoding: str = "utf-8") -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
+    return path
+
+
+def parquet_with_names(path: Path, numbers: list[Any], names: list[str] | None) -> Path:
+    """Write images and labels as ``datasets`` does, class names in the schema's metadata."""
+    import io
+
+    images = []
+    for index in range(len(numbers)):
+        buffer = io.BytesIO()
+        picture("red", index, size=4).save(buffer, format="PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    table = pyarrow.table({"image": images, "label": pyarrow.array(numbers, pyarrow.int64())})
+    if names is not None:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    parquet.write_table(table, path)
+    return path
+
+
+def listed(path: Path, **options: Any) -> ImageListing:
+    return list_images(DataRequest(path=path, held_out=0, **options))
+
+
+def test_names_in_the_schema_are_used(tmp_path: Path) -> None:
+    found = listed(parquet_with_names(tmp_path / "d.parquet", [1, 0, 1], ["cat", "dog"]))
+    assert [item.label for item in found.train] == ["dog", "cat", "dog"]
+    assert not found.numbered
+    renamed = parquet_with_names(tmp_path / "e.parquet", [1, 0], ["cat", "dog"])
+    assert [row["class"] for row in rows(renamed, label="class")] == ["dog", "cat"]
+
+
+def test_a_label_of_minus_one_is_missing_and_one_beyond_the_names_is_refused(tmp_path: Path) -> None:
+    path = parquet_with_names(tmp_path / "d.parquet", [1, -1, 0], ["cat", "dog"])
+    with pytest.raises(DataError, match=r"d\.parquet row 2: empty label\."):
+        listed(path)
+    found = listed(path, skip_bad=True)
+    assert found.labels == ("cat", "dog")
+    assert found.notes == (
+        "1 bad rows were skipped, such as d.parquet row 2: empty label. Mend it, or pass --skip-bad.",
+    )
+    with pytest.raises(DataError, match=r"row 1: label 7 is not among the file's 2 class names\."):
+        listed(parquet_with_names(path, [7], ["cat", "dog"]))
+
+
+def test_numbers_without_names_are_marked(tmp_path: Path) -> None:
+    path = parquet_with_names(tmp_path / "d.parquet", [1, 0, 1], None)
+    assert (listed(path).labels, listed(path).numbered) == (("0", "1"), True)
+    assert not listed(path, label_prefix="").numbered
+    prefixed = listed(path, label_prefix="birds ")
+    assert (prefixed.labels, prefixed.numbered) == (("birds 0", "birds 1"), False)
+    names = written(tmp_path / "names.txt", "cat\ndog\n")
+    assert listed(path, label_names=names).labels == ("cat", "dog")
+    written(tmp_path / "labels.json", '["ant", "bee"]')
+    assert listed(path).labels == ("ant", "bee")
+    with pytest.raises(DataError, match=r"row 1: label 1 is not among the 1 names in .*names\.txt\."):
+        listed(path, label_names=written(names, "cat\n"))
+
+
+def csv_with_labels(folder: Path, labels: list[str], head: str = "path,label") -> Path:
+    for index in range(len(labels)):
+        picture("red", index, size=4).save(folder / f"{index}.png")
+    return written(folder / "m.csv", "\n".join([head, *(f"{index}.png,{one}" for index, one in enumerate(labels))]))
+
+
+@pytest.mark.parametrize("missing", ["", "nan", "NaN", "null", "<NA>", " ", "None", "NA"])
+def test_missing_labels_among_numbers_are_no_class(tmp_path: Path, missing: str) -> None:
+    path = csv_with_labels(tmp_path, ["1.0", "0.0", missing])
+    with pytest.raises(DataError, match=r"m\.csv:4: empty label\. Mend it, or pass --skip-bad\."):
+        listed(path)
+    assert listed(path, skip_bad=True).labels == ("0", "1")
+
+
+@pytest.mark.parametrize("missing", ["", "nan", "null"])
+def test_missing_labels_among_names_are_no_class(tmp_path: Path, missing: str) -> None:
+    with pytest.raises(DataError, match=r"m\.csv:4: empty label\."):
+        listed(csv_with_labels(tmp_path, ["cat", "dog", missing]))
+
+
+def test_none_may_be_a_class_among_names_and_fractions_stay(tmp_path: Path) -> None:
+    assert listed(csv_with_labels(tmp_path, ["scratch", "none"])).labels == ("none", "scratch")
+    assert listed(csv_with_labels(tmp_path, ["1.5", "2.0"])).labels == ("1.5", "2.0")
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"), [([1.0, 0.0], ("0", "1")), ([1, True], ("1", "True")), (["a", [" b"]], ("a", "b"))]
+)
+def test_labels_of_other_types(tmp_path: Path, values: list[Any], labels: tuple[str, ...]) -> None:
+    csv_with_labels(tmp_path, ["", ""])
+    content = "\n".join(json.dumps({"path": f"{index}.png", "label": one}) for index, one in enumerate(values))
+    assert listed(written(tmp_path / "m.jsonl", content)).labels == labels
+
+
+@pytest.mark.parametrize("value", ["null", "NaN", '""'])
+def test_missing_labels_in_json(tmp_path: Path, value: str) -> None:
+    csv_with_labels(tmp_path, [""])
+    with pytest.raises(DataError, match=r"m\.jsonl:1: empty label\."):
+        listed(written(tmp_path / "m.jsonl", f'{{"path": "0.png", "label": {value}}}'))
+
+
+def test_several_manifests_and_a_pattern(tmp_path: Path) -> None:
+    for part in "ab":
+        (tmp_path / part).mkdir()
+        csv_with_labels(tmp_path / part, [f"{part}1", f"{part}2"])
+    both = ("a1", "a2", "b1", "b2")
+    assert listed(tmp_path / "a" / "m.csv", more=(tmp_path / "b" / "m.csv",)).labels == both
+    assert listed(tmp_path / "*" / "m.csv").labels == both
+    with pytest.raises(DataError, match=r"\*\.csv: nothing fits this pattern\."):
+        listed(tmp_path / "*.csv")
+
+
+def test_paths_in_a_manifest_may_be_windows_paths(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    picture("red", 1, size=4).save(tmp_path / "in" / "1.png")
+    found = listed(written(tmp_path / "m.csv", "path,label\nin\\1.png,a\n"))
+    assert found.train[0].name == str(tmp_path / "in" / "1.png")
+    with pytest.raises(DataError, match=r"m\.csv:2: .* is no path"):
+        listed(written(tmp_path / "m.csv", f"path,label\n{'x' * 5000}.png,a\n"))
+
+
+def test_names_are_used_wherever_they_stand(tmp_path: Path) -> None:
+    """In a list's feature, in a column beside the numbers, and not where two share one."""
+    table = pyarrow.table({"image": [png(1), png(2)], "labels": [[1], [0]]})
+    features = {"labels": {"feature": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "_type": "Sequence"}}
+    parquet.write_table(with_features(table, features), tmp_path / "list.parquet")
+    assert [item.label for item in listed(tmp_path / "list.parquet").train] == ["dog", "cat"]
+    twice = {"labels": {"names": ["cat", "cat"], "_type": "ClassLabel"}}
+    parquet.write_table(with_features(table, twice), tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice\.parquet: the class names of 'labels' in its schema are not distinct"):
+        listed(tmp_path / "twice.parquet")
+
+
+@pytest.mark.parametrize("column", ["label_name", "class", "label_text", "class_name"])
+def test_names_beside_numbers_are_used_where_each_has_one(tmp_path: Path, column: str) -> None:
+    path = csv_with_labels(tmp_path, ["0,cat", "1,dog", "0,cat"], f"path,label,{column}")
+    assert (listed(path).labels, listed(path).numbered) == (("cat", "dog"), False)
+    path = csv_with_labels(tmp_path, ["0,screw", "1,screw", "0,nut"], f"path,label,{column}")
+    assert (listed(path).labels, listed(path).numbered) == (("0", "1"), True)
+
+
+def with_features(table: Any, features: dict[str, Any]) -> Any:
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def png(seed: int) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    picture("red", seed, size=4).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([b"cat", b"dog"], ("cat", "dog")),
+        ([date(2024, 1, 2), date(2024, 1, 3)], ("2024-01-02", "2024-01-03")),
+        ([Decimal("1.0"), Decimal("2.0")], ("1", "2")),
+        (pyarrow.array(["cat", "dog"]).dictionary_encode(), ("cat", "dog")),
+        ([True, False], ("False", "True")),
+    ],
+)
+def test_labels_of_arrows_types(tmp_path: Path, values: Any, labels: tuple[str, ...]) -> None:
+    parquet.write_table(pyarrow.table({"image": [png(1), png(2)], "label": values}), tmp_path / "d.parquet")
+    assert listed(tmp_path / "d.parquet").labels == labels
+
+
+@pytest.mark.parametrize("missing", ["(null)", "\\N", "#DIV/0!", "#VALUE!", "-nan", "NaT"])
+def test_what_programs_write_for_nothing_is_no_class(tmp_path: Path, missing: str) -> None:
+    with pytest.raises(DataError, match=r"m\.csv:4: empty label\."):
+        listed(csv_with_labels(tmp_path, ["cat", "dog", missing]))
+
+
+def test_labels_that_may_mean_nothing_are_said(tmp_path: Path) -> None:
+    found = listed(csv_with_labels(tmp_path, ["scratch", "None", "None"]))
+    assert found.notes == ("Label 'None' is a class of that name here (2 times), no missing label.",)
+    found = listed(csv_with_labels(tmp_path, ["0", "1", "-1"]))
+    assert found.notes == ("Label -1 is a class like the others here (1 times), no missing label.",)
+    assert listed(csv_with_labels(tmp_path, ["1", "-1"])).notes == ()
+
+
+def test_numbers_with_a_decimal_comma_are_whole(tmp_path: Path) -> None:
+    path = csv_with_labels(tmp_path, ["", ""])
+    assert listed(written(path, "path;label\n0.png;1,0\n1.png;2,0\n")).labels == ("1", "2")
+    assert listed(written(path, "path;label\n0.png;1,5\n1.png;2,0\n")).labels == ("1,5", "2,0")
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        (["cat", "dog", '"cat, dog"'], r"m\.csv:4: label 'cat, dog' names 2 classes; an image has one\."),
+        (["cat", "dog", "cat|dog"], r"m\.csv:4: label 'cat\|dog' names 2 classes"),
+        (["x" * 501, "dog"], r"m\.csv:2: a label of 501 characters; is 'label' the column of labels\?"),
+    ],
+)
+def test_labels_that_are_none_are_refused(tmp_path: Path, labels: list[str], line: str) -> None:
+    with pytest.raises(DataError, match=line):
+        listed(csv_with_labels(tmp_path, labels))
+    assert "dog" in listed(csv_with_labels(tmp_path, ["crane", '"crane, machine"', "dog"])).labels
+
+
+def test_an_image_in_several_rows_has_one_class(tmp_path: Path) -> None:
+    csv_with_labels(tmp_path, ["", ""])
+    path = written(tmp_path / "m.csv", "path,label\n0.png,cat\n1.png,dog\n0.png,cat\n")
+    assert len(listed(path).train) == 2
+    assert listed(path).notes == ("1 rows name an image that an earlier one names; each is learned once.",)
+    with pytest.raises(DataError, match=r"m\.csv:3: .*0\.png is 'dog' here and 'cat' before; an image has one class\."):
+        listed(written(path, "path,label\n0.png,cat\n0.png,dog\n"))
