@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ SLOT = "default"
 
 
 class LinearSlot(nn.Module):
-    """A frozen linear layer and its slot: ``base(x) + alpha / rank * up(down(dropout(x)))``."""
+    """A frozen linear layer in float32 and its slot: ``base(x) + alpha / rank * up(down(dropout(x)))``."""
 
     fan_in_fan_out = False
 
@@ -60,7 +60,6 @@ class LinearSlot(nn.Module):
         if not self.enabled:
             return plain
         down, up = self.lora_A[SLOT], self.lora_B[SLOT]
-        x = x.to(cast("Tensor", down.weight).dtype)
         added: Tensor = plain + up(down(self.lora_dropout[SLOT](x))) * self.scale
         return added.to(plain.dtype)
 
