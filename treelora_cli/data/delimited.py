@@ -7,6 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from treelora_cli.data.files import lines_of
 from treelora_cli.errors import DataError
@@ -38,15 +39,7 @@ def read_delimited(
     skipped = 0
     if named:
         text, skipped = text[named.end() :], 1
-    delimiter = named[1] if named else "\t" if tabs else _delimiter(text)
-    commas, spaced = (_first_line(text).count(sign) for sign in (delimiter, f"{delimiter} "))
-    after_space = commas > 0 and commas == spaced
-    if delimiter == "\t" and _quotes_are_signs(text):
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(
-            io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=after_space
-        )
+    reader = _reader(text, named[1] if named else "\t" if tabs else _delimiter(text))
     head: list[str] = []
     try:
         for fields in reader:
@@ -62,6 +55,15 @@ def read_delimited(
             yield dict(zip(head, fields, strict=True)), line
     except csv.Error as error:
         raise DataError(f"{name}:{reader.line_num + skipped}: invalid CSV ({error}).") from error
+
+
+def _reader(text: str, delimiter: str) -> Any:
+    """Return the library's reader of a text without its ``sep=`` line."""
+    lines = io.StringIO(text, newline="")
+    if delimiter == "\t" and _quotes_are_signs(text):
+        return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    commas, spaced = (_first_line(text).count(sign) for sign in (delimiter, f"{delimiter} "))
+    return csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=commas > 0 and commas == spaced)
 
 
 def lacks_head(rows: Sequence[Mapping[str, object]]) -> bool:

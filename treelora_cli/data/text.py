@@ -99,24 +99,35 @@ def list_texts(request: DataRequest) -> TextListing:
         notes += label_notes([one.answer for one in train])
         _check_labels(labels, test)
     metric = _metric(request.metric, style, labels, train or test)
-    if request.recorded is not None and request.recorded.held_out is not None:
-        test, change = find_recorded(test, train, request.recorded.held_out, hash_of_text)
-        test = _limit(test, request.recorded.limit, f"test/{request.seed}")
-        return TextListing(style, labels, metric, train, test, tuple(notes), change)
-    if not train and request.recorded is None and not request.test_only:
+    return _held_out(TextListing(style, labels, metric, train, test, tuple(notes)), request)
+
+
+def _held_out(listing: TextListing, request: DataRequest) -> TextListing:
+    """Return a listing with its held-out examples: the recorded ones, those of its own part, or some set aside.
+
+    Raises:
+        DataError: There is nothing to learn.
+    """
+    train, test, recorded = listing.train, listing.test, request.recorded
+    if recorded is not None and recorded.held_out is not None:
+        test, change = find_recorded(test, train, recorded.held_out, hash_of_text)
+        return replace(listing, test=_limit(test, recorded.limit, f"test/{request.seed}"), change=change)
+    if not train and recorded is None and not request.test_only:
         raise DataError(
-            f"{path} holds no training examples, but {len(test)} held-out ones. To learn those, rename them."
+            f"{paths_of(request)[0]} holds no training examples, but {len(test)} held-out ones. To learn those, rename"
+            " them."
         )
+    notes = listing.notes
     if not test and request.held_out > 0:
-        train, test = _split(train, request, bool(labels))
-        notes.append(f"No held-out data given: {len(test)} of {len(train) + len(test)} examples kept for scoring.")
+        train, test = _split(train, request, bool(listing.labels))
+        notes = (*notes, f"No held-out data given: {len(test)} of {len(train) + len(test)} examples kept for scoring.")
     train = _limit(train, request.train_limit, f"train/{request.seed}")
     test = _limit(test, request.test_limit, f"test/{request.seed}")
-    listing = TextListing(style, labels, metric, train, test, tuple(notes))
-    if request.recorded is None:
+    listing = replace(listing, train=train, test=test, notes=notes)
+    if recorded is None:
         return listing
-    change = None if listing.digest == request.recorded.digest else OTHER_DATA
-    return replace(listing, test=_limit(test, request.recorded.limit, f"test/{request.seed}"), change=change)
+    change = None if listing.digest == recorded.digest else OTHER_DATA
+    return replace(listing, test=_limit(test, recorded.limit, f"test/{request.seed}"), change=change)
 
 
 def hash_of_text(one: TextExample) -> str:
