@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from treelora_cli.backend.values import Memory
 
 BRANCHES_ASKED = 2
-"""Branches whose adapters run for an image, at most."""
-UNLIKELY = 0.01
-"""Branches less likely than this are not asked."""
+"""Branches whose adapters run for an image, at most; none less likely than the likeliest class so far: it cannot hold
+the answer."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,23 @@ class BranchAnswers:
             seen: The views of the images.
         """
         top = log_branches.topk(min(BRANCHES_ASKED, len(self.names)), dim=1)
-        likely = top.values.exp() >= UNLIKELY
-        for index, name in enumerate(self.names):
-            rows = ((top.indices == index) & likely).any(dim=1).nonzero().squeeze(1)
-            if name is None or not len(rows):
-                continue
-            own = (self.group_of == index).nonzero().squeeze(1)
-            inside = log_columns[rows][:, own] - log_branches[rows, index][:, None]
-            opinion = fused(*self._scores(name, rows, seen), inside)
-            log_columns[rows[:, None], own[None, :]] = opinion + log_branches[rows, index][:, None]
+        for sure, place in zip(top.values.T, top.indices.T, strict=True):
+            open_still = sure >= log_columns.max(dim=1).values
+            for index in place[open_still].unique().tolist():
+                if self.names[index] is not None:
+                    rows = (open_still & (place == index)).nonzero().squeeze(1)
+                    self._refine_branch_(index, rows, log_columns, log_branches, seen)
+
+    def _refine_branch_(
+        self, index: int, rows: Tensor, log_columns: Tensor, log_branches: Tensor, seen: tuple[Seen, ...]
+    ) -> None:
+        """Put in what the branch of an index in ``names`` says of some images, (n,)."""
+        name = self.names[index]
+        assert name is not None
+        own = (self.group_of == index).nonzero().squeeze(1)
+        inside = log_columns[rows][:, own] - log_branches[rows, index][:, None]
+        opinion = fused(*self._scores(name, rows, seen), inside)
+        log_columns[rows[:, None], own[None, :]] = opinion + log_branches[rows, index][:, None]
 
     def _scores(self, name: str, rows: Tensor, seen: tuple[Seen, ...]) -> tuple[Tensor, float]:
         """Return scores of a branch's classes for some images, (n, classes), and the factor on them."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from treelora_backends.routed_files import check_loader, write_routed
-from treelora_backends.vit.branch_answers import BRANCHES_ASKED, UNLIKELY, BranchAnswers
+from treelora_backends.vit.branch_answers import BRANCHES_ASKED, BranchAnswers
 from treelora_backends.vit.export import model_config, save_stock
 from treelora_backends.vit.images import images_at_once
 from treelora_backends.vit.predictor import ADAPTER_SHARE, ANCHOR_SHARPNESS, TASKS_ASKED, VitPredictor, tasks_asked
@@ -195,7 +195,6 @@ def _branches(base: LoadedVit, memory: Memory, places: Sequence[str]) -> tuple[d
         "branches": branches,
         "branch_of": [answers.names.index(task.branch) for task in memory.tasks],
         "branches_asked": BRANCHES_ASKED,
-        "unlikely": UNLIKELY,
         "frozen_share": FROZEN_SHARE,
     }
 

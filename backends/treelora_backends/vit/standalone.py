@@ -151,22 +151,26 @@ class Routed:
         branch_of = torch.tensor(self.config["branch_of"], device=self.device)[self.task_of]
         by_branch = _by_group(columns, branch_of, len(branches))
         top = by_branch.topk(min(self.config["branches_asked"], len(branches)), dim=1)
-        likely = top.values.exp() >= self.config["unlikely"]
-        read = self.tensors.get("branch.columns")
-        for index, branch in enumerate(branches):
-            rows = ((top.indices == index) & likely).any(dim=1).nonzero().squeeze(1)
-            if branch["adapter"] is None or not len(rows):
-                continue
-            own = (branch_of == index).nonzero().squeeze(1)
-            self.network.set_adapter(_named(branch["adapter"]))
-            scores = torch.zeros(len(rows), len(own), device=self.device)
-            for view, plain in zip(views, frozen, strict=True):
-                both = torch.cat([plain[rows][:, read], self._features(view[rows])[0][:, read]], dim=1)
-                scores += self._branch_head(index, both) / len(views)
-            inside = columns[rows][:, own] - by_branch[rows, index][:, None]
-            opinion = (branch["sharpness"] * scores).log_softmax(dim=1)
-            fused = (opinion + self.config["frozen_share"] * inside).log_softmax(dim=1)
-            columns[rows[:, None], own[None, :]] = fused + by_branch[rows, index][:, None]
+        for sure, place in zip(top.values.T, top.indices.T, strict=True):
+            open_still = sure >= columns.max(dim=1).values  # a branch less likely than a class cannot hold the answer
+            for index in place[open_still].unique().tolist():
+                if branches[index]["adapter"] is not None:
+                    rows = (open_still & (place == index)).nonzero().squeeze(1)
+                    own = (branch_of == index).nonzero().squeeze(1)
+                    inside = columns[rows][:, own] - by_branch[rows, index][:, None]
+                    opinion = self._branch_opinion(index, rows, views, frozen)
+                    fused = (opinion + self.config["frozen_share"] * inside).log_softmax(dim=1)
+                    columns[rows[:, None], own[None, :]] = fused + by_branch[rows, index][:, None]
+
+    def _branch_opinion(self, index: int, rows: Tensor, views: tuple[Tensor, Tensor], frozen: list[Tensor]) -> Tensor:
+        """Return log-probabilities of a branch's columns for some images, (n, own)."""
+        branch, read = self.config["branches"][index], self.tensors["branch.columns"]
+        self.network.set_adapter(_named(branch["adapter"]))
+        scores = []
+        for view, plain in zip(views, frozen, strict=True):
+            both = torch.cat([plain[rows][:, read], self._features(view[rows])[0][:, read]], dim=1)
+            scores.append(self._branch_head(index, both) / len(views))
+        return (branch["sharpness"] * torch.stack(scores).sum(dim=0)).log_softmax(dim=1)
 
     def _branch_head(self, index: int, features: Tensor) -> Tensor:
         """Return a branch's scores of its columns from what is read of both views' features."""
