@@ -142,12 +142,17 @@ def test_attention_is_trained_as_plain_products_with_the_same_gradient(
         trunk._class_token_alone(tokens)
         calls.clear()
         seen = tokens.clone().requires_grad_()
-        trunk.pooled(seen).square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            trunk.pooled(seen).square().sum().backward()
         gradients.append(seen.grad)
         assert bool(calls) == (most == 0)
-    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
-    with torch.no_grad():
+    assert nn.functional.cosine_similarity(*(one.flatten() for one in gradients), dim=0) > 0.999
+    calls.clear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         trunk.pooled(tokens)
+    assert calls
+    calls.clear()
+    trunk.pooled(tokens.requires_grad_())
     assert calls
 
 

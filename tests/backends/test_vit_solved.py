@@ -8,6 +8,8 @@ from treelora_backends.vit.shared_head import SharedHead
 from treelora_backends.vit.solved import fits, solved_statistics
 from treelora_backends.vit.trunk import Trunk, normalised
 
+from treelora_cli.backend.adapters import attach
+from treelora_cli.backend.linear_slots import attach_linear
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.backend.values import Memory, TaskMemory
 from treelora_cli.config import Config, HeadConfig, resolve
@@ -122,6 +124,15 @@ def test_a_class_in_two_tasks_is_scored_once():
 def test_average_pooling_cannot_carry_solved_blocks():
     assert fits(Trunk(make_vit(), 1, None))
     assert not fits(Trunk(make_vit(global_pool="avg"), 1, None))
+
+
+@pytest.mark.parametrize("attach", [attach, attach_linear])
+def test_a_network_whose_layers_all_hold_slots_carries_them_as_before(attach):
+    vit = make_vit()
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    layers = [f"blocks.{block}.{part}" for block in range(len(vit.blocks)) for part in parts]
+    attach(vit, layers, rank=2, alpha=4.0, dropout=0.0)
+    assert fits(Trunk(vit, 0, None))
 
 
 @pytest.mark.parametrize(("depth", "first"), [(1, 0), (2, 1), (4, 1)])

@@ -50,6 +50,16 @@ class LinearSlot(nn.Module):
         """The frozen bias, (out,)."""
         return self.base_layer.bias
 
+    @property
+    def in_features(self) -> int:
+        """Width of the inputs."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the outputs."""
+        return self.base_layer.out_features
+
     def get_base_layer(self) -> nn.Linear:
         """Return the frozen layer."""
         return self.base_layer
@@ -60,6 +70,8 @@ class LinearSlot(nn.Module):
         if not self.enabled:
             return plain
         down, up = self.lora_A[SLOT], self.lora_B[SLOT]
+        if self.base_layer.weight.dtype != torch.float32:  # else x has the slot's type, or autocast takes a cast back
+            x = x.to(cast("Tensor", down.weight).dtype)
         added: Tensor = plain + up(down(self.lora_dropout[SLOT](x))) * self.scale
         return added.to(plain.dtype)
 

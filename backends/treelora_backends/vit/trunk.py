@@ -49,8 +49,8 @@ class Features:
 
 
 PLAIN_ATTENTION_TOKENS = 128
-"""Tokens up to which attention is trained as plain matrix products on a CPU: for so few the backward pass of torch's
-fused attention takes a third of a bf16 step (recipes/RESULTS.md); for many the scores would take too much memory."""
+"""Tokens up to which attention is trained as plain matrix products on a CPU in bf16: for so few the backward pass of
+torch's fused attention takes a third of a step (recipes/RESULTS.md); for many the scores would take much memory."""
 FEATURE_LIMIT = 3072
 """Features F up to which blocks are added; the head's statistics grow with their square."""
 
@@ -174,8 +174,9 @@ class Trunk:
     @contextmanager
     def attention(self, tokens: int, device: torch.device) -> Iterator[None]:
         """Attend by plain matrix products where that trains faster; see ``PLAIN_ATTENTION_TOKENS``."""
-        few = device.type == "cpu" and tokens <= PLAIN_ATTENTION_TOKENS and torch.is_grad_enabled()
-        fused = [one for one in self.vit.modules() if getattr(one, "fused_attn", False)] if few else []
+        pays = device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+        few = tokens <= PLAIN_ATTENTION_TOKENS
+        fused = [one for one in self.vit.modules() if getattr(one, "fused_attn", False)] if pays and few else []
         for one in fused:
             one.fused_attn = cast("Any", False)
         try:
