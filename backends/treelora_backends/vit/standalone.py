@@ -170,7 +170,8 @@ class Routed:
         for view, plain in zip(views, frozen, strict=True):
             both = torch.cat([plain[rows][:, read], self._features(view[rows])[0][:, read]], dim=1)
             scores.append(self._branch_head(index, both) / len(views))
-        return (branch["sharpness"] * torch.stack(scores).sum(dim=0)).log_softmax(dim=1)
+        opinion: Tensor = (branch["sharpness"] * torch.stack(scores).sum(dim=0)).log_softmax(dim=1)
+        return opinion
 
     def _branch_head(self, index: int, features: Tensor) -> Tensor:
         """Return a branch's scores of its columns from what is read of both views' features."""
