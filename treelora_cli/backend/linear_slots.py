@@ -70,8 +70,6 @@ class LinearSlot(nn.Module):
         if not self.enabled:
             return plain
         down, up = self.lora_A[SLOT], self.lora_B[SLOT]
-        if self.base_layer.weight.dtype != torch.float32:  # else x has the slot's type, or autocast takes a cast back
-            x = x.to(cast("Tensor", down.weight).dtype)
         added: Tensor = plain + up(down(self.lora_dropout[SLOT](x))) * self.scale
         return added.to(plain.dtype)
 
