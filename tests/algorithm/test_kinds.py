@@ -99,6 +99,7 @@ def test_a_task_joins_the_nearest_of_its_kind_and_opens_beyond() -> None:
     near = choose_branch(signature(0.8), earlier, "auto", 0)
     assert (near.joins, near.branch, near.nearest, near.reason) == (True, "a", 0, "kind")
     assert near.distance == pytest.approx(1.6 / (1 + 1.6 / 30))
+    assert near.apart == tuple(kind_distance(signature(0.8), one.signature) for one in earlier)
     far = choose_branch(signature(1.0), earlier, "auto", 0)
     assert (far.joins, far.branch, far.nearest, far.reason) == (False, None, 0, "new")
     assert near.distance is not None and far.distance is not None

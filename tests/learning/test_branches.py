@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
 from targets import targets
 from treelora_backends.vit.branching import MomentSums
 
+from treelora_cli.algorithm.kinds import KindSignature, kind_distance
 from treelora_cli.config import Config
 from treelora_cli.learning.opening import project_config
 from treelora_cli.project import Project
@@ -78,6 +79,24 @@ def test_who_joins_trains_nothing_and_uses_the_opener_s_adapter(shared_first: Pa
         record(shared_first, "grey")["branch_reason"] == "'grey' joined branch 'warm': all tasks use the first one's."
     )
     assert project.damage() == {}
+
+
+def test_how_far_the_kinds_of_data_lie_apart_is_kept_and_shown(shared_first: Path, cli: Cli) -> None:
+    kinds = []
+    for task in Project.open(shared_first).memory().tasks:
+        own = task.tensors()
+        kinds.append(KindSignature(own["kind.means"].numpy(), own["kind.variances"].numpy(), int(own["kind.classes"])))
+    cold, grey = (record(shared_first, name)["kind_distances"] for name in ("cold", "grey"))
+    assert record(shared_first, "warm")["kind_distances"] == {}
+    assert cold == {"warm": pytest.approx(kind_distance(kinds[1], kinds[0]), abs=1e-3)}
+    assert grey == {
+        "warm": pytest.approx(kind_distance(kinds[2], kinds[0]), abs=1e-3),
+        "cold": pytest.approx(kind_distance(kinds[2], kinds[1]), abs=1e-3),
+    }
+    shown = cli("-C", shared_first, "inspect-tree", "--json").json["branches"]
+    assert shown["kind_distances"] == {"warm": {}, "cold": cold, "grey": grey} and shown["same_kind"] == 2.0
+    table = cli("-C", shared_first, "inspect-tree").out
+    assert "2 or less is one kind" in table and f"{grey['cold']:.2f}" in table
 
 
 def test_the_branch_s_sums_are_those_of_all_its_tasks(shared_first: Path) -> None:

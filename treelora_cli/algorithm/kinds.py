@@ -100,6 +100,7 @@ class BranchChoice:
         nearest: Index of the nearest task by kind; `None` for the first.
         distance: To it; `None` for the first.
         reason: `kind`, `first`, `always`, `bound` or `new`: why.
+        apart: Distance to each earlier task, in order.
     """
 
     joins: bool
@@ -107,6 +108,7 @@ class BranchChoice:
     nearest: int | None
     distance: float | None
     reason: str
+    apart: tuple[float, ...] = ()
 
 
 def choose_branch(
@@ -140,7 +142,8 @@ def choose_branch(
         reason = "kind" if joins else "new"
     if joins and drawn is not None:
         nearest = int(drawn.integers(len(earlier)))
-    return BranchChoice(joins, earlier[nearest].branch if joins else None, nearest, apart[nearest], reason)
+    branch = earlier[nearest].branch if joins else None
+    return BranchChoice(joins, branch, nearest, apart[nearest], reason, tuple(apart))
 
 
 def explain(

@@ -54,7 +54,8 @@ def inspect_tree(
     if branches is not None:
         document["branches"] = branches
         views.insert(0, task_tree.branch_view(branches))
-        views.append(branches["reason"])
+        kinds = task_tree.kind_table(branches)
+        views += [*([] if kinds is None else [kinds]), branches["reason"]]
     if bandit:
         facts, view = _bandit(project)
         document["bandit"] = facts

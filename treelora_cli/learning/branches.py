@@ -108,7 +108,8 @@ class BranchPlan:
 
     def record(self) -> dict[str, Any]:
         """Return what `task.json` keeps."""
-        return {"branch": self.name, "branch_reason": self.sentence()}
+        apart = {name: round(one, 4) for name, one in zip(self.names, self._choice.apart, strict=False)}
+        return {"branch": self.name, "branch_reason": self.sentence(), "kind_distances": apart}
 
     def commit_part(self, learned: Learned) -> dict[str, Any]:
         """Return what a commit holds of it: the branch's statistics, and whose adapter the task uses."""

@@ -205,7 +205,8 @@ def _report(new: NewTask, trained: Trained, concluded: Conclusion, clock: Clock)
         peak_bytes=peak_bytes(),
         notes=new.data.notes,
         watch=concluded.watch,
-        **({} if trained.branches is None else trained.branches.record()),
+        branch=None if trained.branches is None else trained.branches.name,
+        branch_reason=None if trained.branches is None else trained.branches.sentence(),
     )
 
 

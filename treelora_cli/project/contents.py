@@ -187,6 +187,8 @@ class Contents:
             for key in ("branch", "branch_reason"):
                 if type(record.get(key)) not in (str, type(None)):
                     raise TypeError(key)
+            if not all(type(one) is float for one in record.get("kind_distances", {}).values()):
+                raise TypeError("kind_distances")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedError(f"{where} is malformed ({error}). Run treelora doctor.") from error
         return cast("dict[str, Any]", record)

@@ -12,6 +12,7 @@ from rich.text import Text
 from rich.tree import Tree as RichTree
 
 from treelora_cli.algorithm.distances import l1_distance
+from treelora_cli.algorithm.kinds import SAME_KIND
 from treelora_cli.algorithm.tree import Tree
 
 _MANY = 30
@@ -73,7 +74,7 @@ def tree_document(tree: Tree, names: Sequence[str], layers: Sequence[str]) -> di
 
 
 def branch_document(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The branches for ``--json``: tasks of each, and why the newest task joined or opened one.
+    """The branches for ``--json``: tasks of each, why the newest joined or opened one, how far kinds lie apart.
 
     Args:
         records: ``task.json`` of each task in order of arrival.
@@ -88,7 +89,14 @@ def branch_document(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
     for record in records:
         branch = record["branch"]
         (frozen if branch is None else members.setdefault(branch, [])).append(record["name"])
-    return {"members": members, "frozen": frozen, "reason": records[-1]["branch_reason"]}
+    apart = {record["name"]: dict(record.get("kind_distances", {})) for record in records}
+    return {
+        "members": members,
+        "frozen": frozen,
+        "reason": records[-1]["branch_reason"],
+        "kind_distances": apart,
+        "same_kind": SAME_KIND,
+    }
 
 
 def branch_view(branches: Mapping[str, Any]) -> RichTree:
@@ -101,6 +109,28 @@ def branch_view(branches: Mapping[str, Any]) -> RichTree:
     if branches["frozen"]:
         root.add(Text(f"frozen features only: {', '.join(branches['frozen'])}"))
     return root
+
+
+def kind_table(branches: Mapping[str, Any]) -> Table | None:
+    """Table of how far each task's kind of data lies from the earlier ones'; of many tasks, from the nearest."""
+    apart, limit = branches["kind_distances"], branches["same_kind"]
+    if not any(apart.values()):
+        return None
+    title = f"Distance of kinds of data to earlier tasks: {limit:g} or less is one kind"
+    names = list(apart)
+    if len(names) > _MANY:
+        table = Table("task", "nearest earlier task", title=title)
+        table.add_column("distance", justify="right")
+        for name, row in apart.items():
+            nearest = min(row, key=row.__getitem__, default=None)
+            table.add_row(name, nearest or "-", "-" if nearest is None else f"{row[nearest]:.2f}")
+        return table
+    table = Table("task", title=title)
+    for name in names[:-1]:
+        table.add_column(name, justify="right")
+    for name, row in apart.items():
+        table.add_row(name, *(f"{row[one]:.2f}" if one in row else "" for one in names[:-1]))
+    return table
 
 
 def distances(tree: Tree, layer: int | None) -> np.ndarray[Any, Any]:
