@@ -193,7 +193,7 @@ class Base(Protocol):
 
     @property
     def network(self) -> nn.Module:
-        """The PEFT model; its adapter slot is read and written through ``treelora_cli.backend.adapters``."""
+        """The network with its adapter slot, which is read and written through ``treelora_cli.backend.adapters``."""
 
     @property
     def layers(self) -> tuple[str, ...]:

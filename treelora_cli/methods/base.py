@@ -63,7 +63,7 @@ class TaskContext:
 
     Attributes:
         index: Of the task, from 0.
-        network: The PEFT model; a contender may change its frozen weights in place between tasks.
+        network: The base with its adapter slot; a contender may change its frozen weights in place between tasks.
         layers: Names of the adapted modules in network order, shape (D,).
         slot: Live (down, up) parameters per adapted layer.
         scale: LoRA scale alpha / rank.

@@ -22,7 +22,7 @@ class LoadedVit:
     """The frozen network, and how images get into it.
 
     Attributes:
-        network: The PEFT model.
+        network: The base with its adapter slot.
         layers: Names of the adapted modules in network order, shape (D,).
         fingerprint: SHA-256 over the frozen weights, hex.
         trunk: The network in two parts, before and after the first adapted block.
