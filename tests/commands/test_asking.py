@@ -14,7 +14,7 @@ from conftest import Cli, check_error
 
 from treelora_cli.app import hoist_globals, run_command
 from treelora_cli.commands import asking
-from treelora_cli.commands.asking import asked_base
+from treelora_cli.commands.asking import asked_base, asked_branch
 from treelora_cli.config import BaseConfig
 from treelora_cli.errors import Interrupted
 
@@ -48,10 +48,15 @@ def test_answers_become_backend_and_base(lines: list[str], backend: str, base: B
     assert len(questions) == count
 
 
+@pytest.mark.parametrize(("line", "branch"), [("", None), ("n", None), ("Yes", "auto"), ("y", "auto")])
+def test_datasets_of_different_kinds_get_branches(line: str, branch: str | None) -> None:
+    assert asked_branch(typed(line)[0]) == branch
+
+
 def test_an_input_that_ends_leaves_nothing() -> None:
-    ask, _ = typed("texts")
-    with pytest.raises(Interrupted, match=r"^Nothing was made: the questions were left unanswered\.$"):
-        asked_base(ask)
+    for question, ask in ((asked_base, typed("texts")[0]), (asked_branch, typed()[0])):
+        with pytest.raises(Interrupted, match=r"^Nothing was made: the questions were left unanswered\.$"):
+            question(ask)
 
 
 @contextmanager
@@ -70,8 +75,8 @@ def terminal(keys: str = "") -> Iterator[int]:
     os.close(master)
 
 
-def test_enter_twice_in_a_terminal_makes_a_project_on_the_embedded_model(tmp_path: Path) -> None:
-    with terminal("\n\n") as master:
+def test_enter_thrice_in_a_terminal_makes_a_project_on_the_embedded_model(tmp_path: Path) -> None:
+    with terminal("\n\n\n") as master:
         assert run_command(["init", str(tmp_path / "p")]) == 0
         seen = os.read(master, 65536).decode()
     assert "What is to be learned, images or texts? [images]: " in seen

@@ -16,8 +16,10 @@ from treelora_cli.config import (
     AdapterConfig,
     BaseConfig,
     Config,
+    HeadConfig,
     StreamTask,
     TrainConfig,
+    TreeConfig,
     from_flags,
     load_config,
     overlay,
@@ -177,6 +179,19 @@ def test_zero_and_false_are_given_values() -> None:
 def test_nothing_given_leaves_the_lower_level() -> None:
     assert overlay(Config(), DEFAULTS) == DEFAULTS
     assert resolve(Config(), Config(), Config()) == DEFAULTS
+
+
+@pytest.mark.parametrize("policy", ["auto", "first", "always"])
+def test_who_shares_adapters_trains_longer_unless_told(policy: str) -> None:
+    branching = Config(tree=TreeConfig(branch=policy))
+    backend = Config(train=TrainConfig(epochs=3, lr=5e-3, batch_size=64))
+    for found in (resolve(branching, Config(), backend), resolve(Config(), branching, backend)):
+        train = found.train
+        assert (train.epochs, train.lr, train.batch_size, found.head.views) == (12, 1e-3, 32, 2)
+        assert train.augment == "rand-m5-mstd0.5"
+    told = resolve(Config(train=TrainConfig(epochs=2)), overlay(Config(head=HeadConfig(views=1)), branching), backend)
+    assert (told.train.epochs, told.train.lr, told.head.views) == (2, 1e-3, 1)
+    assert resolve(Config(tree=TreeConfig(branch="never")), branching, backend).train.epochs == 3
 
 
 def test_mappings_are_joined_key_by_key() -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Ask = Callable[[str], str]
 _FAMILIES = {"images": "vit", "texts": "causal-lm"}
+_UNANSWERED = "Nothing was made: the questions were left unanswered."
 
 
 def asks(context: typer.Context) -> bool:
@@ -53,7 +54,20 @@ def asked_base(ask: Ask = input) -> tuple[str, BaseConfig]:
         weights = ask("Its weights (a .safetensors file) [timm fetches them]: ").strip()
         return _FAMILIES[kind], BaseConfig(model=model, weights=weights or None)
     except EOFError as error:
-        raise Interrupted("Nothing was made: the questions were left unanswered.") from error
+        raise Interrupted(_UNANSWERED) from error
+
+
+def asked_branch(ask: Ask = input) -> str | None:
+    """Ask whether datasets of different kinds will come; returns a value of ``tree.branch``, ``None`` for the default.
+
+    Raises:
+        Interrupted: The input ends.
+    """
+    question = "Will the datasets be of different kinds, such as photos, drawings, signs? Each then gets an adapter"
+    try:
+        return "auto" if _one_of(ask, f"{question}, which takes longer:", ("no", "yes")) == "yes" else None
+    except EOFError as error:
+        raise Interrupted(_UNANSWERED) from error
 
 
 def _one_of(ask: Ask, question: str, choices: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ def init(
 
     Example: treelora init birds --model vit_base_patch16_224.augreg_in21k
     """
-    from treelora_cli.commands.asking import asked_base, asks
+    from treelora_cli.commands.asking import asked_base, asked_branch, asks
     from treelora_cli.config import from_flags
     from treelora_cli.config.by_name import add_set
     from treelora_cli.learning.opening import make_project
@@ -65,6 +65,7 @@ def init(
         check_new_directory(directory)
         backend, base_asked = asked_base()
         model, weights = base_asked.model, None if base_asked.weights is None else Path(base_asked.weights)
+        branch = asked_branch() if backend == "vit" else None
     flags = from_flags(
         backend=backend,
         method=method,
