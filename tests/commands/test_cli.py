@@ -64,6 +64,7 @@ def test_each_command_has_help_with_the_global_options(cli: Cli, command: str) -
     assert shown.code == 0
     assert f" {command} [OPTIONS]" in shown.out
     assert "--json" in shown.out
+    assert f"Example: treelora {command}" in shown.out.replace("-C birds ", "")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train-task", "--help"], ["status"], ["inspect-tree", "--bandit"]])

@@ -1,5 +1,7 @@
 """The README's commands, as written there."""
 
+import csv
+import os
 import re
 import shlex
 import shutil
@@ -9,72 +11,94 @@ from pathlib import Path
 import click
 import pytest
 from conftest import Cli, make_images, picture
+from tiny_lm import save_model
 from treelora_backends.vit.loading import EMBEDDED
 from typer.main import get_command
 
 from treelora_cli.app import app, hoist_globals
 from treelora_cli.locations import lasting
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-MODEL_NAME = "vit_base_patch16_224.augreg_in21k"
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / name for name in re.findall(r"\]\(([^)#:]+\.md)\)", README)]
+RESULTS = ROOT / "recipes/RESULTS.md"
+MODEL_NAME = "vit_small_patch14_dinov2.lvd142m"
 
 
-def use_it() -> list[tuple[str, str]]:
-    """The block under "Use it": (command, comment) of each line."""
-    block = re.search(r"## Use it\n+```sh\n(.*?)```", README, re.DOTALL)
+def walk(heading: str) -> list[str]:
+    """The commands of the transcript under a heading, without the time behind them."""
+    block = re.search(rf"## {re.escape(heading)}\n.*?```console\n(.*?)```", README, re.DOTALL)
     assert block is not None
-    lines = [line.partition("#") for line in block.group(1).splitlines()]
-    return [(command.strip(), comment.strip()) for command, _, comment in lines]
+    return [line[2:].partition("   #")[0] for line in block.group(1).splitlines() if line.startswith("$ ")]
 
 
 def every_command() -> Iterator[str]:
-    """Every ``treelora ...`` in the README that is more than a name, inline or on a line of its own."""
-    inline = re.findall(r"`(treelora [a-z][^`]*)`", README.replace("\n", " "))
-    own_line = re.findall(r"^(treelora [a-z][^#\n]*)", README, re.MULTILINE)
-    yield from (one.strip() for one in (*inline, *own_line))
+    """Every ``treelora ...`` in the README and its pages that is more than a name, inline or on a line of its own."""
+    for text in (README, *(page.read_text(encoding="utf-8") for page in PAGES if page != RESULTS)):
+        inline = re.findall(r"`(treelora [a-z][^`]*)`", text.replace("\n", " "))
+        own_line = re.findall(r"^(?:\$ )?(treelora [a-z][^#\n]*)", text, re.MULTILINE)
+        yield from (one.strip() for one in (*inline, *own_line))
 
 
-def test_the_block_under_use_it_runs(cli: Cli, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is fetched: what the model's name stands for lies there as a directory, and such a path is local."""
-    home = tmp_path / "home"
-    shutil.copytree(EMBEDDED, tmp_path / MODEL_NAME)
-    make_images(home / "data/gulls", ["red", "yellow"])
-    make_images(home / "data/terns", ["blue", "green"])
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.chdir(tmp_path)
-    ran, loaders = [], []
-    for command, comment in use_it():
+def take(cli: Cli, monkeypatch: pytest.MonkeyPatch, commands: list[str]) -> list[tuple[str, str]]:
+    """Run the commands of a walk; return name and output of each."""
+    ran = []
+    for command in commands:
         first, *rest = shlex.split(command)
         if first == "cd":
             monkeypatch.chdir(rest[0])
-            picture("red", 1).save("photo.jpg")
             continue
-        if first == ".":
-            continue  # the shell's own
         assert first == "treelora"
-        done = cli(*(str(Path(one).expanduser()) if one.startswith("~") else one for one in rest))
+        done = cli(*rest)
         assert done.code == 0, f"{command}: {done.err}"
-        ran.append(rest[0])
-        if rest[0] == "export":
-            loaders.append(comment)
-    names = ["init", "train-task", "train-task", "eval", "inspect-tree", "predict", "export", "export", "export"]
-    assert ran == names
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "home",
-        MODEL_NAME,
-        "birds",
-        "birds-merged",
-        "terns",
-        "birds-routed",
-    }
-    monkeypatch.chdir(tmp_path)
-    import timm
-    from peft import PeftModel
+        ran.append((rest[0], done.out))
+    return ran
 
-    base = timm.create_model(f"local-dir:{MODEL_NAME}", num_classes=4)
-    merged, adapted = (eval(line, {"timm": timm, "PeftModel": PeftModel, "base": base}) for line in loaders[:2])
+
+def test_the_walk_through_images_runs(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local model stands for the model's name and its weights."""
+    shutil.copytree(EMBEDDED, tmp_path / MODEL_NAME)
+    make_images(tmp_path / "animals", ["red", "yellow"])
+    make_images(tmp_path / "things", ["blue", "green"])
+    (tmp_path / "new").mkdir()
+    picture("red", 1).save(tmp_path / "new/photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    commands = walk("Five minutes with your own images")
+    its_own = " --model-arg img_size=112 --weights vit_small_dinov2.safetensors"
+    assert its_own in commands[0]
+    ran = take(cli, monkeypatch, [one.replace(its_own, "") for one in commands])
+    assert [name for name, _ in ran] == ["init", "train-task", "train-task", "predict", "report", "export"]
+    assert (tmp_path / "zoo/treelora-report/index.html").is_file()
+    import timm
+
+    loader = re.search(r"Load with: (.*)", ran[-1][1])
+    assert loader is not None
+    merged = eval(loader.group(1), {"timm": timm})
     assert merged.pretrained_cfg["label_names"] == ["red", "yellow", "blue", "green"]
-    assert adapted.peft_config["default"].peft_type == "LORA"
+
+
+def test_the_walk_through_texts_runs(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "model", "llama")
+    for name, labels in (("reviews", ("Good", "Bad")), ("news", ("Sports", "World"))):
+        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
+            rows = [(f"{name} {index} {labels[index % 2]}", labels[index % 2]) for index in range(40)]
+            csv.writer(file).writerows([("sentence", "label"), *rows])
+    monkeypatch.chdir(tmp_path)
+    commands = walk("Five minutes with your own texts")
+    assert "--model SmolLM2-135M-Instruct.Q4_1.gguf" in commands[0]
+    ran = take(cli, monkeypatch, [one.replace("SmolLM2-135M-Instruct.Q4_1.gguf", "model") for one in commands])
+    assert [name for name, _ in ran] == ["init", "train-task", "train-task", "predict"]
+    assert "Oil prices fell" in ran[-1][1]
+
+
+def test_every_page_and_picture_that_is_linked_is_there() -> None:
+    for page in (ROOT / "README.md", *PAGES):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert Path(os.path.normpath(page.parent / target)).is_file(), f"{page.name}: {target}"
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("command", sorted(set(every_command())))

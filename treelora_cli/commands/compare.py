@@ -56,6 +56,8 @@ def compare(
     memory is the process's largest resident memory above what it held when the base was loaded. What is done is kept
     in --out: the same command goes on where it stopped. A method that fails is named, the others go on, and the exit
     code is 7.
+
+    Example: treelora compare cifar100_50classes --data ~/cifar100_50classes --methods treelora,ranpac --limit 40
     """
     from treelora_cli.compare.results import finish_runs
     from treelora_cli.compare.rows import check_baseline, summarise

@@ -20,7 +20,10 @@ def demo(
     ] = Path("treelora-demo"),
     device: options.Device = None,
 ) -> None:
-    """Learn handwritten digits as five tasks of two classes, show the tree, export and verify. Offline."""
+    """Learn handwritten digits as five tasks of two classes, show the tree, export and verify. Offline.
+
+    Example: treelora demo digits
+    """
     from treelora_cli.backend.values import ExportOptions
     from treelora_cli.config import Config
     from treelora_cli.data.digits import write_digits

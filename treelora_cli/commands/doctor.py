@@ -32,7 +32,10 @@ def doctor(
     settings: options.Set = None,
     device: options.Device = None,
 ) -> None:
-    """Check versions, devices, disk, lock and the hash of every file; exit with 3 when something is damaged."""
+    """Check versions, devices, disk, lock and the hash of every file; exit with 3 when something is damaged.
+
+    Example: treelora doctor --repair
+    """
     from treelora_cli.project import Project
 
     session = session_of(context)

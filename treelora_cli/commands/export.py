@@ -24,7 +24,10 @@ def export(
     limit: options.Limit = None,
     device: options.Device = None,
 ) -> None:
-    """Write a model or adapter that timm, transformers or peft loads without treelora."""
+    """Write a model or adapter that timm, transformers or peft loads without treelora.
+
+    Example: treelora export ../birds-merged
+    """
     from treelora_cli.backend.values import ExportOptions
     from treelora_cli.learning.export import ExportRequest
     from treelora_cli.views.scores import percent

@@ -23,7 +23,10 @@ def inspect_tree(
     bandit: Annotated[bool, typer.Option("--bandit", help="What the last task's search pulled.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Write the drawing to this file too.")] = None,
 ) -> None:
-    """Show the learned tree: members, splits, distances."""
+    """Show the learned tree: members, splits, distances.
+
+    Example: treelora inspect-tree --bandit --svg tree.svg
+    """
     from treelora_cli.views import task_tree
 
     session = session_of(context)

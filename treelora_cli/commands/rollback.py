@@ -17,7 +17,10 @@ def rollback(
     undo: Annotated[bool, typer.Option("--undo", help="Bring back what the last rollback (of TASK) undid.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask when later tasks go too.")] = False,
 ) -> None:
-    """Return to the exact state before TASK was learned. Later tasks go with it; all of it can be brought back."""
+    """Return to the exact state before TASK was learned. Later tasks go with it; all of it can be brought back.
+
+    Example: treelora rollback gulls
+    """
     session = session_of(context)
     project = session.project()
     if task is None and not undo:

@@ -46,7 +46,10 @@ def run(
     settings: options.Set = None,
     device: options.Device = None,
 ) -> None:
-    """Make a project and learn every task of RECIPE in order."""
+    """Make a project and learn every task of RECIPE in order.
+
+    Example: treelora run cifar100_50classes --data ~/cifar100_50classes --limit 40
+    """
     from treelora_cli.config import from_flags
     from treelora_cli.config.by_name import add_set
     from treelora_cli.learning.recipes import find_recipe

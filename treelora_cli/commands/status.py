@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def status(context: typer.Context) -> None:
-    """Show the project: base, tasks, scores, what was interrupted, what to do next."""
+    """Show the project: base, tasks, scores, what was interrupted, what to do next.
+
+    Example: treelora -C birds status
+    """
     session = session_of(context)
     project = session.project()
     state, matrix = project.state, project.matrix()

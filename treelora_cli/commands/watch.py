@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from treelora_cli.project.metrics import WatchSet
 
 watch = typer.Typer(
-    help="Data that is scored after each task and never learned from.", no_args_is_help=True, rich_markup_mode=None
+    help="Data that is scored after each task and never learned from.\n\n"
+    "Example: treelora watch add acceptance ~/data/acceptance",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
