@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from conftest import Cli, check_error, run_python, tree_hash
 
+from treelora_cli.algorithm.bandit import pull_summary
 from treelora_cli.project.metrics import TaskAnswers, WatchSet
 from treelora_cli.report.charts import shade, ticks
 from treelora_cli.report.drawing import COLOURS, STYLE, Drawing, plain, short
-from treelora_cli.report.figures import CELLS, curves_figure, matrix_figure, overall_figure
-from treelora_cli.report.training import class_figures, watch_figure
+from treelora_cli.report.facts import Pulls, TaskFacts
+from treelora_cli.report.figures import CELLS, curves_figure, matrix_figure, memory_figure, overall_figure
+from treelora_cli.report.training import class_figures, search_figures, watch_figure
 from treelora_cli.score_matrix import ScoreMatrix
 
 _VOID = {"meta", "br", "link", "img", "input"}
 FIGURES = {"matrix", "overall", "curves", "tree", "pulls", "time", "disk"}
-FIGURES |= {"loss", "selections", "classes", "confusion", "routes"}
+FIGURES |= {"loss", "selections", "classes", "confusion", "routes", "counts", "bounds", "memory"}
 
 
 class Balance(HTMLParser):
@@ -93,6 +96,29 @@ def test_page_tells_the_projects_figures(written: Path, learned_project: Path) -
         for score, on in zip(row, matrix.tasks, strict=False):
             assert score is not None
             assert f"{after}, {on}: {100 * score:.1f}%" in page
+
+
+def test_the_last_search_is_told_step_by_step_and_memory_by_task(written: Path, learned_project: Path) -> None:
+    from treelora_cli.project import Project
+
+    project = Project.open(learned_project)
+    page = (written / "index.html").read_text()
+    saved, last = project.bandit(), project.state.tasks[-1].name
+    assert saved is not None
+    counts, _ = pull_summary(saved[0])
+    steps, total = project.steps(last), counts.sum(axis=0)
+    first = total - np.bincount([arm for one in steps[1:] for arm in one.selected], minlength=len(total))
+    for name, before, after in zip(saved[1]["tasks"], first, total, strict=True):
+        assert f'<th scope="row">{name}</th><td>{before:,}</td><td>{after:,}</td>' in page
+    peaks = [project.task_record(one.name)["peak_bytes"] for one in project.state.tasks]
+    assert all(f"{peak / 2**20:,.0f} MiB</text>" in page for peak in peaks)
+
+
+def test_records_without_memory_and_steps_have_no_such_figures() -> None:
+    task = TaskFacts("a", 2, {}, 10)
+    assert memory_figure([task]) is None
+    told = Pulls("b", ("a",), np.ones((1, 1), int), np.ones((1, 1)), "lcb, 1 steps, width observed")
+    assert search_figures(told) == []
 
 
 def test_figures_are_images_with_a_name_and_a_description(written: Path) -> None:

@@ -28,6 +28,13 @@ _PRIOR_PULLS = 2.0
 _SIGMA_FLOOR = 0.01
 
 
+def pooled_sigma(squares: float, repeats: int, *, literal: bool) -> float:
+    """Spread of one pull in a layer, in scaled distance, from the pooled squares of so many repeated pulls."""
+    if literal:
+        return 1.0
+    return max(math.sqrt((_PRIOR_PULLS * _PRIOR_SIGMA**2 + squares) / (_PRIOR_PULLS + repeats)), _SIGMA_FLOOR)
+
+
 class LayerSearch:
     """The bandit of one layer over `N` search nodes.
 
@@ -80,10 +87,7 @@ class LayerSearch:
 
     def sigma(self) -> float:
         """Spread of one pull, in scaled distance; see ``TreeBandit.sigma``."""
-        if self._literal:
-            return 1.0
-        squares = _PRIOR_PULLS * _PRIOR_SIGMA**2 + self.squares
-        return max(math.sqrt(squares / (_PRIOR_PULLS + self.repeats)), _SIGMA_FLOOR)
+        return pooled_sigma(self.squares, self.repeats, literal=self._literal)
 
     def own_bounds(self, step: int) -> FloatArray:
         """Own bound `b_k` of every node at a step, float64 `(N,)`."""

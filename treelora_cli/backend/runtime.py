@@ -246,6 +246,14 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peaks(device: str) -> dict[str, int]:
+    """Return the largest memory of this process so far, in bytes, under the names of ``task.json``."""
+    import torch
+
+    on_gpu = {"cuda_peak_bytes": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
+    return {"peak_bytes": peak_bytes(), **on_gpu}
+
+
 def return_free_memory() -> None:
     """Give what one phase freed back to the system before the next one asks for other sizes."""
     trim = getattr(_c_library(), "malloc_trim", None)

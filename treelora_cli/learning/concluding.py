@@ -11,6 +11,7 @@ import numpy as np
 from treelora_cli.algorithm.budget import merge_to_budget
 from treelora_cli.algorithm.tree import Tree, extend_tree
 from treelora_cli.backend import adapters
+from treelora_cli.backend.runtime import peaks
 from treelora_cli.backend.values import Memory, Score, TaskMemory
 from treelora_cli.config import to_dict
 from treelora_cli.learning.evaluation import HeldOut, read_held_out, score_tasks
@@ -177,6 +178,7 @@ def _record(new: NewTask, trained: Trained, clock: Clock) -> dict[str, Any]:
         "trained_parameters": trained.report.trained_parameters,
         "seconds": dict(clock.seconds),
         "cpu_seconds": dict(clock.cpu_seconds),
+        **peaks(new.runtime.device.type),
         **({} if trained.branches is None else trained.branches.record()),
         "facts": trained.learned.facts,
         "versions": versions(),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from treelora_cli.algorithm.bandit import pull_summary
+from treelora_cli.algorithm.replay import Replay, replay
 from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _LOSSES = 8
 """Tasks, the last ones, whose training steps are drawn."""
+_ARMS = 6
+"""Earlier tasks whose bounds are drawn: those that the last search pulled most."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class TaskFacts:
     disk_bytes: int
 
     @property
+    def peak_bytes(self) -> int | None:
+        """Largest memory of the process that learned it, on the GPU where there was one; ``None`` in older records."""
+        found = self.record.get("cuda_peak_bytes") or self.record.get("peak_bytes")
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Time by phase; empty in records that have none."""
         found = self.record.get("seconds")
@@ -56,6 +65,7 @@ class Pulls:
         counts: Pulls by layer and task, (D, T).
         distances: Mean distance seen by layer and task, (D, T); NaN where unpulled.
         search: Its settings and length, in words.
+        arms: The arms pulled most, step by step; empty where steps or bounds are not known.
     """
 
     task: str
@@ -63,6 +73,7 @@ class Pulls:
     counts: np.ndarray[Any, Any]
     distances: np.ndarray[Any, Any]
     search: str
+    arms: tuple[Replay, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,4 +151,21 @@ def _pulls(project: Project) -> Pulls | None:
     counts, distances = pull_summary(arrays)
     state = facts["state"]
     told = f"{state['search']}, {state['step_count']} steps, width {state['width']}"
-    return Pulls(str(facts["task"]), tuple(facts["tasks"]), counts, distances, told)
+    task, names = str(facts["task"]), tuple(facts["tasks"])
+    return Pulls(task, names, counts, distances, told, _replayed(arrays, state, counts, project.steps(task)))
+
+
+def _replayed(
+    arrays: Mapping[str, Any], state: Mapping[str, Any], counts: np.ndarray[Any, Any], steps: Sequence[Step]
+) -> tuple[Replay, ...]:
+    """Return the arms pulled most at every step; none for a search without bounds, or whose steps are not all there."""
+    selected = [one.selected for one in steps]
+    whole = len(steps) == state["step_count"] and all(len(one) == len(counts) for one in selected)
+    if state["search"] not in ("lcb", "cold", "flat") or not steps or not whole:
+        return ()
+    in_training = np.bincount(np.ravel(selected), minlength=counts.shape[1])
+    most = np.lexsort((-counts.sum(axis=0), -in_training))[:_ARMS]
+    try:
+        return tuple(replay(arrays, np.array(selected), most.tolist(), literal=state["width"] == "literal"))
+    except ValueError:  # steps of another search: nothing is told rather than something wrong
+        return ()

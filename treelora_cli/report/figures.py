@@ -9,7 +9,14 @@ import numpy as np
 from treelora_cli.report.charts import Line, bar_chart, heat_map, line_chart
 from treelora_cli.report.drawing import Drawing, short
 from treelora_cli.report.facts import Pulls, ReportFacts, TaskFacts
-from treelora_cli.report.training import class_figures, loss_figure, routes_figure, selections_figure, watch_figure
+from treelora_cli.report.training import (
+    class_figures,
+    loss_figure,
+    routes_figure,
+    search_figures,
+    selections_figure,
+    watch_figure,
+)
 from treelora_cli.score_matrix import ScoreMatrix
 
 CELLS = 100
@@ -25,12 +32,12 @@ def figures(facts: ReportFacts) -> list[Drawing]:
     found = [matrix_figure(facts.matrix), overall_figure(facts.matrix), curves_figure(facts.matrix)]
     found.append(tree_figure(facts))
     if facts.pulls is not None:
-        found.append(pulls_figure(facts.pulls))
+        found += [pulls_figure(facts.pulls), *search_figures(facts.pulls)]
     last = facts.tasks[-1].name
     names = [task.name for task in facts.tasks]
     found += [loss_figure(facts.steps), selections_figure(last, facts.steps.get(last, ()), names)]
     found += [*class_figures(facts.answers), routes_figure(facts.answers), watch_figure(facts.watch, names)]
-    found += [time_figure(facts.tasks), disk_figure(facts.tasks)]
+    found += [time_figure(facts.tasks), memory_figure(facts.tasks), disk_figure(facts.tasks)]
     return [one for one in found if one is not None]
 
 
@@ -185,6 +192,17 @@ def time_figure(tasks: Sequence[TaskFacts]) -> Drawing | None:
     some = "" if len(shown) == len(timed) else f" The last {len(shown)} of {len(timed)} tasks."
     what = f"{sum(totals.values()):,.0f} s in all, most of it {largest[0]}.{some}"
     return bar_chart("time", "Time of each task", what, bars, series=series, unit="s")
+
+
+def memory_figure(tasks: Sequence[TaskFacts]) -> Drawing | None:
+    """Peak memory of the process that learned each task."""
+    known = [(task.name, task.peak_bytes) for task in tasks if task.peak_bytes is not None]
+    if not known:
+        return None
+    bars = [(name, [peak / 2**20]) for name, peak in known[-ROWS:]]
+    some = "" if len(bars) == len(tasks) else f" The last {len(bars)} of {len(tasks)} tasks."
+    what = f"Largest memory, up to its commit, of the process that learned each task; on a GPU that of the GPU.{some}"
+    return bar_chart("memory", "Peak memory of each task", what, bars, series=["MiB"], unit="MiB")
 
 
 def disk_figure(tasks: Sequence[TaskFacts]) -> Drawing:

@@ -35,16 +35,16 @@ _WIDE = {"matrix", "tree", "confusion", "routes"}
 _SECTIONS = (
     ("scores", "Scores", ("matrix", "overall", "curves", "watch")),
     ("answers", "Answers", ("classes", "routes", "confusion")),
-    ("tree-and-search", "Tree and search", ("tree", "pulls", "selections")),
+    ("tree-and-search", "Tree and search", ("tree", "pulls", "selections", "counts", "bounds")),
     ("training", "Training", ("loss",)),
-    ("cost", "Time and space", ("time", "disk")),
+    ("cost", "Time and space", ("time", "memory", "disk")),
 )
 
 
 def page(facts: ReportFacts, drawings: Sequence[Drawing]) -> str:
     """Return the whole HTML document."""
     by_name = {one.name: one for one in drawings}
-    tables = {"curves": _scores_table(facts), "time": _costs_table(facts)}
+    tables = {"curves": _scores_table(facts), "time": _costs_table(facts), "bounds": _search_table(facts)}
     parts, links = [], []
     for anchor, heading, names in _SECTIONS:
         shown = [by_name[name] for name in names if name in by_name]
@@ -116,6 +116,23 @@ def _scores_table(facts: ReportFacts) -> str:
     return table("Scores of each task", columns, rows[-_TABLE_ROWS:], len(rows))
 
 
+def _search_table(facts: ReportFacts) -> str:
+    if facts.pulls is None or not facts.pulls.arms:
+        return ""
+    rows = [
+        [
+            facts.pulls.tasks[arm.task],
+            f"{arm.pulls[0]:,}",
+            f"{arm.pulls[-1]:,}",
+            f"{arm.mean:.3f}",
+            f"{arm.bounds[-1]:.3f}",
+        ]
+        for arm in facts.pulls.arms
+    ]
+    columns = ["earlier task", "pulls after the first step", "pulls in the end", "mean distance", "bound in the end"]
+    return table("Pulls and bounds", columns, rows)
+
+
 def _costs_table(facts: ReportFacts) -> str:
     phases = list(dict.fromkeys(phase for task in facts.tasks for phase in task.seconds))
     rows = [
@@ -123,11 +140,12 @@ def _costs_table(facts: ReportFacts) -> str:
             task.name,
             *(f"{task.seconds[phase]:.1f}" if phase in task.seconds else "-" for phase in phases),
             str(task.record.get("steps", "-")),
+            "-" if task.peak_bytes is None else f"{task.peak_bytes / 2**20:,.0f}",
             f"{task.disk_bytes / 1024:,.1f}",
         ]
         for task in facts.tasks
     ]
-    columns = ["task", *(f"{phase}, s" for phase in phases), "steps", "KiB"]
+    columns = ["task", *(f"{phase}, s" for phase in phases), "steps", "peak MiB", "KiB"]
     return table("Time and space of each task", columns, rows[-_TABLE_ROWS:], len(rows))
 
 

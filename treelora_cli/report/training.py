@@ -11,6 +11,7 @@ from treelora_cli.project.metrics import TaskAnswers, WatchSet
 from treelora_cli.project.unfinished import Step
 from treelora_cli.report.charts import Line, bar_chart, heat_map, line_chart
 from treelora_cli.report.drawing import Drawing, short
+from treelora_cli.report.facts import Pulls
 from treelora_cli.views.answers import class_scores
 
 _POINTS = 150
@@ -49,6 +50,29 @@ def selections_figure(task: str, steps: Sequence[Step], names: Sequence[str]) ->
     some = f" The {len(lines)} selected most of {len(total)}." if len(lines) < len(total) else ""
     what = f"Share of layers that selected each earlier task while {short(task)} was trained.{some}"
     return line_chart("selections", "Search by step", what, lines, x_label="step", y_label="percent", y_range=(0, 100))
+
+
+def search_figures(pulls: Pulls) -> list[Drawing]:
+    """Pulls and lower bounds of the arms pulled most, by step of the last search."""
+    if not pulls.arms:
+        return []
+    names = [pulls.tasks[arm.task] for arm in pulls.arms]
+    some = f" The {len(names)} pulled most of {len(pulls.tasks)}." if len(names) < len(pulls.tasks) else ""
+    pulled, bounds = [], []
+    for index, (name, arm) in enumerate(zip(names, pulls.arms, strict=True)):
+        steps = range(1, len(arm.pulls) + 1)
+        dashed = index % 2 == 1
+        counts = [(float(x), float(y)) for x, y in zip(steps, arm.pulls, strict=True)]
+        pulled.append(Line(name, _means(counts), index, dashed))
+        known = [(float(x), float(y)) for x, y in zip(steps, arm.bounds, strict=True) if not np.isnan(y)]
+        bounds.append(Line(name, _means(known) if known else [], index, dashed))
+    of = f"of each earlier task while {short(pulls.task)} was trained"
+    what = f"Pulls {of}, over all layers, those of the probe before the first step included.{some}"
+    how = f"Lower confidence bound on the distance {of}, mean of layers, from pulls at the step and means of the end."
+    return [
+        line_chart("counts", "Pulls by step", what, pulled, x_label="step", y_label="pulls"),
+        line_chart("bounds", "Bounds by step", how + some, bounds, x_label="step", y_label="L1 distance, scaled"),
+    ]
 
 
 def class_figures(answers: Mapping[str, TaskAnswers]) -> list[Drawing]:
