@@ -45,6 +45,14 @@ def test_a_head_of_numbers_is_a_head(tmp_path: Path) -> None:
     assert [row.values for row in read_table(table, None, {"1": "x"})] == [{"x": "a", "2": "b"}]
 
 
+def test_a_head_that_is_counted_away_is_no_record(tmp_path: Path) -> None:
+    table = written(tmp_path / "t.csv", "text,label\n" + LABELLED)
+    line = r"^t\.csv:1: names the columns \(text, label\)\. Use these names in --map, or leave it out\.$"
+    with pytest.raises(DataError, match=line):
+        texts(table, columns={"1": "text", "2": "label"})
+    assert len(texts(table)) == 3
+
+
 def test_a_column_beyond_the_last_and_a_line_of_another_length_are_named(tmp_path: Path) -> None:
     table = written(tmp_path / "t.csv", LABELLED)
     with pytest.raises(DataError, match=r"^t\.csv:1: no column '3' to map\. Found 1, 2\.$"):

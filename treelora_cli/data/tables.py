@@ -95,12 +95,22 @@ def read_table(
     """
     kind = table_format(path, data_format)
     read = _READERS[kind]
-    if kind in DELIMITED and columns and all(name.isdecimal() for name in columns):
+    counted = kind in DELIMITED and bool(columns) and all(name.isdecimal() for name in columns)
+    if counted:
         read = partial(read, numbered=frozenset(columns))
     rows = list(read(read_bytes(path), path, [] if notes is None else notes))
     if not rows:
         raise DataError(f"{path} holds no examples.")
+    if counted:
+        _refuse_names(rows[0], columns)
     return [_rename(row, columns) for row in rows]
+
+
+def _refuse_names(first: Row, columns: Mapping[str, str]) -> None:
+    """Raise ``DataError`` when the first record of a table whose columns are counted is what they are called."""
+    if any(str(first.values.get(source)).strip().lower() == name for source, name in columns.items()):
+        names = ", ".join(map(str, first.values.values()))
+        raise DataError(f"{first.where}: names the columns ({names}). Use these names in --map, or leave it out.")
 
 
 def _rename(row: Row, columns: Mapping[str, str]) -> Row:
