@@ -124,3 +124,31 @@ def test_training_and_probing_use_the_tail_that_is_set(models, tail, tmp_path):
     session.loss([0, 1])
     next(iter(session.probe_losses(1)))
     assert asked == [tail, tail]
+
+
+def test_the_tail_is_short_where_a_head_answers_and_whole_where_the_adapter_does(models, tmp_path):
+    """A closed set that the words tell, one that nothing tells, and free answers; a given number holds for all."""
+    words = ["apple", "rose", "leaf", "frog"]
+    moods = [("happy happy", "red"), ("sad sad", "green")]
+    told = [
+        {"prompt": f"The {word} {n} is {mood}", "answer": answer}
+        for n in range(6)
+        for word in words
+        for mood, answer in moods
+    ]
+    untold = [{"prompt": f"Say {n // 2}", "answer": "red" if n % 2 else "green"} for n in range(24)]
+    free = [{"prompt": f"What colour is the {word}?", "answer": f"red {n} {word}"} for n, word in enumerate(words * 3)]
+    tails = {}
+    for name, rows in (("told", told), ("untold", untold), ("free", free)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        for given in (None, 3):
+            base = opened(models["llama"], train=TrainConfig(prompt_tail=given))
+            session = base.session(
+                base.read_task(DataRequest(tmp_path / f"{name}.json")), Memory((), dict), base.config
+            )
+            session.prepare()
+            tails[name, given] = session.tail, bool(session._closed)
+    assert {name: found for (name, given), found in tails.items() if given is None} == {
+        "told": (8, True), "untold": (0, False), "free": (0, False)
+    }  # fmt: skip
+    assert {tail for (_, given), (tail, _) in tails.items() if given == 3} == {3}

@@ -119,7 +119,7 @@ class TrainConfig:
     max_length: int | None = setting(None, "longest input, in tokens", low=8)
     prompt_tail: int | None = setting(
         None,
-        "last tokens of a prompt through which gradients pass; 0: all; none: 8 on a CPU, all on a GPU",
+        "last tokens of a prompt through which gradients pass; 0: all; none: 8 on a CPU where a head answers, else all",
         low=0,
     )
     learn: str | None = setting(None, "which turns of the assistant in a chat are learned", choices=("all", "last"))

@@ -61,7 +61,7 @@ class CausalLmBackend:
             inference="routed",
             adapter=AdapterConfig(rank=8, alpha=32.0, dropout=0.0),
             tree=TreeConfig(depth=64, probe_batches=8),
-            train=TrainConfig(epochs=2, lr=2e-3, batch_size=4, reg=0.5),
+            train=TrainConfig(epochs=2, lr=2e-3, batch_size=4, reg=0.02),
             head=HeadConfig(width=512),
         )
 

@@ -8,6 +8,7 @@ Symbols: ``n`` inputs, ``F`` features, ``K`` answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class ClosedHead:
 
         Returns:
             ``None`` where frozen states do not tell the answers: examples left out are answered no better than by
-            giving the commonest each time. The adapter answers then.
+            giving the commonest each time, or by less than a standard error. The adapter answers then.
         """
         places = torch.tensor([labels.index(answer) for answer in answers])
         everything = runtime.gather_rows(torch.cat([features, places[:, None].to(features)], dim=1).to(runtime.device))
@@ -52,7 +53,8 @@ class ClosedHead:
             return None
         fitted = LeaveOneOut.fit(seen, right, len(labels))
         commonest = float(right.bincount().max()) / len(right)
-        return cls(fitted.head, fitted.sharpness) if fitted.accuracy(right) > commonest else None
+        clearly = commonest + math.sqrt(commonest * (1 - commonest) / len(right))
+        return cls(fitted.head, fitted.sharpness) if fitted.accuracy(right) > clearly else None
 
     def __call__(self, features: Tensor) -> tuple[list[int], list[float]]:
         """Return the place of each input's answer, and its probability."""

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from treelora_backends.causal_lm.loaded import LoadedLm
 
 _TAILS = {"cpu": 8}
-"""Last tokens of a prompt through which gradients pass where nothing is said: reading a text in two parts saves a CPU
-arithmetic, and costs a GPU twice the launches."""
+"""Last tokens of a prompt through which gradients pass where nothing is said and frozen states answer: reading
+a text in two parts saves a CPU arithmetic, and costs a GPU twice the launches. Free answers are learned worse so."""
 _TOKENS_KEPT = {"cpu": 1024}
 _TOKENS_KEPT_ELSEWHERE = 16_384
 """Tokens whose activations are kept for the backward pass; of a larger batch one part follows the other."""
@@ -61,7 +61,8 @@ class LmSession(LmSteps):
             raise DataError("No training examples.")
         assert config.train.batch_size is not None and config.seed is not None
         told = config.train.prompt_tail
-        self.tail = _TAILS.get(base.lm.device.type, 0) if told is None else told
+        self._tail_is_told = told is not None
+        self.tail = told if told is not None else _TAILS.get(base.lm.device.type, 0) if task.closed else 0
         self.task = task
         self.runtime = base.runtime
         self.own = self.runtime.share(list(range(task.train_size)))
@@ -126,6 +127,8 @@ class LmSession(LmSteps):
             answers = [one.answer.strip() for one in examples]
             head = ClosedHead.fit(read, answers, self.task.labels, self.runtime)
             self._closed = {} if head is None else head.to_tensors()
+            if head is None and not self._tail_is_told:
+                self.tail = 0  # the adapter alone will answer
 
     def _passes(self) -> Passes:
         return Passes(self.runtime, self.base.lm.first_blocks(self.base.lm.cut))
