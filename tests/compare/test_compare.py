@@ -14,9 +14,10 @@ from tiny_lm import save_model
 
 from treelora_cli.compare.results import Failure, Outcome, finish_runs, run_process
 from treelora_cli.compare.rows import Figure, flat_row, summarise
-from treelora_cli.compare.runs import Run, parse_variant, plan_runs
+from treelora_cli.compare.runs import Run, ignored_by_contenders, parse_variant, plan_runs
 from treelora_cli.compare.worker import MemoryWatch, contender_config
 from treelora_cli.config import Config, from_flags
+from treelora_cli.config.by_name import from_names
 from treelora_cli.errors import Interrupted, ProjectError, UsageError
 from treelora_cli.methods.catalogue import load_method
 from treelora_cli.score_matrix import ScoreMatrix
@@ -192,6 +193,24 @@ def test_bad_input_starts_nothing(
 ) -> None:
     check_error(cli("compare", recipe, "--out", tmp_path / "o", *options), code, re.escape(line))
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "setting", "told"),
+    [
+        ("treelora,seqlora,ncm", "balanced", True),
+        ("treelora", "balanced", False),
+        ("treelora,seqlora", "none", False),
+    ],
+)
+def test_weights_of_solved_heads_that_contenders_do_not_have_are_said(
+    recipe: Path, tmp_path: Path, methods: str, setting: str, told: bool
+) -> None:
+    flags = from_names({"head.class_weights": setting})
+    shared = {"data": None, "limit": None, "device": "cpu", "offline": True, "out": tmp_path}
+    runs = plan_runs(methods.split(","), [0], recipe=recipe, flags=flags, **shared)
+    line = "head.class_weights balanced is for treelora's solved heads alone; without it: seqlora, ncm."
+    assert ignored_by_contenders(runs) == ([line] if told else [])
 
 
 # -- the parts -------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import pytest
 from conftest import Cli, check_error, learned_hashes, make_images, tree_hash
 from interrupting import OPTIONS, stop_after
 
+from treelora_cli.learning.resuming import WITH_FLAG
+
 
 @pytest.fixture
 def more(tmp_path: Path) -> Path:
@@ -42,6 +44,11 @@ def test_the_last_commit_still_works_meanwhile(cli: Cli, interrupted: Path, lear
     assert learned_hashes(interrupted) == learned_hashes(learned_project)
 
 
+def test_settings_that_are_said_to_have_a_flag_have_one(cli: Cli) -> None:
+    shown = cli("train-task", "--help").out
+    assert [name for name in sorted(WITH_FLAG) if f"--{name.replace('_', '-')} " not in shown] == []
+
+
 def test_name_and_data_may_be_repeated(cli: Cli, interrupted: Path, more: Path) -> None:
     assert cli("-C", interrupted, "train-task", more, "--name", "more", "--resume", *OPTIONS).code == 0
 
@@ -62,7 +69,7 @@ def test_name_and_data_may_be_repeated(cli: Cli, interrupted: Path, more: Path) 
         (
             ["--set", "train.weight_decay=0.3"],
             3,
-            r"The interrupted task was begun with --weight-decay [\d.]+, not",
+            r"was begun with --set train\.weight_decay=[\d.]+, not 0\.3\. Leave --set train\.weight_decay out",
         ),
         (["--budget", "2"], 3, r"The interrupted task was begun with(out)? --budget"),
         (["--classes", "pink,brown"], 2, r"The interrupted task was begun without --classes"),

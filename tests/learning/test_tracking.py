@@ -51,7 +51,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, kind: type[Fake], *names: str) -> None
     original = importlib.util.find_spec
     known = ("wandb", "mlflow", "tensorboard")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in known else original(name))
-    for variable in ("MLFLOW_TRACKING_URI", "WANDB_MODE"):
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE", "WANDB_MODE"):
         monkeypatch.setenv(variable, "anything")  # so that what is set meanwhile goes when the test ends
         monkeypatch.delenv(variable)
 
@@ -113,6 +113,7 @@ def test_services_stay_local_unless_told_otherwise(
     else:
         assert Fake.made["keywords"] == {"run_name": "warm"}
         assert os.environ["MLFLOW_TRACKING_URI"] == (folder / "mlruns").as_uri()
+        assert os.environ["MLFLOW_ALLOW_FILE_STORE"] == "true"
     values, step = Fake.made["tracker"].calls[-1]
     assert step == 4 and set(values) == {"score/warm", "op", "forgetting"}
 

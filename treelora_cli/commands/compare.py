@@ -61,7 +61,7 @@ def compare(
     """
     from treelora_cli.compare.results import finish_runs
     from treelora_cli.compare.rows import check_baseline, summarise
-    from treelora_cli.compare.runs import plan_runs
+    from treelora_cli.compare.runs import ignored_by_contenders, plan_runs
     from treelora_cli.config import from_flags
     from treelora_cli.config.by_name import add_set
     from treelora_cli.learning.recipes import find_recipe
@@ -90,6 +90,8 @@ def compare(
     labels = list(dict.fromkeys(run.variant.label for run in runs))
     base = check_baseline(baseline, labels)
     check_stream(runs, flags)
+    for ignored in ignored_by_contenders(runs):
+        session.output.note(ignored)
     outcomes, failures = finish_runs(runs, lambda run: _started(session, run), lambda *done: _finished(session, *done))
     target = None if target_op is None else target_op / 100
     _show(session, runs, outcomes, failures, summarise(labels, outcomes, base, target), base, target, csv)

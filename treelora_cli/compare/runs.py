@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from treelora_cli.config import Config, from_flags, overlay, to_dict
+from treelora_cli.config import DEFAULTS, Config, from_flags, load_config, overlay, to_dict
 from treelora_cli.config.by_name import known_settings
 from treelora_cli.config.fields import coerce
 from treelora_cli.errors import UsageError, suggest
@@ -208,6 +208,17 @@ def plan_runs(methods: Sequence[str], seeds: Sequence[int], **shared: Any) -> li
         for seed in seeds
         for one in variants
     ]
+
+
+def ignored_by_contenders(runs: Sequence[Run]) -> list[str]:
+    """Return a line where the settings weigh classes in solved heads and contenders, which have others, do not."""
+    without = dict.fromkeys(one.variant.label for one in runs if not runs_in_project(one.variant.method))
+    if not runs or not without:
+        return []
+    weights = overlay(runs[0].flags, load_config(runs[0].recipe)).head.class_weights
+    if weights in (None, DEFAULTS.head.class_weights):
+        return []
+    return [f"head.class_weights {weights} is for treelora's solved heads alone; without it: {', '.join(without)}."]
 
 
 # -- results ---------------------------------------------------------------------------------------

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 
 _FLAGS = {"data_format": "format", "columns": "map"}
+WITH_FLAG = frozenset(
+    ["epochs", "lr", "batch_size", "max_length", "learn", "reg", "warm_start", "search", "update", "budget"]
+) | {"precision", "grad_checkpointing"}
+"""Settings of training that ``train-task`` has a flag for; the others are given by ``--set``."""
 """Flags whose names differ from those of ``DataRequest``."""
 _STATE = "bandit"
 """Names the method's state in a checkpoint; the first methods kept their search there and nothing else."""
@@ -83,7 +87,7 @@ def begun_with(facts: Mapping[str, Any], flags: Config) -> Config:
         for spec in dataclasses.fields(given):
             new, old = getattr(given, spec.name), getattr(then, spec.name)
             if new is not None and new != old and spec.name not in free and (spec.name, new) != ("precision", "auto"):
-                raise ProjectError(_differs(spec.name, new, old))
+                raise ProjectError(_differs(f"{section}.{spec.name}", new, old))
     if flags.budget is not None and flags.budget != kept.budget:
         raise ProjectError(_differs("budget", flags.budget, kept.budget))
     measured = dataclasses.replace(kept.train, precision=saved["train"].get("precision") or "auto")
@@ -98,9 +102,11 @@ def _known(empty: S, values: Mapping[str, Any]) -> S:
     return dataclasses.replace(empty, **found)  # type: ignore[type-var]
 
 
-def _differs(name: str, new: object, old: object) -> str:
-    flag = f"--{name.replace('_', '-')}"
-    begun = f"without {flag}" if old is None else f"with {flag} {old}, not {new}"
+def _differs(setting: str, new: object, old: object) -> str:
+    """Say which flag, or ``--set`` of a setting that has none, is not what the task was begun with."""
+    name = setting.rpartition(".")[2]
+    flag, equals = (f"--{name.replace('_', '-')}", " ") if name in WITH_FLAG else (f"--set {setting}", "=")
+    begun = f"without {flag}" if old is None else f"with {flag}{equals}{old}, not {new}"
     return f"The interrupted task was begun {begun}. Leave {flag} out, or train it anew: train-task DATA --abandon."
 
 

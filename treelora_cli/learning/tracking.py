@@ -127,7 +127,9 @@ def _sink(name: str, folder: Path, project: str, task: str) -> Sink:
         mode = os.environ.get("WANDB_MODE", "offline")
         sink = tracking.WandBTracker(project, name=task, dir=str(folder), mode=mode)
     else:
-        os.environ.setdefault("MLFLOW_TRACKING_URI", (folder / "mlruns").as_uri())
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            os.environ["MLFLOW_TRACKING_URI"] = (folder / "mlruns").as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer ones refuse files otherwise
         sink = tracking.MLflowTracker(project, run_name=task)
     return _Sink(sink)
 

@@ -28,7 +28,8 @@ def loss_figure(steps: Mapping[str, Sequence[Step]]) -> Drawing | None:
         Line(task, _means([(float(one.step), one.loss) for one in taken]), index, dashed=index % 2 == 1)
         for index, (task, taken) in enumerate(steps.items())
     ]
-    what = f"The task's own loss at each step, of the last {len(lines)} tasks."
+    which = "the last task" if len(lines) == 1 else f"the last {len(lines)} tasks"
+    what = f"The task's own loss at each step, of {which}."
     return line_chart("loss", "Loss while training", what, lines, x_label="step", y_label="loss")
 
 
@@ -66,12 +67,22 @@ def search_figures(pulls: Pulls) -> list[Drawing]:
         pulled.append(Line(name, _means(counts), index, dashed))
         known = [(float(x), float(y)) for x, y in zip(steps, arm.bounds, strict=True) if not np.isnan(y)]
         bounds.append(Line(name, _means(known) if known else [], index, dashed))
+    values = [y for line in bounds for _, y in line.points if y is not None]
+    around = (min(values), max(values)) if values else None
     of = f"of each earlier task while {short(pulls.task)} was trained"
     what = f"Pulls {of}, over all layers, those of the probe before the first step included.{some}"
     how = f"Lower confidence bound on the distance {of}, mean of layers, from pulls at the step and means of the end."
     return [
         line_chart("counts", "Pulls by step", what, pulled, x_label="step", y_label="pulls"),
-        line_chart("bounds", "Bounds by step", how + some, bounds, x_label="step", y_label="L1 distance, scaled"),
+        line_chart(
+            "bounds",
+            "Bounds by step",
+            how + some,
+            bounds,
+            x_label="step",
+            y_label="L1 distance, scaled",
+            y_range=around,
+        ),
     ]
 
 
