@@ -93,6 +93,12 @@ def test_prompts_as_typed_stay_prompts(tmp_path: Path, monkeypatch: pytest.Monke
     assert text_inputs(typed, nothing) == typed
 
 
+@pytest.mark.parametrize("start", ["", "def f ( x ) : return [ x ", "what is a* ", "a/b.txt ", "über "])
+def test_a_prompt_on_one_line_may_be_longer_than_a_files_name(start: str) -> None:
+    for length in (250, 256, 257, 300, 1000, 1024, 3000):
+        assert text_inputs([(start + "ü word" * length)[:length]], nothing) == [(start + "ü word" * length)[:length]]
+
+
 def test_prompts_from_tables_text_files_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"prompt": "one", "answer": "x"}\n{"prompt": "two", "answer": "y"}\n')

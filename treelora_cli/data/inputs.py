@@ -25,6 +25,8 @@ PICTURES = (
 PROMPTS = ("prompt", "sentence", "question", "text", "input", "instruction")
 """Columns that hold a prompt, the likeliest first."""
 STANDARD_INPUT = "-"
+_LONGEST_NAME = 255
+"""Bytes of a file's name on common systems, which refuse even to look for a longer one."""
 
 
 def image_inputs(inputs: Sequence[str], standard_input: Callable[[], bytes]) -> list[str]:
@@ -105,6 +107,8 @@ def _named_texts(one: str) -> list[Path]:
     if len(one) > 1024 or "\n" in one or "\0" in one or not one.strip():
         return []
     path = Path(one)
+    if any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in path.parts):
+        return []
     looks = is_table(path) or table_suffix(path) in TEXT_SUFFIXES
     if is_pattern(one):
         return expanded(path) if looks and " " not in one else []

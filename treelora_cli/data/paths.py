@@ -51,7 +51,7 @@ def without_scheme(name: str) -> str:
 
 def is_pattern(name: str) -> bool:
     """Return whether a name is a pattern such as ``*.png``, and no file is called so."""
-    return glob.has_magic(name) and not Path(name).exists()
+    return glob.has_magic(name) and not os.path.exists(name)  # which no name is too long for
 
 
 def shown(name: str) -> str:
