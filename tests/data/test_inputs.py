@@ -99,6 +99,12 @@ def test_a_prompt_on_one_line_may_be_longer_than_a_files_name(start: str) -> Non
         assert text_inputs([(start + "ü word" * length)[:length]], nothing) == [(start + "ü word" * length)[:length]]
 
 
+@pytest.mark.parametrize("given", ["x" * 300 + ".png", "x[a]" * 100, "y" * 300])
+def test_an_image_whose_name_is_too_long_is_not_there(given: str) -> None:
+    with pytest.raises(DataError, match=r"not found|nothing fits this pattern"):
+        image_inputs([given], nothing)
+
+
 def test_prompts_from_tables_text_files_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"prompt": "one", "answer": "x"}\n{"prompt": "two", "answer": "y"}\n')

@@ -24,7 +24,7 @@ def existing(path: Path) -> Path:
     """
     if not is_text(str(path)):
         raise DataError(f"{str(path)!a}: a path that is no text (UTF-8). Rename it.")
-    if path.exists():
+    if os.path.exists(path):  # a name that is too long is one that is not there
         if not (path.is_file() or path.is_dir()):
             raise DataError(f"{path} is a pipe or device; data is read more than once. Write it to a file first.")
         return path.absolute()
@@ -76,7 +76,7 @@ def expanded(path: Path) -> list[Path]:
     Raises:
         DataError: There is none.
     """
-    if path.exists() or not glob.has_magic(str(path)):
+    if os.path.exists(path) or not glob.has_magic(str(path)):
         return [existing(path)]
     found = sorted(glob.glob(str(path), recursive=True))
     if not found:
