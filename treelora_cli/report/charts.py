@@ -50,7 +50,7 @@ def line_chart(
     ys = [y for line in lines for _, y in line.points if y is not None]
     x_low, x_high = (min(xs), max(xs)) if xs else (0.0, 1.0)
     y_ticks = ticks(*(y_range or ((min(0.0, *ys), max(ys)) if len(ys) > 1 else (0.0, max([*ys, 1.0])))))
-    left, right, top, bottom = 52.0, _WIDTH - 14.0, 14.0, _HEIGHT - 44.0
+    left, right, top, bottom = 60.0, _WIDTH - 14.0, 14.0, _HEIGHT - 44.0
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / ((x_high - x_low) or 1)
