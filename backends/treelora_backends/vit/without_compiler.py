@@ -57,13 +57,16 @@ class _Questions(ModuleType):
         return getattr(importlib.import_module(_QUESTIONS), name)
 
 
-def _marked_later(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that is marked as not to be compiled when a compiler meets it."""
+def _marked_later(function: Callable[..., Any] | None = None, **settings: Any) -> Callable[..., Any]:
+    """Return a function that is not to be compiled, marked when a compiler meets it; as ``torch.compiler.disable``."""
+    if function is None:
+        return functools.partial(_marked_later, **settings)
+    marked = function
 
-    @functools.wraps(function)
+    @functools.wraps(marked)
     def called(*arguments: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*arguments, **named)
-        return function(*arguments, **named)
+            return torch.compiler.disable(marked, **settings)(*arguments, **named)
+        return marked(*arguments, **named)
 
     return called
