@@ -9,24 +9,12 @@ from typing import get_args
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from signatures import Signatures, line_tree, noisy_queries, normalised, random_signatures, run
 
 from treelora_cli.algorithm.arms import search_arms
 from treelora_cli.algorithm.bandit import Search, TreeBandit, Width
 from treelora_cli.algorithm.distances import l1_distance
-from treelora_cli.algorithm.tree import Tree, build_tree
-
-Signatures = NDArray[np.float32]
-
-
-def normalised(values: NDArray[np.floating]) -> Signatures:
-    """L2-normalise the last axis."""
-    unit = values / np.linalg.norm(values, axis=-1, keepdims=True)
-    return np.asarray(unit, dtype=np.float32)
-
-
-def random_signatures(tasks: int, layers: int = 3, width: int = 16, seed: int = 0) -> Signatures:
-    """Unrelated tasks."""
-    return normalised(np.random.default_rng(seed).standard_normal((tasks, layers, width)))
+from treelora_cli.algorithm.tree import build_tree
 
 
 def smooth_signatures(levels: int, layers: int = 6, width: int = 64) -> Signatures:
@@ -44,18 +32,6 @@ def smooth_signatures(levels: int, layers: int = 6, width: int = 64) -> Signatur
     return normalised(values)
 
 
-def noisy_queries(target: Signatures, steps: int, noise: float, seed: int) -> list[Signatures]:
-    """Mini-batch signatures around one `(D, m)` target."""
-    rng = np.random.default_rng(seed)
-    parts = rng.standard_normal((steps, *target.shape))
-    return list(normalised(target + noise * normalised(parts)))
-
-
-def line_tree() -> Tree:
-    """Tasks at 0, 1, 8, 9 on a line: one layer of width 1, distances are half the gaps."""
-    return build_tree(np.array([0, 1, 8, 9], dtype=np.float32)[:, None, None], 1)
-
-
 def node_of(bandit: TreeBandit, *tasks: int) -> int:
     """The search node that holds exactly these tasks."""
     below: dict[int, set[int]] = {}
@@ -64,11 +40,6 @@ def node_of(bandit: TreeBandit, *tasks: int) -> int:
         children = bandit.arms.children[node]
         below[node] = {task} if task >= 0 else below[int(children[0])] | below[int(children[1])]
     return next(node for node, held in below.items() if held == set(tasks))
-
-
-def run(bandit: TreeBandit, queries: list[Signatures]) -> list[list[int]]:
-    """All selections."""
-    return [bandit.step(query).tolist() for query in queries]
 
 
 def lower_bounds(bandit: TreeBandit) -> NDArray[np.float64]:

@@ -11,19 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from signatures import Signatures, normalised
 
 from treelora_cli.algorithm.distances import l1_distance, mutual_pairs, nearest_neighbours
 from treelora_cli.algorithm.split import RULES, halve, median_l1_cut, principal_gap_cut
 from treelora_cli.algorithm.tree import Tree, build_tree
-
-Signatures = NDArray[np.float32]
-
-
-def normalised(values: NDArray[np.floating]) -> Signatures:
-    """L2-normalise the last axis."""
-    unit = values / np.linalg.norm(values, axis=-1, keepdims=True)
-    return np.asarray(unit, dtype=np.float32)
 
 
 def random_signatures(tasks: int, layers: int = 4, width: int = 32, seed: int = 0) -> Signatures:

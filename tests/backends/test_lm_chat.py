@@ -4,13 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from tiny_chat import chat, encoder_of, run, written
 from tiny_lm import TEMPLATE, load, save_model, small_tokenizer
 from treelora_backends.causal_lm.batches import collate
 from treelora_backends.causal_lm.memory import system_of
-from treelora_backends.causal_lm.render import Encoder
 from treelora_backends.causal_lm.task import read_lm_task
 
-from treelora_cli.app import run_command
 from treelora_cli.backend.runtime import Silent
 from treelora_cli.backend.values import DataRequest, Turn
 from treelora_cli.data.examples import TextExample, chat_example
@@ -48,23 +47,6 @@ ZEPHYR_NO_END = (
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
-
-
-def tokenizer_of(template, *special, end="</s>"):
-    tokenizer = small_tokenizer(template)
-    tokenizer.add_special_tokens({"eos_token": end, "additional_special_tokens": list(special)})
-    return tokenizer
-
-
-def encoder_of(template, *special, learn="all", max_length=256):
-    tokenizer = tokenizer_of(template, *special)
-    return Encoder(tokenizer, max_length, [tokenizer.eos_token_id], learn=learn)
-
-
-def chat(*contents, system=None):
-    roles = ("user", "assistant")
-    turns = [Turn(roles[index % 2], content) for index, content in enumerate(contents)]
-    return chat_example("c:1", [*([Turn("system", system)] if system else []), *turns[:-1]], turns[-1])
 
 
 def parts(encoder, example):
@@ -234,15 +216,6 @@ def test_code_keeps_its_indentation():
 
 
 # -- the whole job --------------------------------------------------------------------------------
-
-
-def run(*arguments):
-    return run_command([str(one) for one in arguments])
-
-
-def written(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -4,37 +4,15 @@ import json
 import shutil
 
 import pytest
+from tiny_chat import chat, encoder_of, run, tokenizer_of, written
 from tiny_lm import TEMPLATE, load, save_model, small_tokenizer
 from treelora_backends.causal_lm.render import Encoder
 from treelora_backends.causal_lm.task import read_lm_task
 
-from treelora_cli.app import run_command
 from treelora_cli.backend.runtime import Silent
-from treelora_cli.backend.values import DataRequest, Turn
-from treelora_cli.data.examples import TextExample, chat_example
+from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.examples import TextExample
 from treelora_cli.errors import DataError, ModelError
-
-
-def tokenizer_of(template, *special, end="</s>"):
-    tokenizer = small_tokenizer(template)
-    tokenizer.add_special_tokens({"eos_token": end, "additional_special_tokens": list(special)})
-    return tokenizer
-
-
-def encoder_of(template, *special, learn="all", max_length=256):
-    tokenizer = tokenizer_of(template, *special)
-    return Encoder(tokenizer, max_length, [tokenizer.eos_token_id], learn=learn)
-
-
-def chat(*contents, system=None):
-    roles = ("user", "assistant")
-    turns = [Turn(roles[index % 2], content) for index, content in enumerate(contents)]
-    return chat_example("c:1", [*([Turn("system", system)] if system else []), *turns[:-1]], turns[-1])
-
-
-def written(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def narrow_encoder():
@@ -101,39 +79,6 @@ def test_special_tokens_beyond_the_embedding_that_nothing_uses_are_harmless(tmp_
     tokenizer.save_pretrained(folder)
     with pytest.raises(DataError, match=r"c:1: holds '<image>'"):
         load(folder).encoder.encode(chat("Hi <image>", "Ho"), "chat", ())
-
-
-def run(*arguments):
-    return run_command([str(one) for one in arguments])
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """Two chats that differ in their system prompt alone, learned to the letter; a model with ends of its own."""
-    root = tmp_path_factory.mktemp("chat")
-    model = save_model(root / "m", "llama", TEMPLATE)
-    tokenizer = small_tokenizer(TEMPLATE)
-    (model / "generation_config.json").write_text('{"eos_token_id": 3}')
-    tokenizer.save_pretrained(model)
-    for name, system, answers in (("kind", "Be kind.", "red green"), ("rude", "Be rude.", "sad bad")):
-        rows = [
-            {
-                "messages": [
-                    {"role": "system", "content": system},
-                    {"role": "user", "content": f"{w}?"},
-                    {"role": "assistant", "content": a},
-                ]
-            }
-            for w, a in zip(("apple", "grass"), answers.split(), strict=True)
-        ] * 12
-        written(root / f"{name}.jsonl", *rows)
-    fast = ["--epochs", "10", "--lr", "0.01", "--batch-size", "8", "--dropout", "0", "--blocks", "0"]
-    assert run("init", root / "p", "--backend", "causal-lm", "--model", model, *fast) == 0
-    settings = root / "p" / "treelora.yaml"
-    settings.write_text(settings.read_text().replace("closed: solved", "closed: likelihood"))
-    for name in ("kind", "rude"):
-        assert run("-C", root / "p", "train-task", root / f"{name}.jsonl") == 0
-    return root / "p"
 
 
 @pytest.fixture(scope="module")

@@ -12,20 +12,9 @@ import pyarrow
 import pytest
 from conftest import picture
 from pyarrow import parquet
+from table_files import csv_with_labels, listed, png, rows, with_features, written
 
-from treelora_cli.backend.values import DataRequest
-from treelora_cli.data.images import ImageListing, list_images
-from treelora_cli.data.tables import read_table
 from treelora_cli.errors import DataError
-
-
-def rows(path: Path, notes: list[str] | None = None, **columns: str) -> list[dict[str, Any]]:
-    return [row.values for row in read_table(path, None, columns, notes)]
-
-
-def written(path: Path, content: str | bytes, encoding: str = "utf-8") -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
-    return path
 
 
 def parquet_with_names(path: Path, numbers: list[Any], names: list[str] | None) -> Path:
@@ -43,10 +32,6 @@ def parquet_with_names(path: Path, numbers: list[Any], names: list[str] | None) 
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     parquet.write_table(table, path)
     return path
-
-
-def listed(path: Path, **options: Any) -> ImageListing:
-    return list_images(DataRequest(path=path, held_out=0, **options))
 
 
 def test_names_in_the_schema_are_used(tmp_path: Path) -> None:
@@ -82,12 +67,6 @@ def test_numbers_without_names_are_marked(tmp_path: Path) -> None:
     assert listed(path).labels == ("ant", "bee")
     with pytest.raises(DataError, match=r"row 1: label 1 is not among the 1 names in .*names\.txt\."):
         listed(path, label_names=written(names, "cat\n"))
-
-
-def csv_with_labels(folder: Path, labels: list[str], head: str = "path,label") -> Path:
-    for index in range(len(labels)):
-        picture("red", index, size=4).save(folder / f"{index}.png")
-    return written(folder / "m.csv", "\n".join([head, *(f"{index}.png,{one}" for index, one in enumerate(labels))]))
 
 
 @pytest.mark.parametrize("missing", ["", "nan", "NaN", "null", "<NA>", " ", "None", "NA"])
@@ -163,18 +142,6 @@ def test_names_beside_numbers_are_used_where_each_has_one(tmp_path: Path, column
     assert (listed(path).labels, listed(path).numbered) == (("cat", "dog"), False)
     path = csv_with_labels(tmp_path, ["0,screw", "1,screw", "0,nut"], f"path,label,{column}")
     assert (listed(path).labels, listed(path).numbered) == (("0", "1"), True)
-
-
-def with_features(table: Any, features: dict[str, Any]) -> Any:
-    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def png(seed: int) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    picture("red", seed, size=4).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -10,43 +10,11 @@ import pyarrow
 import pytest
 from conftest import picture
 from pyarrow import parquet
+from table_files import csv_with_labels, listed, png, rows, with_features, written
 
-from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.divided import divide_rows
-from treelora_cli.data.images import ImageListing, list_images
-from treelora_cli.data.tables import Row, read_table
+from treelora_cli.data.tables import Row
 from treelora_cli.errors import DataError
-
-
-def rows(path: Path, notes: list[str] | None = None, **columns: str) -> list[dict[str, Any]]:
-    return [row.values for row in read_table(path, None, columns, notes)]
-
-
-def written(path: Path, content: str | bytes, encoding: str = "utf-8") -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
-    return path
-
-
-def listed(path: Path, **options: Any) -> ImageListing:
-    return list_images(DataRequest(path=path, held_out=0, **options))
-
-
-def csv_with_labels(folder: Path, labels: list[str], head: str = "path,label") -> Path:
-    for index in range(len(labels)):
-        picture("red", index, size=4).save(folder / f"{index}.png")
-    return written(folder / "m.csv", "\n".join([head, *(f"{index}.png,{one}" for index, one in enumerate(labels))]))
-
-
-def with_features(table: Any, features: dict[str, Any]) -> Any:
-    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def png(seed: int) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    picture("red", seed, size=4).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("head", ["Path,Label", "Image Name,CLASS", "image_id,class_id", "Filename,Category"])

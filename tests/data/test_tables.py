@@ -11,19 +11,10 @@ from typing import Any
 
 import pyarrow
 import pytest
+from table_files import rows, written
 
 from treelora_cli.data.tables import check_text, read_table
 from treelora_cli.errors import DataError
-
-
-def rows(path: Path, notes: list[str] | None = None, **columns: str) -> list[dict[str, Any]]:
-    return [row.values for row in read_table(path, None, columns, notes)]
-
-
-def written(path: Path, content: str | bytes, encoding: str = "utf-8") -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
-    return path
-
 
 # -- CSV ----------------------------------------------------------------------------------------------------
 
