@@ -172,7 +172,6 @@ class RandomRidge:
         self.gram = torch.zeros(width, width, device=device)
         self.sums = torch.zeros(0, width, device=device)
         self.penalty = 1.0
-        self.seed = seed
 
     def expand(self, features: Tensor) -> Tensor:
         """Return random features, (n, C) -> (n, W)."""
@@ -182,7 +181,7 @@ class RandomRidge:
         """Count a task's examples in, (n, C) of classes (n,) below ``count``, and choose the penalty on them."""
         expanded = self.expand(features)
         targets = nn.functional.one_hot(classes, count).float()
-        self.penalty = best_penalty(expanded, targets, self.seed)
+        self.penalty = best_penalty(expanded, targets)
         self.sums = torch.cat([self.sums, self.sums.new_zeros(count - len(self.sums), self.sums.shape[1])])
         self.sums += targets.T @ expanded
         self.gram.addmm_(expanded.T, expanded)
@@ -200,33 +199,37 @@ class RandomRidge:
         return (weight + torch.cholesky_solve(self.sums.T - system @ weight, factor)).T
 
 
-def best_penalty(expanded: Tensor, targets: Tensor, seed: int) -> float:
-    """Return RanPAC's penalty: least squared error on a fifth of the examples, fitted on the rest.
+def best_penalty(expanded: Tensor, targets: Tensor) -> float:
+    """Return the penalty under which examples left out, one at a time, have the least squared error.
 
+    RanPAC holds a fifth of the examples out instead; of few images a class that says less (recipes/RESULTS.md).
     All candidates share one decomposition of the examples' (or features') Gram matrix, whichever is smaller.
 
     Args:
-        expanded: (n, W).
+        expanded: (n, W), n 2 or more; with fewer the penalty is 1.
         targets: One row of class indicators for each, (n, K).
-        seed: Of the split.
     """
-    order = torch.randperm(len(expanded), generator=torch.Generator().manual_seed(seed)).to(expanded.device)
-    cut = int(0.8 * len(order))
-    fit, held = order[:cut], order[cut:]
-    if cut == 0:
+    if len(expanded) < 2:
         return 1.0
-    x, y = expanded[fit].double(), targets[fit].double()
+    x, y = expanded.double(), targets.double()
     if len(x) <= x.shape[1]:
-        values, vectors = torch.linalg.eigh(x @ x.T)
-        left = (expanded[held].double() @ x.T) @ vectors  # predictions are left diag(1 / (values + penalty)) right
-        right = vectors.T @ y
+        values, left = torch.linalg.eigh(x @ x.T)  # left spans all: nothing lies beside it
+        right = left.T @ y
+        beside, beside_share = torch.zeros_like(y), torch.zeros_like(y[:, 0])
     else:
         values, vectors = torch.linalg.eigh(x.T @ x)
-        left = expanded[held].double() @ vectors
-        right = vectors.T @ (x.T @ y)
+        real = values > 1e-12 * values.max()  # features that repeat others add directions of nothing
+        values, left = values[real], (x @ vectors[:, real]) / values[real].sqrt()
+        right = left.T @ y
+        beside, beside_share = y - left @ right, 1 - left.square().sum(dim=1)
     values = values.clamp(min=0)
-    wanted = targets[held].double()
-    errors = [float(((left / (values + one)) @ right - wanted).square().mean()) for one in _PENALTIES]
+
+    def left_out(penalty: float) -> float:
+        kept = penalty / (values + penalty)  # by this factor a direction's residual is what its target was
+        residual = beside + left @ (kept[:, None] * right)
+        return float((residual / (beside_share + left.square() @ kept)[:, None]).square().mean())
+
+    errors = [left_out(one) for one in _PENALTIES]
     return _PENALTIES[errors.index(min(errors))]
 
 

@@ -221,7 +221,7 @@ class RidgeContender:
     """``ridge``: the first task adapts the network, which then stays; random features and a solved head do the rest.
 
     Source: RanPAC (McDonnell et al., NeurIPS 2023), algorithm 1 with its phase 1 (first-session adaptation), ReLU, and
-    the penalty chosen for each task on a fifth of its data.
+    a penalty for each task, chosen by leaving out each image once; the paper holds out a fifth of them.
 
     Args:
         base: The loaded network.
