@@ -123,11 +123,22 @@ def _show(
         watch_table,
     )
 
-    inference, standing, scores, held_out = found.inference, found.standing, found.scores, found.held_out
-    untouched = inference == BASE
+    standing, scores = found.standing, found.scores
     scored = [one for one in sets if one.name in found.watch]
-    document = {
-        "inference": inference,
+    document = {**_document(found), "watch": {one.name: _watch_facts(one, found.watch[one.name]) for one in scored}}
+    routed = {name: score.routed for name, score in scores.items()}
+    untouched = found.inference == BASE
+    shown = [untouched_table(standing)] if untouched else [standing_table(standing, routed), FORMULAS]
+    lines = [*beside_lines(scores), *route_lines(scores)]
+    watch = [watch_table([one.after("", found.watch[one.name].value) for one in scored])] if scored else []
+    session.output.result(document | detail[0], f"Inference: {found.inference}", *shown, *lines, *watch, *detail[1])
+
+
+def _document(found: Evaluation) -> dict[str, Any]:
+    """Return what ``--json`` says of the tasks."""
+    standing, untouched = found.standing, found.inference == BASE
+    return {
+        "inference": found.inference,
         "op": standing.overall(),
         "forgetting": None if untouched else standing.forgetting(),
         "bwt": None if untouched else standing.backward_transfer(),
@@ -139,18 +150,11 @@ def _show(
                 "routes": dict(score.routes),
                 "beside": dict(score.beside),
             }
-            for name, score in scores.items()
+            for name, score in found.scores.items()
         },
-        "changed_data": {one.name: one.changed for one in held_out if one.changed},
-        "not_scored": {one.name: one.problem for one in held_out if one.data is None},
-        "watch": {one.name: _watch_facts(one, found.watch[one.name]) for one in scored},
-        **detail[0],
+        "changed_data": {one.name: one.changed for one in found.held_out if one.changed},
+        "not_scored": {one.name: one.problem for one in found.held_out if one.data is None},
     }
-    routed = {name: score.routed for name, score in scores.items()}
-    shown = [untouched_table(standing)] if untouched else [standing_table(standing, routed), FORMULAS]
-    lines = [*beside_lines(scores), *route_lines(scores)]
-    watch = [watch_table([one.after("", found.watch[one.name].value) for one in scored])] if scored else []
-    session.output.result(document, f"Inference: {inference}", *shown, *lines, *watch, *detail[1])
 
 
 def _watch_facts(one: WatchSet, score: Score) -> dict[str, Any]:

@@ -57,36 +57,10 @@ class RoutedExport:
 
     def write(self, memory: Memory, out: Path, options: ExportOptions) -> None:
         """Write adapters, router, heads, tokenizer and loader."""
-        base, encoder = self.base, self.base.encoder
+        base = self.base
         places = _save_adapters(base, memory, out)
-        source = source_of(str(base.config.base.model))
         tensors, tasks = _tasks(base, memory, places)
-        form = encoder.template.form if encoder.has_template else None
-        document: dict[str, Any] = {
-            "format": _FORMAT,
-            "base": {
-                "name": source.name,
-                "gguf": source.gguf,
-                "dtype": base.config.base.dtype or "float32",
-                "model_args": base.config.base.model_args,
-            },
-            "tasks": tasks,
-            "adapters": list(dict.fromkeys(places)),
-            "common": _manner(common_manner(memory)),
-            "floors": None,
-            "blocks": _path_of_blocks(base.lm.model),
-            "read_blocks": base.lm.read_blocks,
-            "max_length": encoder.max_length,
-            "context": base.context,
-            "end_ids": list(encoder.end_ids),
-            "stop_ids": list(encoder.stop_ids),
-            "pad_id": encoder.pad_id,
-            "start_id": encoder.start_id,
-            "has_template": encoder.has_template,
-            "takes_system": encoder.template.takes_system,
-            "only_asked": form.only_asked if form else "",
-            "opening": encoder.template.form.opening,
-        }
+        document = {**_facts(base, memory), "tasks": tasks, "adapters": list(dict.fromkeys(places)), "floors": None}
         if len(memory.tasks) > 1:
             router = TaskRouter.restore(memory, base.config)
             weight, bias = router.folded(memory)
@@ -142,6 +116,34 @@ def load_standalone(out: Path, device: torch.device) -> Routed:
 
     check_loader(out, _LOADER)
     return Routed(out, None, str(device))
+
+
+def _facts(base: LoadedLm, memory: Memory) -> dict[str, Any]:
+    """Return what the loader must know of the base and of the way texts are written."""
+    encoder, source = base.encoder, source_of(str(base.config.base.model))
+    form = encoder.template.form if encoder.has_template else None
+    return {
+        "format": _FORMAT,
+        "base": {
+            "name": source.name,
+            "gguf": source.gguf,
+            "dtype": base.config.base.dtype or "float32",
+            "model_args": base.config.base.model_args,
+        },
+        "common": _manner(common_manner(memory)),
+        "blocks": _path_of_blocks(base.lm.model),
+        "read_blocks": base.lm.read_blocks,
+        "max_length": encoder.max_length,
+        "context": base.context,
+        "end_ids": list(encoder.end_ids),
+        "stop_ids": list(encoder.stop_ids),
+        "pad_id": encoder.pad_id,
+        "start_id": encoder.start_id,
+        "has_template": encoder.has_template,
+        "takes_system": encoder.template.takes_system,
+        "only_asked": form.only_asked if form else "",
+        "opening": encoder.template.form.opening,
+    }
 
 
 def _save_adapters(base: LoadedLm, memory: Memory, out: Path) -> list[str]:
