@@ -13,6 +13,7 @@ from treelora_backends.causal_lm.task import read_lm_task
 from treelora_cli.backend.runtime import Silent
 from treelora_cli.backend.values import DataRequest, Turn
 from treelora_cli.data.examples import TextExample, chat_example
+from treelora_cli.errors import DataError
 from treelora_cli.project import Project
 
 IM = (
@@ -43,6 +44,12 @@ QWEN3 = (
     "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MISTRAL = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST]{% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+"""Writes the system prompt into the last message, if that is the user's."""
 ZEPHYR_NO_END = (
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
@@ -132,6 +139,37 @@ def test_what_a_template_leaves_out_is_said(tmp_path):
     assert line.format("tools") in notes[TEMPLATE]
     plain = written(tmp_path / "e.jsonl", {"messages": record["messages"][:2]})
     assert read_lm_task(DataRequest(plain, held_out=0.0), encoder_of(deaf), Silent()).notes == ()
+
+
+@pytest.mark.parametrize("question", ["Hi", "Ho"])
+def test_a_system_prompt_in_the_last_message_is_read_and_the_message_not_learned(question):
+    encoder = encoder_of(MISTRAL, "[INST]", "[/INST]")
+    one = chat(question, "Ho", system="Be kind.")
+    assert parts(encoder, one) == (f"[INST]Be kind.\n\n{question}[/INST]", ["Ho</s>"])
+    assert encoder.prompt_text(one, "chat", ()) == f"[INST]Be kind.\n\n{question}[/INST]"
+    assert encoder.template.left_out(one) == set()
+
+
+def test_turns_behind_a_system_prompt_that_moves_are_examples_of_their_own():
+    encoder = encoder_of(MISTRAL, "[INST]", "[/INST]")
+    divided = encoder.template.divided(chat("Hi", "Ho", "And?", "Yes", system="Be kind."), "all")
+    assert [parts(encoder, one) for one in divided] == [
+        ("[INST]Be kind.\n\nHi[/INST]", ["Ho</s>"]),
+        ("[INST]Hi[/INST]Ho</s>[INST]Be kind.\n\nAnd?[/INST]", ["Yes</s>"]),
+    ]
+
+
+def test_a_switch_in_the_last_message_is_read_and_the_message_not_learned():
+    quiet = PHI.replace("{{ m.content }}", "{{ m.content }}{% if loop.last and m.role == 'user' %}/quiet{% endif %}")
+    assert parts(encoder_of(quiet), chat("Hi", "Ho")) == ("<|user|>\nHi/quiet<|end|>\n<|assistant|>\n", ["Ho<|end|>"])
+
+
+def test_a_template_that_shows_another_chat_when_it_is_finished_is_refused():
+    other = "{% if messages[-1].role == 'user' %}ask{% else %}{{ messages[-1].content }}{% endif %}"
+    with pytest.raises(DataError, match="c:1: the model's chat template writes a finished chat in another way"):
+        encoder_of(f"{other}" + "{% if add_generation_prompt %}<|assistant|>{% endif %}").encode(
+            chat("Hi", "Ho"), "chat", ()
+        )
 
 
 def test_only_learned_tokens_are_labelled():

@@ -78,13 +78,16 @@ class ChatTemplate:
         """Return how a turn of the assistant is written."""
         if not self.exists:
             return TurnForm("", " ", "", "", "")
-        asked = self._applied([Turn("user", _USER)], "", asks=True)
-        finished = self._applied([Turn("user", _USER), Turn("assistant", _ANSWER)], "", asks=False)
+        question = [Turn("user", _USER)]
+        asked = self._applied(question, "", asks=True)
+        finished = self._applied([*question, Turn("assistant", _ANSWER)], "", asks=False)
         if _ANSWER not in finished:
             raise DataError("The model's chat template leaves out what the assistant says.")
         place = finished.rindex(_ANSWER)
         common = _in_common(asked, finished[:place])
         closing, rest, end = self._until_special(finished[place + len(_ANSWER) :])
+        if common < _in_common(asked, self._applied(question, "", asks=False)):  # see ``_is_rewritten``
+            return TurnForm("", finished[_place_behind(asked, finished[:place]) : place], closing, rest, end)
         return TurnForm(asked[common:], finished[common:place], closing, rest, end)
 
     @cached_property
@@ -152,10 +155,12 @@ class ChatTemplate:
         """Return what of a chat the template does not write: roles of messages, and ``tools``."""
         if not self.exists:
             return set()
-        written = self.finished(example.messages, example.tools)
+        asked, piece = self.written(example.messages, example.tools)
+        written = asked + piece.text
         turns = [turn for turn in self.adapted(example.messages)[:-1] if "</think>" not in turn.content]
         silent = {turn.role for turn in turns if turn.content.strip() not in written}
-        deaf = bool(example.tools) and written == self.finished(example.messages, "")
+        silently, said = self.written(example.messages, "")
+        deaf = bool(example.tools) and written == silently + said.text
         return silent | ({"tools"} if deaf else set())
 
     def finished(self, turns: Sequence[Turn], tools: str = "") -> str:
@@ -167,11 +172,26 @@ class ChatTemplate:
         """Return what the model reads and what it learns to write of a chat's last turn, its end included."""
         turns = [*turns[:-1], self._spoken(turns[-1], turns, tools)]
         asked, finished = self.asked(turns[:-1], tools), self.finished(turns, tools)
-        asked = asked[: _in_common(asked, finished)]
-        form, text = self.form, finished[len(asked) :]
+        common = _in_common(asked, finished)
+        if self._is_rewritten(turns, tools, asked, common):
+            text = finished[_place_behind(asked, finished) :]
+            if not text.strip():
+                raise DataError("the model's chat template writes a finished chat in another way than one to answer")
+        else:
+            asked, text = asked[:common], finished[common:]
+        form = self.form
         if form.rest and text.endswith(form.rest):
             text = text[: len(text) - len(form.rest)]
         return asked, Piece(text, learned=True, ends=not form.end or not text.endswith(form.end))
+
+    def _is_rewritten(self, turns: Sequence[Turn], tools: str, asked: str, common: int) -> bool:
+        """Return whether a finished turn changes what stands before it, as where a system prompt opens the last message.
+
+        Then the model answers what is asked, and not what the finished chat shows.
+        """
+        if common == len(asked) or not self.exists:
+            return False
+        return common < _in_common(asked, self.finished(turns[:-1], tools))
 
     def _spoken(self, turn: Turn, turns: Sequence[Turn], tools: str) -> Turn:
         """Return a turn; calls of tools that the template leaves out become its content."""
@@ -241,6 +261,15 @@ def _in_common(one: str, other: str) -> int:
     """Return the characters with which both begin."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _place_behind(asked: str, finished: str) -> int:
+    """Return the place in a finished chat behind the longest ending of what is asked that stands in it."""
+    least, most = 0, len(asked)
+    while least < most:
+        size = (least + most + 1) // 2
+        least, most = (size, most) if asked[len(asked) - size :] in finished else (least, size - 1)
+    return finished.rindex(asked[len(asked) - least :]) + least
 
 
 def _learned_turns(turns: Sequence[Turn], learn: str) -> list[int]:
