@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from treelora_cli.data.columns import ANSWERS, LABELS
 from treelora_cli.data.layout import val_unused
 from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, says_unlabelled
-from treelora_cli.data.records import ANSWERS
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import DataError
 
 _NAMED = ("split", "partition", "subset", "part", "set", "dataset", "phase", "usage", "fold")
 _LEARNED = (
-    *("label", "labels", "class", "category", "target", "sentiment"),
+    *("label", *LABELS),
     *("answers", "answerKey", "output", *ANSWERS),
 )
 """Columns of what is learned."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from treelora_cli.data.columns import ASKED, TEXTS
 from treelora_cli.data.files import decode, lines_of
 from treelora_cli.data.layout import Passed, scan
 from treelora_cli.data.paths import existing, expanded, is_address, is_pattern, named_file, without_scheme
@@ -22,7 +23,10 @@ PICTURES = (
     *("image_id", "image_name", "image_file", "img_path", "img_name"),
 )
 """Columns that name an image file, the likeliest first."""
-PROMPTS = ("prompt", "sentence", "question", "text", "input", "instruction")
+PROMPTS = (
+    *("prompt", "sentence", "question", "text", "input", "instruction", *(one for one, _ in ASKED if one != "input")),
+    *TEXTS[2:],
+)
 """Columns that hold a prompt, the likeliest first."""
 STANDARD_INPUT = "-"
 _LONGEST_NAME = 255

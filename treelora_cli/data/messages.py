@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from treelora_cli.backend.values import Turn
+from treelora_cli.data.columns import CHATS
 from treelora_cli.data.examples import TextExample, chat_example
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import DataError
 
-CHATS = ("messages", "conversations", "conversation")
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -26,6 +27,9 @@ _ROLES = {
 _OPENAI_ROLES = ("system", "user", "assistant", "tool")
 _EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """What templates look for in a message beside role and content."""
+_WHO, _WHAT = ("role", "from", "speaker", "type"), ("content", "value", "text", "parts")
+"""What a message calls who speaks and what is said, the likeliest first."""
+_CALLS = "function_call"
 _SWITCHES = ("train", "loss", "train_on_turn")
 """What other tools call the weight of a message."""
 
@@ -33,6 +37,30 @@ _SWITCHES = ("train", "loss", "train_on_turn")
 def is_chat(value: Any) -> bool:
     """Return whether a value is a list of messages."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def ends_with_answer(value: Any) -> bool:
+    """Return whether a value is a list of messages whose last is the assistant's."""
+    return is_chat(value) and all(_role(one) for one in value) and _role(value[-1]) == "assistant"
+
+
+def _role(message: Mapping[str, Any]) -> str | None:
+    named = next((message[key] for key in _WHO if key in message), None)
+    return _ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+
+
+def system_text(value: Any, where: str) -> str:
+    """Return a system prompt that stands beside messages: text, or parts of text; empty for none.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if isinstance(value, dict):
+        value = value.get("parts", value)
+    if value is None or isinstance(value, str | list):
+        text = _content(value, where)
+        return text if text.strip() else ""
+    raise DataError(f"{where}: 'system' is not text but {type(value).__name__}.")
 
 
 def prompt_chat(row: Row, answer: str) -> TextExample:
@@ -55,20 +83,33 @@ def chat_of(row: Row, messages: Any, column: str) -> TextExample:
     Raises:
         DataError: The column holds no messages, or they do not end with the assistant's; names file and line.
     """
-    messages = _from_json(messages, row, column)
+    messages = _turned(_from_json(messages, row, column))
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages) or len(messages) < 2:
         raise DataError(f"{row.where}: '{column}' is a list of two or more records with role and content.")
     turns = [_turn(one, row.where) for one in messages]
-    system = row.values.get("system")
-    if isinstance(system, str) and system.strip() and turns[0].role != "system":
+    system = system_text(row.values.get("system"), row.where)
+    if system and turns[0].role != "system":
         turns.insert(0, Turn("system", system))
     if turns[-1].role != "assistant":
-        raise DataError(f"{row.where}: the last message, the answer, is by '{turns[-1].role}' and not by 'assistant'.")
+        raise DataError(
+            f"{row.where}: the last message, the answer, is by '{turns[-1].role}' and not by 'assistant'. Mend it, or"
+            " pass --skip-bad."
+        )
     learned = [place for place, turn in enumerate(turns) if turn.role == "assistant" and turn.learned]
     if not learned or learned[-1] == 0:
         raise DataError(f"{row.where}: every answer of the assistant has weight 0; there is nothing to learn.")
     turns = turns[: learned[-1] + 1]  # what follows the last learned answer is never read
     return chat_example(row.where, turns[:-1], turns[-1], _tools(row))
+
+
+def _turned(messages: Any) -> Any:
+    """Return a record of lists, as ``datasets`` writes a list of records, as the list; others as they are."""
+    if not isinstance(messages, dict) or not messages or not all(isinstance(one, list) for one in messages.values()):
+        return messages
+    columns = list(messages.values())
+    if any(len(column) != len(columns[0]) for column in columns):
+        return messages
+    return [dict(zip(messages, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def read_messages(messages: Any, where: str) -> list[Turn]:
@@ -89,22 +130,35 @@ def read_messages(messages: Any, where: str) -> list[Turn]:
 
 
 def _turn(message: Mapping[str, Any], where: str) -> Turn:
-    named = message.get("role", message.get("from"))
-    role = _ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+    role = _role(message)
     if role is None:
+        named = next((message[key] for key in _WHO if key in message), None)
         raise DataError(f"{where}: role {named!r} is not one of {', '.join(_OPENAI_ROLES)}.")
-    content = _content(message.get("content", message.get("value")), where)
+    content = _content(next((message[key] for key in _WHAT if key in message), None), where)
     if not content.strip() and isinstance(message.get("refusal"), str):
         content = message["refusal"]
     more = {key: message[key] for key in _EXTRA if message.get(key) not in (None, "", [])}
-    if "tool_calls" not in more and isinstance(message.get("function_call"), dict):
-        more["tool_calls"] = [{"type": "function", "function": message["function_call"]}]
+    if "tool_calls" not in more and isinstance(message.get(_CALLS), dict):
+        more["tool_calls"] = [{"type": "function", "function": message[_CALLS]}]
+    if _CALLS in (message.get("role"), message.get("from")) and (calls := _written_calls(content)):
+        content, more["tool_calls"] = "", calls
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], where)
     if not content.strip() and "tool_calls" not in more and role != "tool":
         raise DataError(f"{where}: empty content of a message.")
     written = json.dumps(more, ensure_ascii=False) if more else ""
     return Turn(role, content, written, learned=_is_learned(message))
+
+
+def _written_calls(content: str) -> list[dict[str, Any]]:
+    """Return the calls of tools that a message of role ``function_call`` holds as JSON; none where it does not."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return []
+    calls = found if isinstance(found, list) else [found]
+    known = all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in calls)
+    return [{"type": "function", "function": one} for one in calls] if known else []
 
 
 def _is_learned(message: Mapping[str, Any]) -> bool:
@@ -169,4 +223,7 @@ def _from_json(value: Any, row: Row, column: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{row.where}: '{column}' is invalid JSON.") from error
+        try:
+            return ast.literal_eval(value)  # what pandas writes of a list
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            raise DataError(f"{row.where}: '{column}' is invalid JSON. Mend it, or pass --skip-bad.") from error

@@ -3,15 +3,18 @@
 ==================================================  ==================================================
 columns                                             what the model reads, and learns to write
 ==================================================  ==================================================
-``messages``, ``conversations``, ``conversation``   a chat: ``role`` and ``content``, or ``from`` and ``value``
+``messages``, ``conversations``, ``conversation``   a chat: ``role`` and ``content``, or ``from`` and ``value``;
+                                                    also the one other column that holds chats
 ``prompt`` and ``completion`` as lists of messages  the same
 ``prompt`` and ``answer|completion|response``       the one, the other
+``prompt`` and ``chosen``, ``rejected``             the prompt; the chosen answer
 ``instruction``, ``input``, ``output|response``     instruction, empty line, input; the output
 ``context|passage``, ``question``, ``answers``      passage, empty line, question; the first answer
 ``question``, ``choices``, ``answerKey|answer``     question and lettered choices; the letter
 ``question``, ``answer``                            the question; the answer
 ``premise``, ``hypothesis``, ``label``              both sentences, then the label names; the label
-``sentence|text``, ``label``                        the sentence, then the label names; the label
+``sentence|text|review|...``, ``label|class|...``   the sentence, then the label names; the label
+``input``, ``output`` and the like                  the one, the other
 ``text``                                            (nothing); the text
 ==================================================  ==================================================
 """
@@ -20,23 +23,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from treelora_cli.backend.values import Turn
+from treelora_cli.data.columns import (
+    ANSWERS,
+    ASKED,
+    CHATS,
+    CHOICES,
+    LABELS,
+    PAIRS,
+    PASSAGES,
+    PREFERRED,
+    REFUSED,
+    TEXTS,
+    in_known_names,
+)
 from treelora_cli.data.examples import TextExample, chat_example
-from treelora_cli.data.messages import CHATS, chat_of, is_chat, prompt_chat
+from treelora_cli.data.messages import chat_of, ends_with_answer, is_chat, prompt_chat, system_text
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import DataError
 
-ANSWERS = ("answer", "completion", "response")
-_LABELS = ("labels", "class", "target", "sentiment", "intent", "emotion")
-"""Columns of labels beside ``label``, where they hold few short values; otherwise something else."""
 _FEW, _SHORT = 64, 60
 NEED = "Need messages, prompt+answer, sentence+label or text."
-_PASSAGES = ("context", "passage", "article", "paragraph", "story")
-_CHOICES = ("choices", "options")
-_PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"))
 _LOOKED_AT = 200
 """Rows that are searched for text which is not used."""
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -62,10 +72,23 @@ class Shape:
 def shape_of(rows: Sequence[Row]) -> Shape | None:
     """Return the shape that records have by the names of all their columns; ``None`` for none that is known."""
     names = {name for row in rows for name in row.values}
-    for find in (_as_chat, _as_prompt, _as_instruction, _as_question, _as_labelled, _as_text):
+    for find in (_as_chat, _as_prompt, _as_instruction, _as_question, _as_labelled, _as_asked, _as_text):
         if (found := find(names, rows)) is not None:
-            return found
+            return _with_system(found, rows)
     return None
+
+
+def _with_system(shape: Shape, rows: Sequence[Row]) -> Shape:
+    """Return a shape of prompts as one of chats where a column holds their system prompts."""
+    if shape.style != "plain" or not any(row.values.get("system") for row in rows):
+        return shape
+
+    def read(row: Row) -> TextExample:
+        one, said = shape.read(row), system_text(row.values.get("system"), row.where)
+        turns = [*([Turn("system", said)] if said else []), Turn("user", one.prompt)]
+        return replace(chat_example(row.where, turns, Turn("assistant", one.answer)), others=one.others)
+
+    return Shape("chat", shape.used | {"system"}, read)
 
 
 def prompt_of(row: Row) -> str | None:
@@ -74,15 +97,16 @@ def prompt_of(row: Row) -> str | None:
     Raises:
         DataError: A column holds something else than text; names file and line.
     """
+    row = in_known_names([row])[0]
     names = set(row.values)
     if "prompt" in names:
         return None
     if "instruction" in names:
         return _instruction_text(row)
     if "question" in names:
-        choices, passage = _first(names, _CHOICES), _first(names, _PASSAGES)
+        choices, passage = _first(names, CHOICES), _first(names, PASSAGES)
         return _question(row, passage) if choices is None else _with_choices(row, passage, *_choices(row, choices))
-    pair = next((pair for pair in _PAIRS if names >= set(pair)), None)
+    pair = next((pair for pair in PAIRS if names >= set(pair)), None)
     return None if pair is None else _marked(row, pair)
 
 
@@ -128,24 +152,41 @@ def _first(names: set[Any], wanted: Sequence[str]) -> str | None:
 
 
 def _as_chat(names: set[Any], rows: Sequence[Row]) -> Shape | None:
-    column = _first(names, CHATS)
+    column = _first(names, CHATS) or _chat_column(rows)
     beside = {"tools", "functions", "system"}
     if column is not None:
         return Shape("chat", frozenset({column, *beside}), lambda row: chat_of(row, row.values.get(column), column))
-    answer = _first(names, ANSWERS)
+    answer = _first(names, (*ANSWERS, PREFERRED))
     if "prompt" in names and answer is not None and is_chat(rows[0].values.get("prompt")):
         return Shape("chat", frozenset({"prompt", answer, *beside}), lambda row: prompt_chat(row, answer))
     return None
+
+
+def _chat_column(rows: Sequence[Row]) -> str | None:
+    """Return the one column that holds chats with their answer; the preferred of two."""
+    found = [str(name) for name, value in rows[0].values.items() if ends_with_answer(value)]
+    if set(found) == {PREFERRED, REFUSED}:
+        found = [PREFERRED]
+    prompted = any(name == "prompt" or len(rows[0].values[name]) == 1 for name in found)
+    return found[0] if len(found) == 1 and not prompted else None
 
 
 # -- prompts and answers --------------------------------------------------------------------------
 
 
 def _as_prompt(names: set[Any], _rows: Sequence[Row]) -> Shape | None:
-    answer = _first(names, ANSWERS)
+    answer = _first(names, (*ANSWERS, PREFERRED))
     if "prompt" not in names or answer is None:
         return None
     return Shape("plain", frozenset({"prompt", answer}), lambda row: _answered(row, text_of(row, "prompt"), answer))
+
+
+def _as_asked(names: set[Any], rows: Sequence[Row]) -> Shape | None:
+    pair = next((pair for pair in ASKED if names >= set(pair)), None)
+    if pair is None or not isinstance(rows[0].values.get(pair[0]), str):
+        return None
+    asked, answer = pair
+    return Shape("plain", frozenset(pair), lambda row: _answered(row, text_of(row, asked), answer))
 
 
 def _as_instruction(names: set[Any], rows: Sequence[Row]) -> Shape | None:
@@ -180,8 +221,8 @@ def _instruction_chat(row: Row, answer: str) -> TextExample:
     system, history = row.values.get("system"), row.values.get("history") or []
     if not isinstance(history, list):
         raise DataError(f"{row.where}: 'history' is a list of pairs of texts.")
-    if isinstance(system, str) and system.strip():
-        turns.append(Turn("system", system))
+    if said := system_text(system, row.where):
+        turns.append(Turn("system", said))
     for pair in history:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) and text for text in pair):
             raise DataError(f"{row.where}: 'history' is a list of pairs of texts.")
@@ -194,9 +235,9 @@ def _as_question(names: set[Any], _rows: Sequence[Row]) -> Shape | None:
     answer = _first(names, ("answers", "answerKey", *ANSWERS))
     if "question" not in names or answer is None:
         return None
-    passage = _first(names, _PASSAGES)
+    passage = _first(names, PASSAGES)
     used = frozenset({"question", answer, *([passage] if passage else [])})
-    choices = _first(names, _CHOICES)
+    choices = _first(names, CHOICES)
     if choices is not None:
         return Shape("plain", used | {choices}, lambda row: _choice(row, passage, choices, answer))
     return Shape("plain", used, lambda row: _asked(row, passage, answer))
@@ -261,11 +302,11 @@ def _answered(row: Row, prompt: str, column: str) -> TextExample:
 
 
 def _as_labelled(names: set[Any], rows: Sequence[Row]) -> Shape | None:
-    label = "label" if "label" in names else next((name for name in _LABELS if _holds_labels(name, rows)), None)
+    label = "label" if "label" in names else next((name for name in LABELS if _holds_labels(name, rows)), None)
     if label is None:
         return None
-    column = _first(names, ("sentence", "text"))
-    columns = (column,) if column is not None else next((pair for pair in _PAIRS if names >= set(pair)), None)
+    column = next((name for name in TEXTS if name in names and _holds_text(rows[0].values.get(name))), None)
+    columns = (column,) if column is not None else next((pair for pair in PAIRS if names >= set(pair)), None)
     if columns is None:
         return None
     return Shape("labels", frozenset({*columns, label}), lambda row: _labelled(row, columns, label), label)

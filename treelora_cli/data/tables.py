@@ -114,10 +114,20 @@ def _refuse_names(first: Row, columns: Mapping[str, str]) -> None:
 
 
 def _rename(row: Row, columns: Mapping[str, str]) -> Row:
+    inner = {source: _inside(row.values, source) for source in columns if source not in row.values and "." in source}
+    row = replace(row, values={**row.values, **{source: value for source, value in inner.items() if value is not None}})
     for source in columns:
         if source not in row.values:
             raise DataError(f"{row.where}: no column '{source}' to map. Found {', '.join(map(str, row.values))}.")
     return Row({columns.get(name, name): value for name, value in row.values.items()}, row.where)
+
+
+def _inside(values: Mapping[str, Any], name: str) -> Any:
+    """Return what ``translation.en`` names in the record of a column; ``None`` where it names nothing."""
+    found: Any = values
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def column_called(wanted: Sequence[str], names: Sequence[str]) -> str | None:

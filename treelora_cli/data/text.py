@@ -12,6 +12,7 @@ from pathlib import Path
 from shlex import quote
 
 from treelora_cli.backend.values import Change, DataRequest
+from treelora_cli.data.columns import hint, hint_of_records, without_unwanted
 from treelora_cli.data.delimited import lacks_head, recurring
 from treelora_cli.data.examples import TextExample
 from treelora_cli.data.held_out import (
@@ -25,7 +26,7 @@ from treelora_cli.data.labels import column_of_names, label_names, label_notes, 
 from treelora_cli.data.messages import is_chat
 from treelora_cli.data.names import one_spelling
 from treelora_cli.data.paths import paths_of
-from treelora_cli.data.records import ANSWERS, NEED, Shape, shape_of, unfolded, unused_text
+from treelora_cli.data.records import NEED, Shape, shape_of, unfolded, unused_text
 from treelora_cli.data.tables import Row, check_text
 from treelora_cli.data.text_files import WRONG_KIND, read_parts
 from treelora_cli.data.text_scores import METRICS
@@ -78,7 +79,7 @@ def list_texts(request: DataRequest) -> TextListing:
     """
     path = paths_of(request)[0]
     notes: list[str] = []
-    train_rows, test_rows = (unfolded(rows) for rows in read_parts(request, notes))
+    train_rows, test_rows = (without_unwanted(unfolded(rows), notes) for rows in read_parts(request, notes))
     shape = _shape(train_rows or test_rows)
     style = shape.style
     names = label_names(request.label_names, path) if style == "labels" else None
@@ -184,14 +185,16 @@ def _shape(rows: Sequence[Row]) -> Shape:
     chats = [str(name) for name, value in rows[0].values.items() if is_chat(value) and {"role", "from"} & set(value[0])]
     if chats:
         raise DataError(f"Found {names}. {NEED} Try --map {quote(f'{chats[0]}=messages')}")
-    if any(isinstance(value, bytes | dict) for value in rows[0].values.values()):
-        raise DataError(f"{rows[0].where}: Found {names}. {WRONG_KIND}")
+    records = [(str(name), value) for name, value in rows[0].values.items() if isinstance(value, dict)]
+    if records or any(isinstance(value, bytes) for value in rows[0].values.values()):
+        advice = "".join(hint_of_records(value, name) for name, value in records[:1])
+        raise DataError(f"{rows[0].where}: Found {names}. {WRONG_KIND}{advice}")
     if lacks_head([row.values for row in rows]):
         raise DataError(
             f"{rows[0].where.partition(':')[0]}: its first line seems to be a record ({names}). Where no line names the"
             f" columns, count them: {_counted(rows)}"
         )
-    raise DataError(f"Found {names}. {NEED}{_hint(rows[0])}")
+    raise DataError(f"Found {names}. {NEED}{hint(rows)}")
 
 
 def _unused(rows: Sequence[Row], shape: Shape) -> list[str]:
@@ -211,17 +214,6 @@ def _counted(rows: Sequence[Row]) -> str:
     if label is None:
         return "--map 1=prompt --map 2=answer"
     return f"--map {2 if label == 0 else 1}=text --map {label + 1}=label"
-
-
-def _hint(row: Row) -> str:
-    """Guess which columns are question and answer."""
-    names = [str(name) for name in row.values]
-    if len(names) < 2:
-        return "".join(f" Try --map {quote(f'{name}=text')}" for name in names)
-    answer = next((name for name in names if name in ("label", *ANSWERS, "output", "target")), names[1])
-    question = next(name for name in names if name != answer)
-    pairs = [f"--map {quote(f'{source}={wanted}')}" for source, wanted in ((question, "prompt"), (answer, "answer"))]
-    return f" Try {' '.join(pairs)}"
 
 
 def _read(row: Row, shape: Shape) -> TextExample:

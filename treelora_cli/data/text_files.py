@@ -12,6 +12,7 @@ from pathlib import Path
 from shlex import quote
 
 from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.columns import in_known_names
 from treelora_cli.data.divided import answered_part, divide_rows
 from treelora_cli.data.files import decode, read_bytes, refuse_archives_in
 from treelora_cli.data.layout import Folder, Labelled, Passed, read_layout, scan
@@ -105,7 +106,7 @@ class _Reader:
         return divide_rows(self._table(path), self.notes, "examples")
 
     def _table(self, path: Path) -> list[Row]:
-        rows = read_table(path, self.request.data_format, self.request.columns, self.notes)
+        rows = in_known_names(read_table(path, self.request.data_format, self.request.columns, self.notes))
         if self.request.data_format is None and table_suffix(path) in TEXT_SUFFIXES:
             _refuse_table(path, [str(row.values.get("text")) for row in rows])
         return rows

@@ -185,7 +185,7 @@ class ChatTemplate:
         return asked, Piece(text, learned=True, ends=not form.end or not text.endswith(form.end))
 
     def _is_rewritten(self, turns: Sequence[Turn], tools: str, asked: str, common: int) -> bool:
-        """Return whether a finished turn changes what stands before it, as where a system prompt opens the last message.
+        """Return whether a finished turn changes what stands before it: a system prompt may open the last message.
 
         Then the model answers what is asked, and not what the finished chat shows.
         """
