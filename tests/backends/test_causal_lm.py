@@ -15,7 +15,7 @@ from tiny_lm import (
 )
 from treelora_backends.causal_lm.backend import CausalLmBackend
 from treelora_backends.causal_lm.closed import ClosedHead
-from treelora_backends.causal_lm.memory import merged_adapter
+from treelora_backends.causal_lm.memory import common_manner, manner_of, merged_adapter
 
 from treelora_cli.app import run_command
 from treelora_cli.backend import adapters
@@ -225,6 +225,12 @@ def test_without_a_chosen_task_a_prompt_is_continued_as_it_is(project, llama):
     assert (answer.output, answer.task) == (base.encoder.decode(written), None)
 
 
+def test_a_task_that_taught_no_empty_answer_gives_none(project):
+    memory = Project.open(project).memory()
+    assert [manner_of(task).least_new for task in memory.tasks] == [1] * len(memory.tasks)
+    assert common_manner(memory).least_new == 1
+
+
 def test_base_inference_is_the_untouched_model(project, llama, data):
     opened = Project.open(project)
     base = load(llama)
@@ -245,6 +251,7 @@ def test_merged_export_loads_with_transformers_alone(project, llama, tmp_path, d
     assert model.dtype == getattr(torch, dtype)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == TEMPLATE
+    assert model.generation_config.min_new_tokens == 1
     base = load(llama)
     adapters.write_slot(base.network, merged_adapter(Project.open(project).memory()))
     ids = tokenizer("What colour is the frog?", return_tensors="pt")["input_ids"]

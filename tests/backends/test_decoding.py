@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from tiny_lm import TEMPLATE, load, save_model
 from treelora_backends.causal_lm.answers import Answerer, Manner
 from treelora_backends.causal_lm.batches import Batch, pad
-from treelora_backends.causal_lm.network.decoding import decoded, generated, is_plain, numbers_of_token
+from treelora_backends.causal_lm.network.decoding import Length, decoded, generated, is_plain, numbers_of_token
 
 from treelora_cli.backend import adapters
 from treelora_cli.data.examples import TextExample
 
 WORDS = ["what", "colour", "is", "the", "apple", "red", "green", "good", "bad", "happy", "sad"]
 MOST_NEW = 12
+LENGTH = Length(0, MOST_NEW)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -36,7 +37,7 @@ def prompts_of(count: int) -> list[torch.Tensor]:
 def alone(base, prompt, ends) -> list[int]:
     """What transformers' own ``generate`` writes after one prompt."""
     ids = torch.tensor([prompt.tolist()])
-    return generated(base.lm.model, Batch(ids, torch.ones_like(ids)), MOST_NEW, ends, 0)[0]
+    return generated(base.lm.model, Batch(ids, torch.ones_like(ids)), LENGTH, ends, 0)[0]
 
 
 def test_side_by_side_equals_one_by_one_whenever_each_ends(base):
@@ -47,12 +48,24 @@ def test_side_by_side_equals_one_by_one_whenever_each_ends(base):
     wanted = [alone(base, prompt, ends) for prompt in prompts]
     assert len({len(one) for one in wanted}) > 2  # some end early, some late
     assert base.lm.divides
-    assert base.lm.generate(pad(prompts, 0, left=True), MOST_NEW, ends, 0) == wanted
+    assert base.lm.generate(pad(prompts, 0, left=True), LENGTH, ends, 0) == wanted
+
+
+def test_a_learned_end_may_not_come_before_the_first_word(base):
+    prompts = prompts_of(8)
+    first = [alone(base, prompt, ())[0] for prompt in prompts]
+    ends = (first[0],)
+    batch = pad(prompts, 0, left=True)
+    assert base.lm.generate(batch, LENGTH, ends, 0)[0] == []
+    found = base.lm.generate(batch, Length(1, MOST_NEW), ends, 0)
+    assert all(found)
+    assert not set(ends) & {one[0] for one in found}
+    assert found == generated(base.lm.model, batch, Length(1, MOST_NEW), ends, 0)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 8))
-def test_ended_texts_leave_and_nobody_elses_words_are_taken(lengths, most_new):
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 8), st.integers(0, 3))
+def test_ended_texts_leave_and_nobody_elses_words_are_taken(lengths, most_new, least):
     """A model that says row * 100 + step until a text's length, then 0; it is asked for those that go on alone."""
     shapes = []
 
@@ -63,20 +76,25 @@ def test_ended_texts_leave_and_nobody_elses_words_are_taken(lengths, most_new):
         def batch_select_indices(self, places):
             self.rows = self.rows[places]
 
-    def step(ids, mask, cache):
+    def step(ids, mask, cache, barred):
+        assert barred == ((0,) if mask.shape[1] < 3 + least else ())
         cache = cache or Cache()
         assert len(ids) == len(mask) == len(cache.rows)
         done = mask.shape[1] - 3
         shapes.append(len(ids))
-        return torch.tensor([0 if done >= lengths[row] else row * 100 + done + 1 for row in cache.rows]), cache
+        ended = [done >= lengths[row] and not barred for row in cache.rows]
+        words = [row * 100 + done + 1 for row in cache.rows]
+        return torch.tensor([0 if end else word for end, word in zip(ended, words, strict=True)]), cache
 
     batch = pad([torch.ones(3).numpy()] * len(lengths), 0, left=True)
-    found = decoded(step, batch, most_new, (0,))
-    assert found == [[row * 100 + n + 1 for n in range(min(own, most_new))] for row, own in enumerate(lengths)]
-    steps = min(most_new, max(lengths) + 1)
+    found = decoded(step, batch, Length(least, most_new), (0,))
+    assert found == [
+        [row * 100 + n + 1 for n in range(min(max(own, least), most_new))] for row, own in enumerate(lengths)
+    ]
+    steps = min(most_new, max(*lengths, least) + 1)
     assert len(shapes) == steps
     for count, rows in enumerate(shapes):
-        going = sum(own >= count for own in lengths)
+        going = sum(max(own, least) >= count for own in lengths)
         assert going <= rows
         assert count == 0 or rows == going or going > 0.75 * rows
 
@@ -84,11 +102,11 @@ def test_ended_texts_leave_and_nobody_elses_words_are_taken(lengths, most_new):
 def test_settings_of_a_model_that_change_the_next_token_are_followed(base):
     assert is_plain(base.lm.model.generation_config)
     prompts = prompts_of(5)
-    plain = base.lm.generate(pad(prompts, 0, left=True), MOST_NEW, (), 0)
+    plain = base.lm.generate(pad(prompts, 0, left=True), LENGTH, (), 0)
     base.lm.model.generation_config.repetition_penalty = 5.0
     try:
         assert not is_plain(base.lm.model.generation_config)
-        found = base.lm.generate(pad(prompts, 0, left=True), MOST_NEW, (), 0)
+        found = base.lm.generate(pad(prompts, 0, left=True), LENGTH, (), 0)
         assert found == [alone(base, prompt, ()) for prompt in prompts] != plain
     finally:
         base.lm.model.generation_config.repetition_penalty = None

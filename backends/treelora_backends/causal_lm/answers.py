@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from treelora_backends.causal_lm.batches import by_length, labelled_padded, padded, tokens_at_once
+from treelora_backends.causal_lm.network.decoding import Length
 from treelora_backends.causal_lm.network.halves import Passes
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.render import Encoder, Ids
@@ -36,12 +37,14 @@ class Manner:
         labels: The closed set of answers; empty for open ones.
         by_label: Choose the likeliest label instead of generating.
         most_new: Longest generated answer, in tokens.
+        least_new: Its fewest tokens: 1 where no empty answer was learned.
     """
 
     style: str
     labels: tuple[str, ...]
     by_label: bool
     most_new: int
+    least_new: int = 0
 
     def reserve(self, room: int) -> int:
         """Return how many of ``room`` tokens are kept free for the answer; a prompt is worth more than a long one."""
@@ -139,7 +142,7 @@ class Answerer:
     def _by_generation(self, prompts: Sequence[_Prompt], manner: Manner) -> list[Answer]:
         batch = padded([prompt.ids for prompt in prompts], self.encoder, self.lm.device, left=True)
         most_new = max(1, min(manner.most_new, self.encoder.context - max(map(len, prompts))))
-        new = self.lm.generate(batch, most_new, self.encoder.stop_ids, self.encoder.pad_id)
+        new = self.lm.generate(batch, Length(manner.least_new, most_new), self.encoder.stop_ids, self.encoder.pad_id)
         return [(self.encoder.decode(ids, manner.style), None) for ids in new]
 
     # -- scores ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from treelora_backends.causal_lm.answers import Answerer
 from treelora_backends.causal_lm.batches import Batch, pad
 from treelora_backends.causal_lm.card import write_card
 from treelora_backends.causal_lm.loading import load_model, source_of
-from treelora_backends.causal_lm.memory import manner_of, merged_adapter
+from treelora_backends.causal_lm.memory import common_manner, manner_of, merged_adapter
 from treelora_backends.causal_lm.modelfile import write_modelfile
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.own_code import refuse_own_code
@@ -49,6 +49,7 @@ def write_merged(base: LoadedLm, memory: Memory, out: Path, options: ExportOptio
     model.generation_config.eos_token_id = list(base.encoder.stop_ids) or None
     if model.generation_config.max_new_tokens is None:
         model.generation_config.max_new_tokens = max(manner_of(task).most_new for task in memory.tasks)
+    model.generation_config.min_new_tokens = common_manner(memory).least_new or None
     try:
         model.save_pretrained(out, max_shard_size=options.max_shard)
     except ValueError as error:

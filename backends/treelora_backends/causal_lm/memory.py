@@ -29,10 +29,16 @@ def describe(task: LmTask) -> dict[str, Tensor]:
     return {
         "style": torch.tensor(STYLES.index(task.style)),
         "answer.tokens": torch.tensor(_FREE_TEXT if task.style == "text" else longest + _MARGIN),
+        "answer.least": torch.tensor(least_new(task)),
         "source": torch.frombuffer(bytearray.fromhex(task.source), dtype=torch.uint8),
         "seen": prompts_seen(task.listing.train),
         **({"system": torch.frombuffer(bytearray(system.encode()), dtype=torch.uint8)} if system else {}),
     }
+
+
+def least_new(task: LmTask) -> int:
+    """Return the fewest tokens of an answer: 1 where a task has prompts, and no answer of its examples is empty."""
+    return int(task.style != "text" and all(one.answer.strip() for one in task.listing.train))
 
 
 def prompts_seen(examples: Sequence[TextExample]) -> Tensor:
@@ -73,16 +79,18 @@ def manner_of(task: TaskMemory) -> Manner:
     """Return how a learned task's inputs are rendered and answered."""
     tensors = task.tensors()
     style, longest = STYLES[int(tensors["style"])], int(tensors["answer.tokens"])
-    return Manner(style, task.labels, task.metric == "accuracy", longest)
+    least = int(tensors.get("answer.least", torch.tensor(0)))
+    return Manner(style, task.labels, task.metric == "accuracy", longest, least)
 
 
 def common_manner(memory: Memory) -> Manner:
     """Return how an input is answered when no task is chosen for it: as all tasks agree, else as a plain prompt."""
     manners = [manner_of(task) for task in memory.tasks]
     first, longest = manners[0], max(manner.most_new for manner in manners)
+    least = min(manner.least_new for manner in manners)
     if all((one.style, one.labels, one.by_label) == (first.style, first.labels, first.by_label) for one in manners):
-        return replace(first, most_new=longest)
-    return Manner("plain", (), False, longest)
+        return replace(first, most_new=longest, least_new=least)
+    return Manner("plain", (), False, longest, least)
 
 
 def holder_of(memory: Memory, task: LmTask) -> int | None:

@@ -168,7 +168,13 @@ def _tasks(base: LoadedLm, memory: Memory, places: Sequence[str]) -> tuple[dict[
 
 def _manner(manner: Manner) -> dict[str, Any]:
     labels = list(manner.labels)
-    return {"style": manner.style, "labels": labels, "by_label": manner.by_label, "most_new": manner.most_new}
+    return {
+        "style": manner.style,
+        "labels": labels,
+        "by_label": manner.by_label,
+        "most_new": manner.most_new,
+        "least_new": manner.least_new,
+    }
 
 
 def _path_of_blocks(model: Any) -> str:

@@ -253,6 +253,7 @@ class Routed:
             attention_mask=torch.ones_like(rows),
             do_sample=False,
             max_new_tokens=most,
+            min_new_tokens=manner["least_new"] or None,
             eos_token_id=ends or None,
             pad_token_id=self.config["pad_id"],
             **plain,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from treelora_backends.causal_lm.batches import Batch, LabelledBatch, tokens_at_once
 from treelora_backends.causal_lm.network.ahead import mean_cross_entropy
-from treelora_backends.causal_lm.network.decoding import decoded, generated, is_plain, numbers_of_token
+from treelora_backends.causal_lm.network.decoding import Length, decoded, generated, is_plain, numbers_of_token
 from treelora_backends.causal_lm.network.features import Reading, routing_part
 from treelora_backends.causal_lm.network.layers import blocks_of, body_of, first_adapted, standing_in
 from treelora_backends.causal_lm.network.narrow import feed_forward, narrowed
@@ -379,16 +379,18 @@ class LmNetwork:
         scores = self._logits(states).log_softmax(dim=2)
         return scores.gather(2, tokens[1:].expand(len(ids), count)[:, :, None]).sum(dim=(1, 2))
 
-    def generate(self, batch: Batch, most_new: int, end_ids: tuple[int, ...], pad_id: int) -> list[list[int]]:
+    def generate(self, batch: Batch, length: Length, end_ids: tuple[int, ...], pad_id: int) -> list[list[int]]:
         """Continue left-padded prompts greedily; returns the new ids, without what follows an end."""
         if self.divides and self._head_is_linear and is_plain(self.model.generation_config):
-            return decoded(self._next, batch, most_new, end_ids)
-        return generated(self.model, batch, most_new, end_ids, pad_id)
+            return decoded(self._next, batch, length, end_ids)
+        return generated(self.model, batch, length, end_ids, pad_id)
 
-    def _next(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Return the likeliest next token of each text, (B,), and the cache with what was run."""
+    def _next(self, ids: Tensor, mask: Tensor, cache: Any, barred: Sequence[int]) -> tuple[Tensor, Any]:
+        """Return the likeliest next token of each text that is not barred, (B,), and the cache with what was run."""
         out = self._continue(ids, mask, cache)
-        return self._logits(self._states(out)[:, -1]).argmax(dim=1), out.past_key_values
+        logits = self._logits(self._states(out)[:, -1])
+        logits[:, list(barred)] = -torch.inf
+        return logits.argmax(dim=1), out.past_key_values
 
     def decoded_at_once(self, number_bytes: int) -> int:
         """Return the padded tokens whose keys and values, of so many bytes a number, are kept at a time."""
