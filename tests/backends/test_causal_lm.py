@@ -33,7 +33,7 @@ def llama(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("llama"), "llama", TEMPLATE)
 
 
-def write_gguf(path, gguf):
+def write_gguf(path, gguf, eos=0):
     """Write a two-layer Llama of packed (Q8_0) weights with its tokenizer."""
     rng = np.random.default_rng(0)
     tokenizer = small_tokenizer(TEMPLATE)
@@ -58,7 +58,7 @@ def write_gguf(path, gguf):
         (writer.add_token_types, [3 if token.startswith("<|") else 1 for token in vocabulary]),
         (writer.add_chat_template, TEMPLATE),
         (writer.add_bos_token_id, 0),
-        (writer.add_eos_token_id, 0),
+        (writer.add_eos_token_id, eos),
         (writer.add_add_bos_token, False),
     ):
         add(value)

@@ -14,8 +14,8 @@ from conftest import Cli, check_error, must
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_lm import TEMPLATE, save_model, small_tokenizer
-from treelora_backends.causal_lm.modelfile import wrapped
+from tiny_lm import TEMPLATE, load, save_model, small_tokenizer
+from treelora_backends.causal_lm.modelfile import begins_by_itself, wrapped
 from treelora_backends.causal_lm.template import ChatTemplate
 
 from treelora_cli.backend.values import Turn
@@ -85,6 +85,18 @@ def test_templates_are_said_in_go_or_not_at_all() -> None:
     assert without is not None and ".System" not in without.go
     assert wrapped(ChatTemplate(small_tokenizer(NUMBERED)), "") is None
     assert wrapped(ChatTemplate(small_tokenizer(TEMPLATE.replace("<|end|>", "{{ '{{' }}"))), "") is None
+
+
+def test_a_token_that_begins_every_text_is_left_to_ollama_and_no_other() -> None:
+    tokenizer = small_tokenizer(CHATML)
+    tokenizer.bos_token = "<|system|>"
+    assert begins_by_itself(tokenizer) == "", "the template writes it; nothing else would"
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", tokenizer.bos_token_id)]
+    )
+    assert begins_by_itself(tokenizer) == "<|system|>"
 
 
 _WORDS = st.text(min_size=1, max_size=12).filter(lambda text: text.strip() == text and "\r" not in text)
@@ -167,6 +179,21 @@ def test_a_gguf_base_is_written_with_its_adapted_weights(cli: Cli, packed: Path,
     kept = {name: field.contents() for name, field in before.fields.items() if not name.startswith("GGUF.")}
     assert {name: field.contents() for name, field in after.fields.items() if name in kept} == kept
     assert (out / "Modelfile").read_text().splitlines()[1] == "FROM ./model.gguf"
+
+
+@pytest.mark.parametrize(("eos", "named"), [(0, None), (1, 0)])
+def test_the_token_that_ends_a_turn_is_named_where_the_file_does_not(
+    tmp_path: Path, eos: int, named: int | None
+) -> None:
+    import gguf
+    from treelora_backends.causal_lm.gguf_export import _copy_with
+
+    model = write_gguf(tmp_path / "tiny.gguf", gguf, eos)
+    stops = load(model).encoder.stop_ids
+    assert stops == ((0,) if eos == 0 else (0, 1)), "the template's own end, and the tokenizer's"
+    _copy_with(model, tmp_path / "out.gguf", {}, "float32", stops)
+    field = gguf.GGUFReader(str(tmp_path / "out.gguf")).get_field("tokenizer.ggml.eot_token_id")
+    assert (None if field is None else int(field.contents())) == named
 
 
 def same(one: Any, two: Any) -> bool:

@@ -1,7 +1,8 @@
 """The merged model as a GGUF file: the base's own file with the adapted weights in place of its own.
 
-Everything else, the tokenizer and the packed weights of other layers included, is copied bit for bit. How a weight lies
-in the file is found by comparing it with the one that transformers reads, not by the name of the architecture.
+Everything else, the tokenizer and the packed weights of other layers included, is copied bit for bit; the token that
+ends a turn is named where the file does not. How a weight lies in the file is found by comparing it with the one that
+transformers reads, not by the name of the architecture.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class GgufExport:
         base = self.base
         model: Any = load_model(base.config.base, torch.device("cpu"), offline=base.runtime.offline, dtype="float32")
         changed = _changed(self.origin, model, merged_adapter(memory))
-        _copy_with(self.origin, out / _FILE, changed, options.dtype)
+        _copy_with(self.origin, out / _FILE, changed, options.dtype, base.encoder.stop_ids)
         write_modelfile(base, memory.tasks, out, adapter=False, model=f"./{_FILE}")
         write_card(base, merged_contents(memory), _USE, memory.tasks, out, lora=False)
 
@@ -159,8 +160,19 @@ def _paired(weight: Tensor, heads: int) -> Tensor:
     return parts.transpose(1, 2).reshape(weight.shape)
 
 
-def _copy_with(origin: Path, target: Path, changed: dict[str, np.ndarray[Any, Any]], dtype: str) -> None:
-    """Copy a GGUF file, some weights replaced."""
+def _end_of_turn(reader: Any, stops: Sequence[int]) -> int | None:
+    """Return the token at which answers stop that the file does not name; ``None`` where it names all or has one."""
+    named = {name: reader.get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    if named["eot"] is not None:
+        return None
+    known = {int(field.contents()) for field in named.values() if field is not None}
+    return next((one for one in stops if one not in known), None)
+
+
+def _copy_with(
+    origin: Path, target: Path, changed: dict[str, np.ndarray[Any, Any]], dtype: str, stops: Sequence[int] = ()
+) -> None:
+    """Copy a GGUF file, some weights replaced, and name the token that ends a turn where it does not."""
     import gguf
 
     reader = gguf.GGUFReader(str(origin))
@@ -170,6 +182,8 @@ def _copy_with(origin: Path, target: Path, changed: dict[str, np.ndarray[Any, An
             continue
         sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+    if (end := _end_of_turn(reader, stops)) is not None:
+        writer.add_eot_token_id(end)
     kind = gguf.GGMLQuantizationType[_TYPES[dtype]]
     try:
         for tensor in reader.tensors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from treelora_backends.causal_lm.loading import source_of
 from treelora_backends.causal_lm.memory import manner_of, system_of
@@ -116,6 +116,12 @@ def _taken_apart(template: ChatTemplate, begin: str) -> Wrapped:
     return Wrapped(unsaid, around_system, around_user, around_answer, asked[len(one) :])
 
 
+def begins_by_itself(tokenizer: Any) -> str:
+    """Return the token that is put before every text, as Ollama then does, too; empty for none."""
+    begin, ids = tokenizer.bos_token_id, list(tokenizer("a")["input_ids"])
+    return str(tokenizer.bos_token) if begin is not None and ids[:1] == [begin] else ""
+
+
 def _around(text: str, content: str) -> tuple[str, str]:
     before, found, after = text.partition(content)
     if not found:
@@ -157,7 +163,7 @@ def _template(base: LoadedLm, tasks: Sequence[TaskMemory]) -> tuple[str, str]:
     manners = [manner_of(task) for task in tasks]
     chats = [one.style == "chat" for one in manners]
     if any(chats):
-        begin = str(base.tokenizer.bos_token or "")
+        begin = begins_by_itself(base.tokenizer)
         found = wrapped(base.encoder.template, begin) if base.encoder.has_template else None
         if found is None:
             return _PLAIN, "The chat template cannot be said in Go's terms: prompts go in as they are."
