@@ -96,6 +96,10 @@ def first_line(error: BaseException, otherwise: str = "") -> str:
     return (str(error).splitlines() or [otherwise])[0]
 
 
+SKIP_BAD = " Mend it, or pass --skip-bad."
+"""How a line on a bad example ends, where examples can be skipped."""
+
+
 def describe_error(error: BaseException) -> tuple[str, int]:
     """Return the line to show and the exit code."""
     if isinstance(error, TreeLoraError):

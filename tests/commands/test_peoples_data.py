@@ -9,6 +9,9 @@ import pytest
 from conftest import Cli, check_error, make_images, picture, tree_hash
 from PIL import Image
 
+from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.text import list_texts
+
 
 def manifest(folder: Path, classes: dict[str, str]) -> Path:
     """Write a CSV of four images of each colour under the label given."""
@@ -145,3 +148,23 @@ def test_the_sample_shows_the_path_as_it_is_said_from_here(
     done = cli("-C", empty_project, "train-task", "p/../data/../data/birds", "--dry-run", "--json", "--device", "cpu")
     assert "memory_estimate_mib" not in done.json, "nobody measured it"
     assert done.json["sample"].startswith("data/birds/train/blue/00.png -> 3x16x16, label 'blue'")
+
+
+def test_one_picture_in_two_classes_or_in_both_parts_is_said(cli: Cli, empty_project: Path, tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "d", ["red", "blue"], test=2)
+    first = folder / "train" / "red" / "00.png"
+    for place in ("train/blue/same.png", "test/red/same.png"):
+        (folder / place).write_bytes(first.read_bytes())
+    done = cli("-C", empty_project, "train-task", folder, "--dry-run", "--json", "--device", "cpu")
+    assert done.code == 0
+    told = "\n".join(done.json["notes"])
+    assert "1 images are in two classes, such as " in told
+    assert "1 of 5 held-out images are training images, too: what they score says little." in told
+
+
+def test_held_out_texts_that_are_learned_are_said(tmp_path: Path) -> None:
+    for part, texts in (("train", "ab"), ("test", "bc")):
+        lines = [json.dumps({"prompt": text, "answer": text}) for text in texts]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    told = list_texts(DataRequest(tmp_path)).notes
+    assert told == ("1 of 2 held-out examples are training examples, too: what they score says little.",)

@@ -98,7 +98,8 @@ def test_other_files_are_left_out_and_counted(tmp_path: Path) -> None:
     nested.mkdir()
     picture("blue", 77).save(nested / "UPPER.PNG")
     listing = listed(folder)
-    assert listing.notes[0].startswith("1 files in ")
+    assert f"Images in folders of {nested.parent} (deeper/) are of its class." in listing.notes
+    assert listing.notes[1].startswith("1 files in ")
     assert sum(counts(listing.train).values()) + len(listing.test) == 17
 
 

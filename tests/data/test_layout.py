@@ -321,3 +321,72 @@ def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"path": "d/cat/1.png", "label": "\\ud800"}\n')
     with pytest.raises(DataError, match=r"1\.png: the class name '.ud800' is no text"):
         listed(tmp_path / "m.jsonl")
+
+
+def test_folders_that_wait_to_be_sorted_are_no_classes(tmp_path: Path) -> None:
+    root = build(tmp_path, "cat/0.png", "dog/1.png", "unsorted/2.png", "to_label/3.png")
+    found = listed(root)
+    assert found.labels == ("cat", "dog")
+    assert [note.split(": its")[0] for note in found.notes] == [
+        f"{root / name} says that it has no labels" for name in ("to_label", "unsorted")
+    ]
+    inside = build(tmp_path / "more", "sorted/cat/0.png", "sorted/dog/1.png", "unsorted/2.png")
+    assert listed(inside).labels == ("cat", "dog")
+
+
+@pytest.mark.parametrize("copy", ["cat - Copy", "cat (1)", "cat copy", "cat - Copy (2)", "cat copy 2"])
+def test_a_copy_of_a_class_folder_is_refused_unless_asked_for(tmp_path: Path, copy: str) -> None:
+    root = build(tmp_path, "cat/0.png", f"{copy}/1.png", "dog/2.png")
+    with pytest.raises(DataError, match=r"seems to be a copy of 'cat'\. Remove one of them, or name the classes with"):
+        listed(root)
+    assert listed(root, classes=("cat", copy)).labels == tuple(sorted(("cat", copy)))
+
+
+def test_numbered_names_are_no_copies(tmp_path: Path) -> None:
+    assert listed(build(tmp_path, "Apple Red 1/0.png", "Apple Red 2/1.png", "(1)/2.png")).labels == (
+        "(1)",
+        "Apple Red 1",
+        "Apple Red 2",
+    )
+
+
+@pytest.mark.parametrize("places", [("", "masks/"), ("images/", "masks/"), ("JPEGImages/", "Annotations/")])
+def test_masks_beside_the_pictures_of_a_class_are_left_out(tmp_path: Path, places: tuple[str, str]) -> None:
+    root = build(tmp_path, *(f"{name}/{place}{name}.png" for name in ("cat", "dog") for place in places))
+    found = listed(root)
+    assert seen(found.train, root) == [(name, f"{name}/{places[0]}{name}.png") for name in ("cat", "dog")]
+    assert f"{root}/cat/{places[1][:-1]} holds no pictures of the class: its 1 images were left out." in found.notes
+
+
+def test_people_with_and_without_masks_are_classes(tmp_path: Path) -> None:
+    assert listed(build(tmp_path, "mask/0.png", "no mask/1.png", "2.png")).labels == ("mask", "no mask")
+
+
+def test_folders_inside_a_class_are_said(tmp_path: Path) -> None:
+    found = listed(build(tmp_path, "cat/0.png", "dog/pug/1.png", "dog/corgi/2.png"))
+    assert found.notes == (f"Images in folders of {tmp_path / 'dog'} (corgi/, pug/) are of its class.",)
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00001-0a1b2c3d4e5f", "train-00000-of-00001", "train_0_of_3"])
+def test_shards_with_a_hash_are_parts(name: str) -> None:
+    assert part_of(name) == "train"
+
+
+def test_a_held_out_class_that_nobody_learns_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    root = build(tmp_path, "train/good/0.png", "test/good/1.png", "test/broken/2.png")
+    with pytest.raises(DataError, match=r"held-out class 'broken' has no training images\. Remove it, or name the cl"):
+        listed(root)
+    assert listed(root, classes=("good",)).labels == ("good",)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.tfrecord-00000-of-00002", "a TFRecord of TensorFlow"), ("1.0.0/b.tfrecord", "a TFRecord"), ("x.h5", "HDF5")],
+)
+def test_data_of_other_tools_is_named(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\0" * 16)
+    for given in (tmp_path, path):
+        with pytest.raises(DataError, match=rf"{path.name} is {kind}.*it is not read here\. Write images in folders"):
+            listed(given)

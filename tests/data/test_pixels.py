@@ -212,3 +212,19 @@ def test_the_first_picture_of_several_is_taken() -> None:
         frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
         red, _, blue = open_image(buffer.getvalue(), "x").getpixel((0, 0))
         assert red > 200 > 50 > blue, kind
+
+
+@pytest.mark.parametrize(("ink", "paper"), [((0, 0, 0), 255), ((255, 255, 255), 0), ((200, 30, 30), 255)])
+def test_a_drawing_that_only_its_transparency_holds_is_seen(ink: tuple[int, int, int], paper: int) -> None:
+    drawing = Image.new("RGBA", (3, 1), (*ink, 0))
+    drawing.putpixel((1, 0), (*ink, 255))
+    seen = np.asarray(open_image(encoded(drawing, "PNG"), "x.png"))[0].tolist()
+    assert seen == [[paper] * 3, list(ink), [paper] * 3]
+
+
+def test_transparency_beside_colours_is_left_out() -> None:
+    mixed = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
+    mixed.putpixel((1, 0), (40, 50, 60, 255))
+    assert np.asarray(open_image(encoded(mixed, "PNG"), "x.png"))[0].tolist() == [[10, 20, 30], [40, 50, 60]]
+    clear = Image.new("LA", (2, 1), (50, 0))
+    assert np.asarray(open_image(encoded(clear, "PNG"), "x.png"))[0].tolist() == [[50] * 3] * 2

@@ -14,6 +14,8 @@ from conftest import picture
 from pyarrow import parquet
 from table_files import csv_with_labels, listed, png, rows, with_features, written
 
+from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.text import list_texts
 from treelora_cli.errors import DataError
 
 
@@ -48,9 +50,7 @@ def test_a_label_of_minus_one_is_missing_and_one_beyond_the_names_is_refused(tmp
         listed(path)
     found = listed(path, skip_bad=True)
     assert found.labels == ("cat", "dog")
-    assert found.notes == (
-        "1 bad rows were skipped, such as d.parquet row 2: empty label. Mend it, or pass --skip-bad.",
-    )
+    assert found.notes == ("1 bad rows were skipped, such as d.parquet row 2: empty label.",)
     with pytest.raises(DataError, match=r"row 1: label 7 is not among the file's 2 class names\."):
         listed(parquet_with_names(path, [7], ["cat", "dog"]))
 
@@ -200,3 +200,89 @@ def test_an_image_in_several_rows_has_one_class(tmp_path: Path) -> None:
     assert listed(path).notes == ("1 rows name an image that an earlier one names; each is learned once.",)
     with pytest.raises(DataError, match=r"m\.csv:3: .*0\.png is 'dog' here and 'cat' before; an image has one class\."):
         listed(written(path, "path,label\n0.png,cat\n0.png,dog\n"))
+
+
+@pytest.mark.parametrize(("labels", "names"), [(["['a']", "['b']"], ("a", "b")), (["[a]", "[b"], ("[a]", "[b"))])
+def test_a_list_that_a_text_spells_is_a_list(tmp_path: Path, labels: list[str], names: tuple[str, ...]) -> None:
+    assert listed(csv_with_labels(tmp_path, labels)).labels == names
+
+
+def test_several_labels_are_refused_or_skipped(tmp_path: Path) -> None:
+    path = csv_with_labels(tmp_path, ["['cat']", "\"['cat', 'dog']\"", "[]", "['dog']"])
+    with pytest.raises(
+        DataError, match=r"^m\.csv:3: label names several classes \(cat, dog\), not one\. Mend it, or pa"
+    ):
+        listed(path)
+    found = listed(path, skip_bad=True)
+    assert ([item.label for item in found.train], found.labels) == (["cat", "dog"], ("cat", "dog"))
+    assert found.notes == (
+        "2 bad rows were skipped, such as m.csv:3: label names several classes (cat, dog), not one.",
+    )
+
+
+def test_several_labels_in_parquet_go_by_their_names(tmp_path: Path) -> None:
+    table = pyarrow.table({"image": [png(0), png(1)], "labels": [[0, 1], [1]]})
+    features = {"labels": {"feature": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "_type": "Sequence"}}
+    parquet.write_table(with_features(table, features), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"^d\.parquet row 1: label names several classes \(cat, dog\)"):
+        listed(tmp_path / "d.parquet")
+
+
+LABELS = (["joy"], ["joy", "fear"], ["fear"])
+
+
+def test_several_labels_of_a_text_are_refused_or_skipped(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "labels": ["joy"]},
+        {"text": "b", "labels": ["joy", "fear"]},
+        {"text": "c", "labels": ["fear"]},
+    ]
+    path = written(tmp_path / "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"^d\.jsonl:2: label names several classes \(joy, fear\), not one"):
+        list_texts(DataRequest(path, held_out=0.0))
+    found = list_texts(DataRequest(path, held_out=0.0, skip_bad=True, label_prefix="x "))
+    assert [one.answer for one in found.train] == ["x joy", "x fear"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        (["007", "7"], "Labels '007' and '7' are the same number, and two classes here."),
+        (["1e3", "1000"], "Labels '1000' and '1e3' are the same number, and two classes here."),
+        (["scab", "rust", "scab rust"], "Label 'scab rust' is a class of its own here, beside those it names (1 exam"),
+        (["TRUE", "true"], "Class names that differ only in case or Unicode form are one class: 'true' as 'TRUE'."),
+        ([f"c{i}" for i in range(11)], "11 of 11 labels, such as 'c0', have one example each."),
+    ],
+)
+def test_labels_that_may_not_mean_what_they_say_are_said(tmp_path: Path, labels: list[str], note: str) -> None:
+    (found,) = listed(csv_with_labels(tmp_path, labels)).notes
+    assert found.startswith(note)
+
+
+def test_quantities_are_no_classes(tmp_path: Path) -> None:
+    path = csv_with_labels(tmp_path, [f"{i}.5" for i in range(21)])
+    with pytest.raises(
+        DataError, match=r"^m\.csv:2: labels are 21 different numbers such as 0\.5: a quantity, and no c"
+    ):
+        listed(path)
+    assert listed(path, label_prefix="v").labels[0] == "v0.5"
+    assert len(listed(csv_with_labels(tmp_path, [f"{i}.5" for i in range(20)])).labels) == 20
+    scores = written(tmp_path / "s.csv", "text,label\n" + "".join(f"t{i},{i}.25\n" for i in range(21)))
+    with pytest.raises(DataError, match=r"^s\.csv:2: labels are 21 different numbers such as 0\.25"):
+        list_texts(DataRequest(scores, held_out=0.0))
+
+
+def test_another_column_of_labels_and_places_in_the_image_are_named(tmp_path: Path) -> None:
+    lines = ["path,label,species,xmin,class_id"]
+    lines += [f"{i}.png,{'ab'[i % 2]},{'xyz'[i % 3]},1,{i % 2}" for i in range(6)]
+    csv_with_labels(tmp_path, ["a"] * 6)
+    assert listed(written(tmp_path / "d.csv", "\n".join(lines))).notes == (
+        "The label is column 'label'; not used: species.",
+        "xmin are not used: each image is learned as a whole.",
+    )
+
+
+def test_bytes_that_are_no_text_are_no_label(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"image": [png(0)], "label": [b"\xff"]}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"^d\.parquet row 1: a label of bytes that are no text \(UTF-8\)"):
+        listed(tmp_path / "d.parquet")

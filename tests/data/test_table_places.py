@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 from conftest import picture
@@ -13,6 +14,7 @@ from pyarrow import parquet
 from table_files import csv_with_labels, listed, png, rows, with_features, written
 
 from treelora_cli.data.divided import divide_rows
+from treelora_cli.data.pixels import open_image
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import DataError
 
@@ -163,3 +165,69 @@ def test_a_table_without_labelled_rows_is_refused() -> None:
 def test_a_split_that_is_no_part_is_refused() -> None:
     with pytest.raises(DataError, match=r"d:1: split 'physics' is none of train, test, validation\."):
         divided("train", "physics")
+
+
+@pytest.mark.parametrize("name", ["0.PNG", "PICS/0.png", "Pics\\0.png", "pics/caf\u00e9.png", "pics/cafe\u0301.png"])
+def test_a_file_is_found_in_another_case_and_unicode_form(tmp_path: Path, name: str) -> None:
+    images_in(tmp_path, "0.png")
+    images_in(tmp_path / "Pics", "0.png", "Caf\u00e9.png")
+    found = listed(written(tmp_path / "m.csv", f"path,label\n{name},cat\n"))
+    assert Path(found.train[0].name).is_file()
+    assert found.train[0].read().startswith(b"\x89PNG")
+
+
+def test_two_files_that_a_name_could_mean_are_none(tmp_path: Path) -> None:
+    images_in(tmp_path, "a.png", "A.png")
+    with pytest.raises(DataError, match=r"^m\.csv:2: A\.PNG not found\. Paths are relative to the table's folder\."):
+        listed(written(tmp_path / "m.csv", "path,label\nA.PNG,cat\n"))
+
+
+@pytest.mark.parametrize("column", ["image_bytes", "jpg", "images"])
+def test_images_lie_in_columns_of_many_names(tmp_path: Path, column: str) -> None:
+    cells = [[png(0)], [png(1)]] if column == "images" else [png(0), png(1)]
+    parquet.write_table(pyarrow.table({column: cells, "cls": ["a", "b"]}), tmp_path / "d.parquet")
+    found = listed(tmp_path / "d.parquet")
+    assert (found.labels, [item.read() for item in found.train]) == (("a", "b"), [png(0), png(1)])
+
+
+def test_rows_of_pixels_are_an_image(tmp_path: Path) -> None:
+    grey, colour = [[0, 128], [255, 7]], [[[255, 0, 0], [0, 0, 9]]]
+    table = [{"image": grey, "label": "a"}, {"image": colour, "label": "b"}, {"image": [[[5], [6]]], "label": "b"}]
+    found = listed(written(tmp_path / "d.json", json.dumps(table)))
+    pixels = [np.asarray(open_image(item.read(), item.name)).tolist() for item in found.train]
+    assert pixels[0] == [[[0] * 3, [128] * 3], [[255] * 3, [7] * 3]]
+    assert pixels[1:] == [colour, [[[5] * 3, [6] * 3]]]
+
+
+@pytest.mark.parametrize(
+    ("cell", "line"),
+    [
+        ([[0, 300]], "pixels from 0 to 300; they have to be from 0 to 255"),
+        ([[0.5, 1.0]], "pixels are rows of whole numbers, or of three of them"),
+        ([[1, 2], [3]], "rows of pixels of different lengths"),
+        ([[]], "pixels are rows of whole numbers"),
+        ([1, 2, 3], "'image' is neither a path nor image bytes"),
+    ],
+)
+def test_rows_of_other_numbers_are_refused(tmp_path: Path, cell: Any, line: str) -> None:
+    path = written(tmp_path / "d.jsonl", json.dumps({"image": cell, "label": "a"}))
+    with pytest.raises(DataError, match=rf"^d\.jsonl:1: {line}"):
+        listed(path)
+
+
+def test_tables_in_a_folder_without_labels_are_left_out(tmp_path: Path) -> None:
+    for part in ("train", "test", "unsupervised"):
+        (tmp_path / part).mkdir()
+        parquet.write_table(
+            pyarrow.table({"image": [png(len(part))], "label": ["a"]}), tmp_path / part / "data-00000-of-00001.parquet"
+        )
+    found = listed(tmp_path)
+    assert (len(found.train), len(found.test)) == (1, 1)
+    told = f"{tmp_path / 'unsupervised'} says that it has no labels: its tables were left out."
+    assert told in found.notes
+
+
+def test_many_columns_are_not_all_listed(tmp_path: Path) -> None:
+    head = ",".join(["digit", *(f"pixel{place}" for place in range(784))])
+    with pytest.raises(DataError, match=r"^Found digit, pixel0, .* pixel18, \.\.\.\. This project's backend is vit"):
+        listed(written(tmp_path / "d.csv", f"{head}\n" + ",".join(["0"] * 785)))

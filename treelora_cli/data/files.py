@@ -27,6 +27,15 @@ _ARCHIVES = (
 _PACKED_TARS = (".tgz", ".tbz2", ".txz")
 _ARCHIVE_SUFFIXES = (".zip", ".tar", *_PACKED_TARS, ".rar", ".7z", *COMPRESSED)
 _SHEETS = (".xlsx", ".xlsm", ".xls", ".ods")
+_FOREIGN = {
+    **dict.fromkeys((".h5", ".hdf5"), "HDF5"),
+    **dict.fromkeys((".npy", ".npz"), "NumPy's"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".joblib"), "a pickle, which is never opened"),
+    ".mat": "MATLAB's",
+    ".tfrecord": "a TFRecord of TensorFlow",
+    ".mdb": "LMDB",
+}
+"""Files that hold data which is not read here, by a part of their names."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """What stands in place of a file that Git LFS did not fetch."""
 _LINE = re.compile(r"\r\n|\n|\r")
@@ -63,6 +72,7 @@ def read_bytes(path: Path) -> bytes:
 
 def refuse_archive(path: Path) -> None:
     """Raise ``DataError`` when a file is an archive or a spreadsheet, which have to be opened by something else."""
+    refuse_foreign(path)
     try:
         read_bytes(path) if path.suffix.lower() in COMPRESSED else _refuse_head(path)
     except OSError:
@@ -77,10 +87,19 @@ def _refuse_head(path: Path) -> None:
     _refuse_packed_together(head, path)
 
 
+def refuse_foreign(file: Path) -> None:
+    """Raise ``DataError`` when a file's name says that it holds data which only another tool opens."""
+    kind = next((kind for ending, kind in _FOREIGN.items() if ending in map(str.lower, file.suffixes)), None)
+    kind = kind or ("a TFRecord of TensorFlow" if ".tfrecord" in file.name.lower() else None)
+    if kind is not None and file.is_file():
+        raise DataError(f"{file} is {kind}; it is not read here. Write images in folders CLASS/*.png, CSV or parquet.")
+
+
 def refuse_archives_in(folder: Path) -> None:
     """Raise ``DataError`` when a folder without data holds an archive or a spreadsheet, in which data may be."""
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in (*_ARCHIVE_SUFFIXES, *_SHEETS) and file.is_file():
+    for file in sorted(folder.rglob("*")):
+        refuse_foreign(file)
+        if file.parent == folder and file.suffix.lower() in (*_ARCHIVE_SUFFIXES, *_SHEETS) and file.is_file():
             refuse_archive(file)
 
 

@@ -29,6 +29,11 @@ def content_hash(*parts: str | bytes) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
+def same_examples(count: int, total: int, kind: str) -> str:
+    """Return what to tell of held-out examples that are among those learned."""
+    return f"{count} of {total} held-out {kind} are training {kind}, too: what they score says little."
+
+
 def set_aside(members: Sequence[T], share: float, key: str, hash_of: Callable[[T], str]) -> tuple[list[T], list[T]]:
     """Divide examples into (kept, set aside) by their own contents, each part in the order given.
 

@@ -21,7 +21,7 @@ from treelora_cli.data.held_out import (
 from treelora_cli.data.labels import are_numbers
 from treelora_cli.data.layout import NoLabelError, Passed, read_layout, scan
 from treelora_cli.data.manifests import WRONG_KIND, ImageItem, Parts, read_manifest, read_manifests
-from treelora_cli.data.names import is_text, label_key, one_spelling
+from treelora_cli.data.names import is_text, label_key, one_spelling, tidy_label
 from treelora_cli.data.paths import existing, paths_of
 from treelora_cli.data.pixels import is_image
 from treelora_cli.data.table_folders import tables_in
@@ -65,7 +65,7 @@ def list_images(request: DataRequest) -> ImageListing:
         outer, inner = _read_all([existing(request.val)], request, notes)
         test = inner or outer
     _check_names(train + test)
-    train, test = _in_one_spelling(train, test)
+    train, test = _in_one_spelling(train, test, notes)
     train, test = _choose_classes(train, request), _choose_classes(test, request)
     labels = tuple(sorted({item.label for item in train}))
     _check_classes(request.path, labels, test, request)
@@ -160,9 +160,12 @@ def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
     return train, test
 
 
-def _in_one_spelling(train: list[ImageItem], test: list[ImageItem]) -> Parts:
-    """Give class names that are the same, see ``label_key``, one spelling."""
+def _in_one_spelling(train: list[ImageItem], test: list[ImageItem], notes: list[str]) -> Parts:
+    """Give class names that are the same, see ``label_key``, one spelling, and say so."""
     spelling = one_spelling(item.label for item in [*train, *test])
+    if other := sorted(name for name, kept in spelling.items() if tidy_label(name) != kept):
+        told = ", ".join(f"'{name}' as '{spelling[name]}'" for name in other[:_SHOWN])
+        notes.append(f"Class names that differ only in case or Unicode form are one class: {told}.")
     changed, kept = (
         [item if spelling[item.label] == item.label else replace(item, label=spelling[item.label]) for item in part]
         for part in (train, test)
@@ -186,7 +189,10 @@ def _check_classes(path: Path, labels: Sequence[str], test: Sequence[ImageItem],
         raise DataError(f"{path} has no images for training.")
     strange = sorted({item.label for item in test} - set(labels))
     if strange:
-        raise DataError(f"{request.val or path}: held-out class '{strange[0]}' has no training images.")
+        raise DataError(
+            f"{request.val or path}: held-out class '{strange[0]}' has no training images. Remove it, or name"
+            " the classes to learn with --classes."
+        )
 
 
 def _split(items: Sequence[ImageItem], request: DataRequest) -> tuple[list[ImageItem], list[ImageItem]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Container, Sequence
 from datetime import date
 from decimal import Decimal
@@ -24,6 +26,8 @@ _PERHAPS_MISSING = {"none", "na", "n/a", "-", "?"}
 """Missing among numbers; otherwise somebody's class."""
 _WHOLE_FLOAT = re.compile(r"-?\d+(\.0+|,0)")
 _NUMBER = re.compile(r"-?\d+(\.\d+|,\d)?")
+_FRACTION = re.compile(r"-?\d+[.,]0*[1-9]\d*")
+_SEVERAL = 2
 _NAMES = (
     "label_name",
     "label_text",
@@ -41,6 +45,18 @@ _LONGEST = 500
 """Characters of a class name; what is longer is a text in the wrong column."""
 
 
+_QUANTITIES = 20
+"""More numbers with fractions than this are quantities; fewer may be grades."""
+_FEW_EACH = 10
+"""From so many classes on it is said that most have one example."""
+
+
+class Several(str):
+    """A label that names several classes."""
+
+    __slots__ = ()
+
+
 def is_missing(value: Any) -> bool:
     """Return whether a cell holds nothing: null, NaN, infinity, or a text that spells one of these."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
@@ -52,6 +68,8 @@ def label_texts(rows: Sequence[Row], column: str) -> list[str | None]:
     """Return the class name in each row; ``None`` where it is missing.
 
     Whole numbers that were read as floats, as pandas writes a column with gaps, are whole numbers: ``1.0`` is ``1``.
+
+    A label of several names is a ``Several``.
 
     Raises:
         DataError: A label that is no text, number or truth value.
@@ -69,15 +87,20 @@ def label_texts(rows: Sequence[Row], column: str) -> list[str | None]:
 
 
 def _label_text(row: Row, column: str) -> str | None:
-    value = row.values.get(column)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    value = _listed(row.values.get(column))
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(one, str | int | float) for one in value):
+        return Several(", ".join(map(str, value)))
+    if isinstance(value, list) and len(value) < _SEVERAL:
+        value = value[0] if value else None
     if is_missing(value):
         return None
     if isinstance(value, float | Decimal) and value == value // 1:
         value = int(value)
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{row.where}: a label of bytes that are no text (UTF-8).") from error
     if isinstance(value, date):
         value = value.isoformat()
     if not isinstance(value, str | int | float | Decimal):
@@ -86,6 +109,28 @@ def _label_text(row: Row, column: str) -> str | None:
     if len(text) > _LONGEST:
         raise DataError(f"{row.where}: a label of {len(text)} characters; is '{column}' the column of labels?")
     return text
+
+
+def _listed(value: Any) -> Any:
+    """Return the list that a text spells, as pandas writes ``['cat']``; other values as they are."""
+    if not (isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]")):
+        return value
+    try:
+        found = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return value
+    return found if isinstance(found, list) else value
+
+
+def refuse_quantities(labels: Sequence[str | None], where: str) -> None:
+    """Raise ``DataError`` when labels are many numbers with fractions: measures, and no classes."""
+    known = {label for label in labels if label is not None}
+    fractions = sorted(label for label in known if _FRACTION.fullmatch(label))
+    if len(known) > _QUANTITIES and fractions and all(_NUMBER.fullmatch(label) for label in known):
+        raise DataError(
+            f"{where}: labels are {len(known)} different numbers such as {fractions[0]}: a quantity, and no classes."
+            " Round them to a few, or, if they are names, pass --label-prefix NAME"
+        )
 
 
 def column_of_names(rows: Sequence[Row], column: str) -> str:
@@ -105,6 +150,32 @@ def column_of_names(rows: Sequence[Row], column: str) -> str:
 
 def label_notes(labels: Sequence[str]) -> list[str]:
     """Return what to tell of class names that may mean that there is none."""
+    return [*_single_notes(labels), *_number_notes(labels), *_missing_notes(labels)]
+
+
+def _single_notes(labels: Sequence[str]) -> list[str]:
+    counts = Counter(labels)
+    single = sorted(label for label, count in counts.items() if count == 1)
+    if len(counts) <= _FEW_EACH or len(single) * 2 <= len(counts):
+        return []
+    return [f"{len(single)} of {len(counts)} labels, such as '{single[0]}', have one example each."]
+
+
+def _number_notes(labels: Sequence[str]) -> list[str]:
+    """Return a line where one number is spelled in two ways, as 7 and 007."""
+    by_value: dict[float, list[str]] = {}
+    for label in sorted(set(labels)):
+        try:
+            by_value.setdefault(float(label), []).append(label)
+        except ValueError:
+            continue
+    twice = next((names for names in by_value.values() if len(names) > 1), None)
+    if twice is None:
+        return []
+    return [f"Labels '{twice[0]}' and '{twice[1]}' are the same number, and two classes here."]
+
+
+def _missing_notes(labels: Sequence[str]) -> list[str]:
     odd = sorted({label for label in labels if label.lower() in _PERHAPS_MISSING})
     if odd:
         return [f"Label '{odd[0]}' is a class of that name here ({labels.count(odd[0])} times), no missing label."]
@@ -119,12 +190,29 @@ def refuse_several(label: str, labels: Container[str | None], where: str) -> Non
     Raises:
         DataError: It does; names the line.
     """
+    if isinstance(label, Several):
+        raise DataError(f"{where}: label names several classes ({label}), not one. Mend it, or pass --skip-bad.")
     for sign in _BETWEEN:
         parts = [part.strip() for part in label.split(sign)]
         if len(parts) > 1 and all(part in labels for part in parts):
             raise DataError(
                 f"{where}: label '{label}' names {len(parts)} classes; an image has one. Mend it, or pass --skip-bad."
             )
+
+
+def several_notes(labels: Sequence[str]) -> list[str]:
+    """Return a line where a label looks like several others in a row, as ``scab rust`` beside ``scab`` and ``rust``."""
+    known = set(labels)
+    joined = sorted(
+        label
+        for label in known
+        if len(parts := [part.strip() for part in re.split(r"[ +&/]+", label) if part.strip()]) > 1
+        and all(part in known for part in parts)
+    )
+    if not joined:
+        return []
+    count = sum(label in joined for label in labels)
+    return [f"Label '{joined[0]}' is a class of its own here, beside those it names ({count} examples so labelled)."]
 
 
 def are_numbers(labels: Sequence[str]) -> bool:

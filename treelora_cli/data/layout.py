@@ -24,6 +24,7 @@ from treelora_cli.data.names import (
     TEST,
     TRAIN,
     VAL,
+    copied_from,
     one_spelling,
     part_of,
     parts_among,
@@ -190,6 +191,7 @@ class _Reader:
         """Read a folder of parts, of classes, or around one of these."""
         if self._asked_for(folder):
             return Layout(self._classes(folder), [])
+        folder = self._labelled(folder)
         names = [inner.name for inner in folder.inner]
         meant, shared = parts_among(names), shared_words(names)
         parts = [inner for inner in folder.inner if meant[inner.name] is not None]
@@ -209,9 +211,22 @@ class _Reader:
             return Layout(self._classes(folder), [])  # a class that is called train, among others
         if len(parts) > 1:
             raise self._ambiguous(
-                folder, f"'{others[0].name}' is no part that is known. Give {parts[-1].path}, or name"
+                folder, f"'{others[0].name}' is no part that is known. Give {self._best(parts, meant)}, or name"
             )
         raise self._ambiguous(folder, f"is '{parts[0].name}' a part or a class? Give {parts[0].path}, or name")
+
+    @staticmethod
+    def _best(parts: Sequence[Folder], meant: Mapping[str, str | None]) -> Path:
+        return next((part for part in parts if meant[part.name] == TRAIN), parts[-1]).path
+
+    def _labelled(self, folder: Folder) -> Folder:
+        """Return the folder without folders in it that say they are unlabelled, unless there are no others."""
+        unlabelled = [inner for inner in folder.inner if surely_unlabelled(inner.name)]
+        if not unlabelled or len(unlabelled) == len(folder.inner):
+            return folder
+        for inner in unlabelled:
+            self._leave(inner, "says that it has no labels")
+        return replace(folder, inner=tuple(inner for inner in folder.inner if inner not in unlabelled))
 
     def _are_train_and_test(self, parts: Sequence[Folder], meant: Mapping[str, str | None]) -> bool:
         """True when there is a training part with class folders and a held-out part: nothing beside them is a class."""
@@ -297,6 +312,8 @@ class _Reader:
 
     def _classes(self, folder: Folder) -> list[Labelled]:
         """Take each folder in ``folder`` as a class."""
+        if not self._asked_for(folder):
+            folder = replace(folder, inner=tuple(map(self._without_masks, folder.inner)))
         nested = [inner for inner in folder.inner if not inner.files]
         if not self._asked_for(folder) and nested and len(nested) == len(folder.inner):
             branching = [inner for inner in nested if len(inner.inner) > 1]
@@ -306,8 +323,16 @@ class _Reader:
             folder = self._named(folder)
         if folder.files and folder.inner:
             self.passed.notes.append(f"{len(folder.files)} {self.kind} beside the class folders were left out.")
+        self._say_nested(folder)
         wanted = [inner for inner in folder.inner if self.classes is None or tidy_label(inner.name) in self.classes]
         return [(inner.name, file) for inner in wanted for file in inner.all_files()]
+
+    def _say_nested(self, folder: Folder) -> None:
+        """Say which classes take their pictures from several folders."""
+        nested = [inner for inner in folder.inner if inner.inner and (inner.files or len(inner.inner) > 1)]
+        for inner in nested[:_SHOWN]:
+            seen = ", ".join(f"{one.name}/" for one in inner.inner[:_SHOWN])
+            self.passed.notes.append(f"{self.kind.capitalize()} in folders of {inner.path} ({seen}) are of its class.")
 
     def _named(self, folder: Folder) -> Folder:
         """Return the folder without folders in it that say they are unlabelled.
@@ -315,11 +340,8 @@ class _Reader:
         Raises:
             NoLabelError: The names of those that are left tell of no class.
         """
-        unlabelled = [inner for inner in folder.inner if surely_unlabelled(inner.name)]
-        if len(unlabelled) < len(folder.inner):
-            for inner in unlabelled:
-                self._leave(inner, "says that it has no labels")
-            folder = replace(folder, inner=tuple(inner for inner in folder.inner if inner not in unlabelled))
+        folder = self._labelled(folder)
+        self._refuse_copies(folder)
         names = [inner.name for inner in folder.inner]
         if len(names) == 1 and says_no_class(names[0]):
             raise NoLabelError(
@@ -331,6 +353,26 @@ class _Reader:
                 f"{folder.path}: {self.kind} in {seen}, which name no classes. If they do, name them with --classes."
             )
         return folder
+
+    def _refuse_copies(self, folder: Folder) -> None:
+        """Raise ``DataError`` when a class folder is a file manager's copy of another one."""
+        names = {inner.name for inner in folder.inner}
+        for name in sorted(names):
+            if copied_from(name) in names:
+                raise DataError(
+                    f"{folder.path}: '{name}' seems to be a copy of '{copied_from(name)}'. Remove one of them, or name"
+                    " the classes with --classes."
+                )
+
+    def _without_masks(self, folder: Folder) -> Folder:
+        """Return a class's folder without what belongs to its pictures, such as ``masks`` beside ``images``."""
+        about = [inner for inner in folder.inner if says_about_pictures(inner.name)]
+        others = [inner for inner in folder.inner if inner not in about]
+        if not about or not (folder.files or others) or not all(says_files(inner.name) for inner in others):
+            return folder
+        for inner in about:
+            self._leave(inner, "holds no pictures of the class")
+        return replace(folder, inner=tuple(others))
 
     def _leave(self, folder: Folder, reason: str) -> None:
         count = len(folder.all_files())

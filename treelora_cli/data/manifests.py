@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.columns import plain
 from treelora_cli.data.divided import answered_part, divide_rows
 from treelora_cli.data.inputs import PICTURES
 from treelora_cli.data.labels import (
+    Several,
     column_of_names,
     label_names,
     label_notes,
     label_texts,
     named,
+    refuse_quantities,
     refuse_several,
+    several_notes,
 )
 from treelora_cli.data.layout import Folder, Passed, scan
 from treelora_cli.data.names import part_of
@@ -27,10 +31,17 @@ from treelora_cli.data.paths import named_file
 from treelora_cli.data.pixels import IMAGE_SUFFIXES, is_image, looks_like_image
 from treelora_cli.data.table_folders import TableParts
 from treelora_cli.data.tables import Row, column_called, read_table, table_stem
-from treelora_cli.errors import DataError
+from treelora_cli.errors import SKIP_BAD, DataError
 
 WRONG_KIND = "This project's backend is vit: give an image folder CLASS/*.png or a CSV with path,label."
-_LABELS = ("label", "class", "category", "target", "labels", "class_name", "label_name", "class_id", "choice")
+_LABELS = (
+    *("label", "class", "category", "target", "labels", "class_name", "label_name", "class_id", "choice", "cls"),
+    *("breed", "species"),
+)
+_BOXES = {"xmin", "ymin", "xmax", "ymax", "bbox", "x1", "y1", "x2", "y2", "roix1", "roiy1", "roix2", "roiy2"}
+"""Columns of a place in the image, without signs."""
+_SHOWN = 20
+_COLOURS, _COLOUR_DIMENSIONS, _WHITE = 3, 3, 255
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 
@@ -93,16 +104,15 @@ class _Reader:
         found = list(rows[0].values)
         picture, label = column_called(PICTURES, found), column_called(_LABELS, found)
         if picture is None or label is None:
+            shown = ", ".join([*map(str, found[:_SHOWN]), *(["..."] if len(found) > _SHOWN else [])])
             if any(Path(str(name)).suffix.lower() in IMAGE_SUFFIXES for name in found):
                 raise DataError(
-                    f"{path.name}: its first line is a record ({', '.join(map(str, found))}). Where no line names the"
+                    f"{path.name}: its first line is a record ({shown}). Where no line names the"
                     " columns, count them: --map 1=path --map 2=label"
                 )
-            raise DataError(
-                f"Found {', '.join(map(str, found))}. {WRONG_KIND} "
-                "Or name the columns: --map SOURCE=path --map SOURCE=label"
-            )
+            raise DataError(f"Found {shown}. {WRONG_KIND} Or name the columns: --map SOURCE=path --map SOURCE=label")
         self.picture = picture
+        notes += _columns_notes(rows, label)
         self.names = label_names(request.label_names, path)
         self.label = label if self.names else column_of_names(rows, label)
         self.request, self.notes = request, notes
@@ -116,7 +126,10 @@ class _Reader:
         labels = label_texts(rows, self.label)
         if self.names is not None:
             labels = named(labels, rows, self.names[1], self.names[0])
-        self.notes += label_notes([label for label in labels if label is not None])
+        known = [label for label in labels if label is not None and not isinstance(label, Several)]
+        if self.request.label_prefix is None:
+            refuse_quantities(known, rows[0].where)
+        self.notes += [*label_notes(known), *several_notes(known)]
         bad: list[str] = []
         items: dict[str, ImageItem] = {}
         repeated = 0
@@ -126,7 +139,7 @@ class _Reader:
                 repeated += 1
                 self._check_same(before, row, label)
         if bad:
-            self.notes.append(f"{len(bad)} bad rows were skipped, such as {bad[0]}")
+            self.notes.append(f"{len(bad)} bad rows were skipped, such as {bad[0].removesuffix(SKIP_BAD)}")
         if repeated:
             self.notes.append(f"{repeated} rows name an image that an earlier one names; each is learned once.")
         return list(items.values())
@@ -155,7 +168,9 @@ class _Reader:
     def _item(self, row: Row, label: str) -> ImageItem:
         label, numbered = (self.request.label_prefix or "") + label, self.names is None
         value = row.values.get(self.picture)
-        content = _content(value)
+        if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list):
+            value = value[0]
+        content = _content(value) or _drawn(value, row.where)
         if content is not None:
             return ImageItem(row.where, label, lambda: content, numbered)
         if isinstance(value, dict):
@@ -163,9 +178,29 @@ class _Reader:
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{row.where}: '{self.picture}' is neither a path nor image bytes.")
+            raise DataError(f"{row.where}: '{self.picture}' is neither a path nor image bytes. Write image files.")
         file = self.files.find(value, row.where)
         return ImageItem(str(file), label, file.read_bytes, numbered)
+
+
+def _columns_notes(rows: Sequence[Row], label: str) -> list[str]:
+    """Return what to tell of columns that could be labels, too, or that name a place in the image."""
+    names = [str(name) for name in rows[0].values]
+    places = [name for name in names if plain(name) in _BOXES]
+    known = set(map(plain, _LABELS))
+    others = [name for name in names if name != label and plain(name) in known and not _same(rows, label, name)]
+    notes = []
+    if others:
+        notes.append(f"The label is column '{label}'; not used: {', '.join(others)}.")
+    if places:
+        notes.append(f"{', '.join(places)} are not used: each image is learned as a whole.")
+    return notes
+
+
+def _same(rows: Sequence[Row], one: str, other: str) -> bool:
+    """Return whether two columns divide the rows alike."""
+    pairs = {(str(row.values.get(one)), str(row.values.get(other))) for row in rows}
+    return len(pairs) == len({pair[0] for pair in pairs}) == len({pair[1] for pair in pairs})
 
 
 def _content(value: Any) -> bytes | None:
@@ -182,6 +217,36 @@ def _content(value: Any) -> bytes | None:
             return None
         return data if looks_like_image(data[:32]) else None
     return None
+
+
+def _drawn(value: Any, where: str) -> bytes | None:
+    """Return the image of rows of pixels from 0 to 255, grey or of three colours; ``None`` for anything else.
+
+    Raises:
+        DataError: Rows of other numbers.
+    """
+    if not (isinstance(value, list) and value and isinstance(value[0], list)):
+        return None
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    try:
+        pixels = np.asarray(value)
+    except ValueError as error:
+        raise DataError(f"{where}: rows of pixels of different lengths.") from error
+    if pixels.ndim == _COLOUR_DIMENSIONS and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    grey = pixels.ndim == _COLOUR_DIMENSIONS - 1
+    colour = pixels.ndim == _COLOUR_DIMENSIONS and pixels.shape[2] == _COLOURS
+    if not (grey or colour) or pixels.size == 0 or pixels.dtype.kind not in "iu":
+        raise DataError(f"{where}: pixels are rows of whole numbers, or of three of them. Write image files.")
+    if pixels.min() < 0 or pixels.max() > _WHITE:
+        raise DataError(f"{where}: pixels from {pixels.min()} to {pixels.max()}; they have to be from 0 to 255.")
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
 
 
 class _Files:

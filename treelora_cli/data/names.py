@@ -20,7 +20,12 @@ _FILLERS = {
     *("frame", "frames", "file", "files", "data", "dataset", "set", "split", "part", "folder", "dir", "sample"),
     *("samples", "all", "of", "v", "class", "classes", "text", "texts", "public", "private"),
 }
-_UNLABELLED = {"unlabeled", "unlabelled", "unlabel", "unsup", "unsupervised", "nolabel", "nolabels"}
+_UNLABELLED = {
+    *("unlabeled", "unlabelled", "unlabel", "unsup", "unsupervised", "nolabel", "nolabels"),
+    *("unsorted", "untagged", "unannotated", "tolabel"),
+}
+_COPY = re.compile(r"\s*(-\s*copy(\s*\(\d+\))?|\s+copy(\s+\d+)?|\(\d+\))$", re.IGNORECASE)
+"""What file managers write behind the name of a copy."""
 _ASKED_FOR = {"pred", "preds", "predict", "prediction", "predictions", "inference", "submission", "submissions"}
 _NO_CLASS = {*_UNLABELLED, *_ASKED_FOR, "unknown", "none"}
 _ABOUT_PICTURES = {
@@ -30,15 +35,17 @@ _ABOUT_PICTURES = {
 }
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u200e\u200f]")
 """Spaces of no width, marks of byte order and direction; joiners are parts of letters and emoji."""
+_SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+([-_.][0-9a-f]+)?$", re.IGNORECASE)
+"""``-00000-of-00002``, and the hash that may follow."""
 _GLUED = ("dataset", "images", "image", "imgs", "data", "set", "split")
 
 
 def _words(name: str) -> list[str]:
     """Split a name at signs, digits and humps: ``trainSet2017`` is ``train``, ``set``."""
-    humps = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
+    humps = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", _SHARD.sub("", name)))
     words = re.findall(r"[^\W\d_]+", humps.lower())
     glued = "".join(words)
-    return [glued] if glued in ("heldout", "groundtruth") or glued in _ABOUT_PICTURES else words
+    return [glued] if glued in ("heldout", "groundtruth", "tolabel") or glued in _ABOUT_PICTURES else words
 
 
 def parts_among(names: Iterable[str]) -> dict[str, str | None]:
@@ -103,6 +110,12 @@ def surely_unlabelled(name: str) -> bool:
     """Return whether no class can be called so: ``unsup``; ``none`` and ``unknown`` are classes of some."""
     words = [word for word in _words(name) if word not in _FILLERS]
     return len(words) == 1 and words[0] in _UNLABELLED
+
+
+def copied_from(name: str) -> str | None:
+    """Return the name that ``cat - Copy``, ``cat (1)`` or ``cat copy 2`` is a copy of; ``None`` for others."""
+    found = _COPY.search(name)
+    return name[: found.start()] if found and found.start() else None
 
 
 def is_text(name: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import re
+import unicodedata
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -97,7 +99,35 @@ def named_file(folder: Path, name: str, where: str) -> Path:
     try:
         found = next((folder / one for one in spellings if (folder / one).is_file()), None)
     except (OSError, ValueError) as error:  # too long, or with a NUL
-        raise DataError(f"{where}: {name[:80]!r} is no path ({error}).") from error
+        raise DataError(f"{where}: {name[:80]!r} is no path ({getattr(error, 'strerror', None) or error}).") from error
+    found = found or _differently_spelled(folder, plain.replace("\\", "/"))
     if found is None:
-        raise DataError(f"{where}: {name[:200]} not found.")
+        raise DataError(f"{where}: {name[:200]} not found. Paths are relative to the table's folder.")
     return found
+
+
+def _differently_spelled(folder: Path, name: str) -> Path | None:
+    """Return the one file whose path differs from a name in case and Unicode form only."""
+    found = folder
+    for part in Path(name).parts:
+        if part in ("..", "/", ".") or (found / part).exists():
+            found = found / part
+            continue
+        fitting = [one for one in _entries(found, _changed(found)) if _key(one) == _key(part)]
+        if len(fitting) != 1:
+            return None
+        found = found / fitting[0]
+    return found if found.is_file() else None
+
+
+@functools.lru_cache(maxsize=8)
+def _entries(folder: Path, _changed: int) -> tuple[str, ...]:
+    return tuple(sorted(os.listdir(folder))) if folder.is_dir() else ()
+
+
+def _changed(folder: Path) -> int:
+    return folder.stat().st_mtime_ns if folder.is_dir() else 0
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

@@ -47,6 +47,8 @@ _MAX_SAMPLE, _S_MAX_SAMPLE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _MIN_SAMPLE, _S_M
 )
 _SIGNED = 2
 _WHITE_IS_ZERO = 0
+_TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
+_NEAR_WHITE = 224
 _RANGE_HINT = "If it is right, set base.preprocess.range in treelora.yaml to the largest value (65535, 4095, ...)."
 
 
@@ -126,7 +128,7 @@ def open_image(data: bytes, name: str, largest: float | None = None) -> Any:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith(("I", "F")):
                 image = _to_eight_bits(image, opened, name, largest)
-            image = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
+            image = _to_rgb(image)
             if deep_colour:
                 _check_deep_colour(image, opened, name, largest)
             return image
@@ -135,6 +137,20 @@ def open_image(data: bytes, name: str, largest: float | None = None) -> Any:
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         reason = _reason(error, data, name)
         raise DataError(f"{name}: unreadable or truncated image ({reason}). Mend it, or pass --skip-bad.") from error
+
+
+def _to_rgb(image: Any) -> Any:
+    """Return an image as RGB, without its transparency; where that alone holds the drawing, on white, or else black."""
+    from PIL import Image
+
+    if not (image.mode in _TRANSPARENT or "transparency" in image.info):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    *colours, (least, most) = image.getextrema()
+    if least == most or any(high > low for low, high in colours):
+        return image.convert("RGB")
+    paper = Image.new("RGBA", image.size, "white" if min(low for low, _ in colours) < _NEAR_WHITE else "black")
+    return Image.alpha_composite(paper, image).convert("RGB")
 
 
 def _reason(error: Exception, data: bytes, name: str) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treelora_cli.data.layout import Folder, Passed, scan
-from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, parts_among
+from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, parts_among, says_unlabelled
 from treelora_cli.data.tables import is_table, table_stem, table_suffix
 from treelora_cli.errors import DataError
 
@@ -48,7 +48,7 @@ def tables_in(root: Path, notes: list[str]) -> TableParts | None:
         folder = folder.inner[0]
     if folder.files:
         return _by_name(folder.path, folder.files, notes)
-    return _by_folder(folder) if folder.inner else None
+    return _by_folder(folder, notes) if folder.inner else None
 
 
 def _by_name(folder: Path, files: Sequence[Path], notes: list[str]) -> TableParts:
@@ -88,7 +88,10 @@ def _refuse_twice(files: Sequence[Path]) -> None:
             raise DataError(f"{same[0]} and {same[1].name} are the same part in two formats. Name one of them.")
 
 
-def _by_folder(folder: Folder) -> TableParts:
+def _by_folder(folder: Folder, notes: list[str]) -> TableParts:
+    unlabelled = [inner for inner in folder.inner if part_of(inner.name) is None and says_unlabelled(inner.name)]
+    notes += [f"{inner.path} says that it has no labels: its tables were left out." for inner in unlabelled]
+    folder = replace(folder, inner=tuple(inner for inner in folder.inner if inner not in unlabelled))
     parts = [part_of(inner.name) for inner in folder.inner]
     if None in parts or TRAIN not in parts:
         names = ", ".join(f"{inner.name}/" for inner in folder.inner)

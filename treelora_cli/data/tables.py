@@ -335,8 +335,12 @@ def _names_in(feature: Any) -> Any:
 def _name_of(row: Row, column: str, names: Sequence[str]) -> Any:
     """Return the name of a number; -1 is how ``datasets`` writes a missing label."""
     value = row.values[column]
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    if isinstance(value, list):
+        return [_name_at(row, column, one, names) for one in value]
+    return _name_at(row, column, value, names)
+
+
+def _name_at(row: Row, column: str, value: Any, names: Sequence[str]) -> Any:
     if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
         return value
     if value == -1:

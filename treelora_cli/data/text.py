@@ -19,10 +19,21 @@ from treelora_cli.data.held_out import (
     OTHER_DATA,
     content_hash,
     find_recorded,
+    same_examples,
     set_aside,
     set_aside_by_position,
 )
-from treelora_cli.data.labels import column_of_names, label_names, label_notes, label_texts, named
+from treelora_cli.data.labels import (
+    Several,
+    column_of_names,
+    label_names,
+    label_notes,
+    label_texts,
+    named,
+    refuse_quantities,
+    refuse_several,
+    several_notes,
+)
 from treelora_cli.data.messages import is_chat
 from treelora_cli.data.names import one_spelling
 from treelora_cli.data.paths import paths_of
@@ -30,7 +41,7 @@ from treelora_cli.data.records import NEED, Shape, shape_of, unfolded, unused_te
 from treelora_cli.data.tables import Row, check_text
 from treelora_cli.data.text_files import WRONG_KIND, read_parts
 from treelora_cli.data.text_scores import METRICS
-from treelora_cli.errors import DataError, suggest
+from treelora_cli.errors import SKIP_BAD, DataError, suggest
 
 _CLOSED_ANSWERS, _CLOSED_LENGTH, _CLOSED_REPEATS = 32, 60, 5
 _SHORT_WORDS = 5
@@ -80,6 +91,8 @@ def list_texts(request: DataRequest) -> TextListing:
     path = paths_of(request)[0]
     notes: list[str] = []
     train_rows, test_rows = (without_unwanted(unfolded(rows), notes) for rows in read_parts(request, notes))
+    if not train_rows and not test_rows:  # documents without questions
+        raise DataError(f"{path.name} holds no examples.")
     shape = _shape(train_rows or test_rows)
     style = shape.style
     names = label_names(request.label_names, path) if style == "labels" else None
@@ -97,10 +110,18 @@ def list_texts(request: DataRequest) -> TextListing:
     if request.classes is not None:
         labels, train, test = _chosen(labels, train, test, request)
     if style == "labels":
-        notes += label_notes([one.answer for one in train])
+        notes += [*label_notes(answers := [one.answer for one in train]), *several_notes(answers)]
         _check_labels(labels, test)
+    notes += _shared(train, test)
     metric = _metric(request.metric, style, labels, train or test)
     return _held_out(TextListing(style, labels, metric, train, test, tuple(notes)), request)
+
+
+def _shared(train: Sequence[TextExample], test: Sequence[TextExample]) -> list[str]:
+    """Return a line on held-out examples that are learned, too."""
+    learned = set(map(hash_of_text, train)) if test else set()
+    count = sum(hash_of_text(one) in learned for one in test)
+    return [same_examples(count, len(test), "examples")] if count else []
 
 
 def _held_out(listing: TextListing, request: DataRequest) -> TextListing:
@@ -147,9 +168,15 @@ def _with_labels(
     labels = label_texts(rows, column)
     if names is not None:
         labels = named(labels, rows, names[1], names[0])
+    elif request.label_prefix is None and rows:
+        refuse_quantities(labels, rows[0].where)
     prefix = request.label_prefix or ""
+
+    def prefixed(label: str | None) -> str | None:
+        return label if label is None or isinstance(label, Several) else prefix + label
+
     return [
-        replace(row, values={**_without(row.values, column), shape.label: None if label is None else prefix + label})
+        replace(row, values={**_without(row.values, column), shape.label: prefixed(label)})
         for row, label in zip(rows, labels, strict=True)
     ]
 
@@ -239,6 +266,8 @@ def _examples(
             check_text(row)
             if len(row.values) > 1 and all(name == value for name, value in row.values.items()):
                 raise DataError(f"{row.where}: repeats the head of the table; were several joined? Remove it.")
+            if isinstance(label := row.values.get(shape.label), Several):
+                refuse_several(label, (), row.where)
             one = _read(row, shape)
             if labels is not None and one.answer not in labels:
                 raise DataError(
@@ -251,7 +280,7 @@ def _examples(
                 raise
             bad.append(str(error))
     if bad:
-        notes.append(f"{len(bad)} bad examples were skipped, such as {bad[0]}")
+        notes.append(f"{len(bad)} bad examples were skipped, such as {bad[0].removesuffix(SKIP_BAD)}")
     if rows and not kept:
         raise DataError(f"No example is left: {bad[0]}")
     return kept

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from treelora_cli.api import Project
 from treelora_cli.backend.values import Prediction
-from treelora_cli.errors import DataError, ProjectError, TreeLoraError, first_line, is_out_of_memory
+from treelora_cli.errors import SKIP_BAD, DataError, ProjectError, TreeLoraError, first_line, is_out_of_memory
 from treelora_cli.learning.answering import Answerer, Input, read_through
 from treelora_cli.serving.limits import Limits, Refusal
 
@@ -20,7 +20,6 @@ _LOOK_EVERY = 1.0
 """Seconds between looks at ``state.json`` while nothing is asked."""
 _TRY_AGAIN = 5.0
 """Seconds until a commit that could not be read is tried again."""
-_OPTION_OF_TRAINING = " Mend it, or pass --skip-bad."
 _Stamp: TypeAlias = tuple[int, int, int]
 
 
@@ -221,7 +220,7 @@ def counted(count: int, what: str) -> str:
 def _told(error: Exception) -> Refusal:
     """Return what whoever asked is told of an error."""
     if isinstance(error, DataError):
-        return Refusal(422, str(error).removesuffix(_OPTION_OF_TRAINING))
+        return Refusal(422, str(error).removesuffix(SKIP_BAD))
     if is_out_of_memory(error):
         return Refusal(503, "Out of memory. Send fewer or smaller inputs at once.")
     if isinstance(error, TreeLoraError):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from treelora_cli.backend.runtime import Reporter
 from treelora_cli.backend.values import Change, DataRequest
-from treelora_cli.data.held_out import content_hash
+from treelora_cli.data.held_out import content_hash, same_examples
 from treelora_cli.data.images import list_images
 from treelora_cli.data.manifests import ImageItem
 from treelora_cli.data.paths import shown
@@ -201,9 +201,14 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
     listing = list_images(request)
     digest = hashlib.sha256()
     bad: list[str] = []
+    learned: dict[bytes, ImageItem] = {}
+    scored: dict[bytes, ImageItem] = {}
+    twice: list[str] = []
 
     def decode(items: Sequence[ImageItem], what: str) -> Pictures:
-        return _decode(items, listing.labels, preprocessing, request.skip_bad, digest, bad, reporter, what)
+        contents = learned if items is listing.train else scored
+        read = partial(_decode, items, listing.labels, preprocessing, request.skip_bad, digest, bad, reporter, what)
+        return read(partial(_note_content, contents, twice))
 
     empty = Pictures(torch.zeros(0, 3, *preprocessing.size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
     train = empty if request.test_only else decode(listing.train, "Reading images")
@@ -211,6 +216,10 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
     notes = listing.notes
     if bad:
         notes = (*notes, f"{len(bad)} unreadable images were skipped, such as {bad[0]}.")
+    if twice:
+        notes = (*notes, f"{len(twice)} images are in two classes, such as {twice[0]}.")
+    if shared := len(learned.keys() & scored.keys()):
+        notes = (*notes, same_examples(shared, len(test), "images"))
     if not request.test_only and len(train.labels.unique()) < len(listing.labels):
         raise DataError(f"{request.path}: a class has no readable training image left.")
     _refuse_dark(request, train)
@@ -222,6 +231,13 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
     )
     digits = digest.hexdigest()
     return ImageTask(listing.labels, train, test, digits, notes, sample, listing.change, numbered=listing.numbered)
+
+
+def _note_content(contents: dict[bytes, ImageItem], twice: list[str], content: bytes, item: ImageItem) -> None:
+    """Take down an image by the hash of its file, and those that are in another class, too."""
+    before = contents.setdefault(content, item)
+    if before.label != item.label:
+        twice.append(f"{shown(item.name)} ('{item.label}'), which is {shown(before.name)} ('{before.label}'), too")
 
 
 def _refuse_dark(request: DataRequest, train: Pictures) -> None:
@@ -243,6 +259,7 @@ def _decode(
     bad: list[str],
     reporter: Reporter,
     what: str,
+    seen: Callable[[bytes, ImageItem], None],
 ) -> Pictures:
     shape = (len(items), 3, *preprocessing.size)
     pixels = _allocate(shape)
@@ -272,6 +289,7 @@ def _decode(
                     bad.append(item.name)
                     continue
                 digest.update(item.label.encode() + b"\0" + content)
+                seen(content, item)
                 pixels[len(kept)] = picture
                 kept.append(index_of[item.label])
                 hashes.append(own)
