@@ -27,6 +27,11 @@ def of_step(task_seed: int, step: int) -> int:
     return (task_seed * 1_000_003 + step) % (1 << 64)
 
 
+def of_view(task_seed: int, view: int, first: int) -> int:
+    """Seed of what is changed in one view of some of a task's images, told by the index of the first."""
+    return (task_seed * 32_452_843 + view * 1_000_003 + first) % (1 << 63)
+
+
 def of_layer(seed: int, layer: int) -> int:
     """Seed of what is drawn for an adapted layer, from 0: where its adapter starts, how its gradients are sketched."""
     return (seed * 1_000_003 + layer) % (1 << 63)

@@ -71,7 +71,7 @@ class TreeConfig:
         None,
         "which tasks share an adapter and a feature space: auto, those of a kind, unless images kept out of its first"
         " epochs lose by it; first: all, the first task's; always: none; never: adapters only re-rank answers. Who"
-        " shares trains by default 12 epochs of 32 images at 0.001, changed at random (rand-m5-mstd0.5), in 2 views",
+        " shares trains by default 12 epochs of 32 images at 0.001, changed at random (rand-m5-mstd0.5), in 6 views",
         choices=("auto", "first", "always", "never"),
     )
     branch_adapter: str | None = setting(
@@ -150,7 +150,13 @@ class HeadConfig:
         "what an image counts in the solved heads: the same, or less, the more its class has in its task",
         choices=("none", "balanced"),
     )
-    views: int | None = setting(None, "views of an image that are learned from: itself, and mirrored", low=1, high=2)
+    views: int | None = setting(
+        None,
+        "views of an image that are learned from: itself, mirrored, and all further ones changed at random, as"
+        " train.augment says or by rand-m5-mstd0.5",
+        low=1,
+        high=64,
+    )
     merged: str | None = setting(
         None, "the merged network: solved blocks on the base, or the mean of all updates", choices=("solved", "mean")
     )
@@ -265,7 +271,7 @@ DEFAULTS = Config(
 )
 """The lowest level of precedence; a backend's own defaults stand above it."""
 BRANCH_DEFAULTS = Config(
-    train=TrainConfig(epochs=12, lr=1e-3, batch_size=32, augment="rand-m5-mstd0.5"), head=HeadConfig(views=2)
+    train=TrainConfig(epochs=12, lr=1e-3, batch_size=32, augment="rand-m5-mstd0.5"), head=HeadConfig(views=6)
 )
 """Stands above both where tasks share adapters: who opens a branch trains the whole network (recipes/RESULTS.md)."""
 

@@ -9,6 +9,7 @@ Symbols as in ``shared_head``; ``M`` features read of one view, ``W = 2 M + R`` 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from treelora_cli.backend.values import Memory
     from treelora_cli.config import Config
 
-_FIRST_LOOK = 512
+FIRST_LOOK = 512
 """Images of a branch's first task by which features are standardised."""
 _DEFAULT_SHARPNESS = (LEAST_SHARP * MOST_SHARP) ** 0.5
 """Factor on scores before the softmax where no image was kept out to choose it by."""
@@ -97,16 +98,22 @@ class BranchHead:
 
     def standardise(self, views: Tensor) -> None:
         """Fix the standard by both views of the first task's images, (n, 2 M); of all processes."""
-        some = views[: self.runtime.smallest(min(len(views), _FIRST_LOOK))]
+        some = views[: self.runtime.smallest(min(len(views), FIRST_LOOK))]
         self.features = FeatureMap.fit(some, self.settings.random, self.settings.seed, self.runtime.sum)
 
-    def learn(self, views: Tensor, labels: Tensor, classes: int, weights: Tensor | None = None) -> None:
-        """Count a task in: both views side by side (n, 2 M), labels (n,) from 0; each class counts (classes,)."""
+    def learn(self, seen: Iterable[tuple[Tensor, Tensor]], classes: int, weights: Tensor | None = None) -> None:
+        """Count a task in.
+
+        Args:
+            seen: Both views side by side, (n, 2 M), and labels from 0, (n,); some images at a time.
+            classes: Of the task.
+            weights: What each class counts, (classes,).
+        """
         assert self.features is not None
         alone = self.runtime.accelerator.num_processes == 1
         new = RidgeStatistics.empty(self.settings.width, classes, self.device, self.gram if alone else None)
-        for rows in torch.arange(len(views), device=views.device).split(_FIRST_LOOK):
-            new.add(self.features(views[rows]), labels[rows], None if weights is None else weights[labels[rows]])
+        for views, labels in seen:
+            new.add(self.features(views), labels, None if weights is None else weights[labels])
         total = new.over_processes(self.gram, self.runtime)
         self.gram, self._sums, self._counts = total.gram, total.sums, total.counts
 

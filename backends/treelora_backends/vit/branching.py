@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from treelora_backends.kept import KeptRows
-from treelora_backends.vit.branch import BranchHead, BranchSettings
+from treelora_backends.vit.branch import FIRST_LOOK, BranchHead, BranchSettings
 from treelora_backends.vit.trunk import Entering
 from treelora_cli import seeds
 from treelora_cli.algorithm.kinds import TokenMoments
+from treelora_cli.backend.runtime import sent
 from treelora_cli.heads.ridge import FeatureMap, ridge_share
 from treelora_cli.heads.two_views import Examples, Judgement, judge
 
@@ -198,27 +199,27 @@ class Branching:
             self._judge()
         if self.asks and (self.judgement is None or not self.judgement.pays):
             return None, {}, {}
-        views, labels = self._both_views()
         if self.joined:
             head = BranchHead.restore(self.session.memory.branch(self.name), self.settings, self.session.runtime)
         else:
             head = BranchHead(self.settings, self.session.runtime)
-            head.standardise(views)
+            head.standardise(torch.cat([views for views, _ in self._both_views(most=FIRST_LOOK)]))
             if self.judgement is not None:
                 head.sharpness = self.judgement.sharpness
-        head.learn(views, labels, len(self.session.task.labels), self.session.class_weights)
+        head.learn(self._both_views(), len(self.session.task.labels), self.session.class_weights)
         return self.name, head.to_tensors(), head.task_tensors()
 
-    def _both_views(self) -> tuple[Tensor, Tensor]:
-        """Return frozen and adapted features side by side of every view, plain views first, (V n, 2 M), and labels."""
+    def _both_views(self, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield frozen and adapted features side by side, (n, 2 M), and labels (n,), plain views first.
+
+        Args:
+            most: Images to stop at; by default every view of all.
+        """
         session = self.session
-        rows = torch.arange(len(session.own))
-        parts = [
-            self.settings.views(*self._seen(chunk, view))
-            for view in range(session.views)
-            for chunk in rows.split(session.at_once)
-        ]
-        return torch.cat(parts), session.labels.repeat(session.views)
+        rows, views = torch.arange(len(session.own))[:most], session.views if most is None else 1
+        for view in range(views):
+            for chunk in rows.split(session.at_once):
+                yield self.settings.views(*self._seen(chunk, view)), session.labels[sent(chunk, session.device)]
 
     def _seen(self, rows: Tensor, view: int) -> tuple[Tensor, Tensor]:
         """Return frozen and adapted features of one view of some images, (n, F) each."""

@@ -166,8 +166,8 @@ def shuffled_views(count: int, views: int, steps: int, seed: int) -> Iterator[tu
 
 
 def chosen_views(images: Tensor, views: Tensor) -> Tensor:
-    """Return normalised images (B, 3, H, W), mirrored where ``views`` (B,) is 1."""
-    mirrored = (views == 1).to(images.device)
+    """Return normalised images (B, 3, H, W), mirrored where ``views`` (B,) is odd."""
+    mirrored = (views % 2 == 1).to(images.device)
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 

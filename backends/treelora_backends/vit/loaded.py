@@ -58,15 +58,15 @@ class LoadedVit:
             "std": list(self.preprocessing.std),
         }
 
-    def augmenting(self, config: Config) -> Augment | None:
-        """Return what changes training images at random, ``None`` where nothing does.
+    def augmenting(self, config: Config, otherwise: str | None = None) -> Augment | None:
+        """Return what changes training images at random: the setting's policy, or ``otherwise``; ``None`` for none.
 
         Raises:
             UsageError: ``train.augment`` is no policy of timm.
         """
         from treelora_backends.vit.augment import Augment
 
-        policy = config.train.augment
+        policy = config.train.augment or otherwise
         return None if not policy else Augment(policy, self.preprocessing.size, self.preprocessing.mean)
 
     def fresh_vit(self, classes: int) -> nn.Module:

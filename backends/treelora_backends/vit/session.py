@@ -2,7 +2,7 @@
 
 The frozen pass does three jobs at once: it fills the shared head's statistics, finds the class means that
 the probe's loss needs, and keeps the activations before the first adapted block, so that training starts
-there. Each image is seen plain and, by choice, mirrored.
+there. Each image is seen plain and, by choice, mirrored and changed at random.
 
 Symbols: ``n`` images, ``V`` views, ``L`` tokens, ``C`` width, ``k`` classes.
 """
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from treelora_cli.backend.contract import Tensors
 
 _TEMPERATURE = 0.1
+_LIKE_THEMSELVES = 2
+"""Views that are not changed at random: plain, mirrored."""
+_CHANGED_BY = "rand-m5-mstd0.5"
+"""What changes further views where the training images are not changed (recipes/RESULTS.md)."""
 _SMALLEST_PROBE = 8
 """Images in a mini-batch of the probe, at least; otherwise the probe sees no image twice."""
 
@@ -73,6 +77,9 @@ class VitSession:
         self.class_weights = class_weights(config.head.class_weights, self.labels, len(task.labels), self.runtime)
         """What an image of each class counts in the solved heads, (k,)."""
         self.augment = base.augmenting(config)
+        changes = self.views > _LIKE_THEMSELVES
+        self.changed = base.augmenting(config, _CHANGED_BY) if changes else None
+        """What makes the views beyond the second."""
         self.head = nn.Linear(base.trunk.width, len(task.labels)).to(self.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -120,10 +127,9 @@ class VitSession:
 
     def _run_frozen(self, rows: Tensor, pooled_sum: Tensor) -> None:
         """Count some images' views in, and keep their tokens before the cut."""
-        pixels = sent(self.task.train.pixels[self.own[rows]], self.device)
-        plain, labels = self.base.preprocessing.normalise(pixels), self.labels[sent(rows, self.device)]
-        for view, images in enumerate((plain, plain.flip(-1))[: self.views]):
-            with self._counting(labels), self.runtime.autocast():
+        labels = self.labels[sent(rows, self.device)]
+        for view, images in enumerate(self._views_of(rows)):
+            with self._counting(labels, view), self.runtime.autocast():
                 cut = self.base.trunk.before(images)
                 features = self.base.trunk.after(cut)
             if self.branching is not None:
@@ -135,9 +141,24 @@ class VitSession:
             pooled_sum.index_add_(0, labels, features.pooled)
             self.shared_head.add(features, labels)
 
-    def _counting(self, labels: Tensor) -> AbstractContextManager[None]:
-        """Sum the tokens of what passes, where branches ask for the kind of data."""
-        return nullcontext() if self.branching is None else self.branching.moments.listening(labels)
+    def _views_of(self, rows: Tensor) -> Iterator[Tensor]:
+        """Yield every view of some images, normalised (B, 3, H, W); those of odd number are mirrored."""
+        pixels = self.task.train.pixels[self.own[rows]]
+        plain = self.base.preprocessing.normalise(sent(pixels, self.device))
+        yield from (plain, plain.flip(-1))[: self.views]
+        for view in range(_LIKE_THEMSELVES, self.views):
+            assert self.changed is not None
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seeds.of_view(self.seed, view, int(self.own[rows[0]])))
+                changed = self.changed(pixels)
+            images = self.base.preprocessing.normalise(sent(changed, self.device))
+            yield images.flip(-1) if view % 2 else images
+
+    def _counting(self, labels: Tensor, view: int) -> AbstractContextManager[None]:
+        """Sum the tokens of what passes, where branches ask for the kind of data; of images as they are."""
+        if self.branching is None or view >= _LIKE_THEMSELVES:
+            return nullcontext()
+        return self.branching.moments.listening(labels)
 
     def entering(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return the tokens before the cut of chosen views, (B, L, C)."""
