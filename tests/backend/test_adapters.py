@@ -166,6 +166,21 @@ def test_merging_an_adapter_with_itself_keeps_its_update() -> None:
         torch.testing.assert_close(found, own, atol=1e-5, rtol=1e-5)
 
 
+def test_a_merge_is_factored_as_its_greatest_share_is() -> None:
+    one, two = some(1), some(2)
+    alone = adapters.merge([one], [1.0])
+    for found, own in zip((*alone.down, *alone.up), (*one.down, *one.up), strict=True):
+        torch.testing.assert_close(found, own, atol=1e-4, rtol=1e-4)
+
+    def apart(merged: adapters.AdapterWeights, own: adapters.AdapterWeights) -> float:
+        return sum(float((a - b).norm()) for a, b in zip(merged.down, own.down, strict=True))
+
+    both = adapters.merge([one, two], [9.0, 1.0])
+    assert apart(both, one) < 0.5 * apart(both, two)
+    for found, again in zip(dense(both), dense(adapters.merge([two, one], [1.0, 9.0])), strict=True):
+        torch.testing.assert_close(found, again, atol=1e-5, rtol=1e-5)
+
+
 def test_merging_of_more_rank_than_the_layer_has_is_padded() -> None:
     parts = [some(1, rank=4), some(2, rank=4)]
     merged = adapters.merge(parts, [1, 1])

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _KEY = "base_model.model.{layer}.lora_{part}.weight"
+_LEAST_STRETCH = 1e-3
+"""Least singular value, as a share of the greatest, by which factors are turned into others with the same product."""
 
 
 @dataclass(frozen=True)
@@ -255,13 +257,16 @@ def merge(adapters: Sequence[AdapterWeights], shares: Sequence[float]) -> Adapte
 
     The products are averaged and refactored by singular value decomposition; averaging ``up`` and ``down``
     separately would not average the updates. The SVD is taken of the stacked thin factors, so its cost
-    depends on the ranks and not on the layer's size squared.
+    depends on the ranks and not on the layer's size squared. Of all factors with that product those are returned
+    whose ``down`` is nearest to that of the adapter of the greatest share: eq. 3 compares factors, and the merge of
+    one adapter is that adapter.
 
     Args:
         adapters: Adapters on the same layers.
         shares: Weight of each; they are normalised to sum to 1.
     """
     first, total = adapters[0], float(sum(shares))
+    leading = adapters[max(range(len(adapters)), key=lambda one: shares[one])]
     down, up = [], []
     for index in range(len(first.layers)):
         factors = [(a.up[index] * (a.scale * s / total), a.down[index]) for a, s in zip(adapters, shares, strict=True)]
@@ -274,9 +279,21 @@ def merge(adapters: Sequence[AdapterWeights], shares: Sequence[float]) -> Adapte
         root = s[:keep].clamp(min=0).sqrt()
         new_up = (q_left @ u[:, :keep]) * root / first.scale
         new_down = root[:, None] * (vh[:keep] @ q_right.T)
+        new_up, new_down = _factored_like(leading.down[index].double(), new_up, new_down)
         up.append(_pad(new_up.float(), dim=1, size=keep))
         down.append(_pad(new_down.float(), dim=0, size=keep))
     return AdapterWeights(first.layers, tuple(down), tuple(up), first.scale)
+
+
+def _factored_like(wanted: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors with the same product whose ``down`` is nearest to the wanted one, as far as that is stable."""
+    if wanted.shape != down.shape:
+        return up, down
+    left, stretch, right = torch.linalg.svd(wanted @ torch.linalg.pinv(down))  # (r, r)
+    if float(stretch.max()) <= torch.finfo(stretch.dtype).eps:
+        return up, down
+    stretch = stretch.clamp(min=float(stretch.max()) * _LEAST_STRETCH)
+    return up @ (right.T / stretch) @ left.T, (left * stretch) @ right @ down
 
 
 def _pad(matrix: Tensor, *, dim: int, size: int) -> Tensor:
