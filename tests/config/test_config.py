@@ -187,7 +187,7 @@ def test_who_shares_adapters_trains_longer_unless_told(policy: str) -> None:
     backend = Config(train=TrainConfig(epochs=3, lr=5e-3, batch_size=64))
     for found in (resolve(branching, Config(), backend), resolve(Config(), branching, backend)):
         train = found.train
-        assert (train.epochs, train.lr, train.batch_size, found.head.views) == (12, 1e-3, 32, 6)
+        assert (train.epochs, train.lr, train.batch_size, found.head.views) == (12, 1e-3, 32, 2)
         assert train.augment == "rand-m5-mstd0.5"
     told = resolve(Config(train=TrainConfig(epochs=2)), overlay(Config(head=HeadConfig(views=1)), branching), backend)
     assert (told.train.epochs, told.train.lr, told.head.views) == (2, 1e-3, 1)

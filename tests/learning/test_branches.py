@@ -102,7 +102,7 @@ def test_how_far_the_kinds_of_data_lie_apart_is_kept_and_shown(shared_first: Pat
 def test_the_branch_s_sums_are_those_of_all_its_tasks(shared_first: Path) -> None:
     memory = Project.open(shared_first).memory()
     counts = [task.tensors()["branch.counts"].tolist() for task in memory.tasks]
-    assert counts == [[48.0] * 2, [48.0] * 3, [48.0] * 2]  # each image plain, mirrored and four times changed
+    assert counts == [[16.0] * 2, [16.0] * 3, [16.0] * 2]  # each image plain and mirrored
     stored = memory.branch("warm")
     width = memory.tasks[0].tensors()["branch.sums"].shape[1]
     assert stored["branch.half_gram"].shape == (width * (width + 1) // 2,)

@@ -71,7 +71,7 @@ class TreeConfig:
         None,
         "which tasks share an adapter and a feature space: auto, those of a kind, unless images kept out of its first"
         " epochs lose by it; first: all, the first task's; always: none; never: adapters only re-rank answers. Who"
-        " shares trains by default 12 epochs of 32 images at 0.001, changed at random (rand-m5-mstd0.5), in 6 views",
+        " shares trains by default 12 epochs of 32 images at 0.001, changed at random (rand-m5-mstd0.5), in 2 views",
         choices=("auto", "first", "always", "never"),
     )
     branch_adapter: str | None = setting(
@@ -153,7 +153,7 @@ class HeadConfig:
     views: int | None = setting(
         None,
         "views of an image that are learned from: itself, mirrored, and all further ones changed at random, as"
-        " train.augment says or by rand-m5-mstd0.5",
+        " train.augment says or by rand-m5-mstd0.5; those help a strong base with few images (recipes/RESULTS.md)",
         low=1,
         high=64,
     )
@@ -271,7 +271,7 @@ DEFAULTS = Config(
 )
 """The lowest level of precedence; a backend's own defaults stand above it."""
 BRANCH_DEFAULTS = Config(
-    train=TrainConfig(epochs=12, lr=1e-3, batch_size=32, augment="rand-m5-mstd0.5"), head=HeadConfig(views=6)
+    train=TrainConfig(epochs=12, lr=1e-3, batch_size=32, augment="rand-m5-mstd0.5"), head=HeadConfig(views=2)
 )
 """Stands above both where tasks share adapters: who opens a branch trains the whole network (recipes/RESULTS.md)."""
 
