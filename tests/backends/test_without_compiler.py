@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from conftest import run_python
 from treelora_backends.vit.without_compiler import _marked_later
 
 
@@ -20,3 +21,22 @@ def with_settings(value: int) -> int:
 def test_a_function_that_is_not_to_be_compiled_is_called_as_it_is() -> None:
     assert (plain(1), with_settings(1)) == (2, 3)
     assert (plain.__name__, with_settings.__doc__) == ("plain", "Add two.")
+
+
+_LATER = """
+import sys
+from treelora_backends.vit.without_compiler import import_timm
+import_timm()
+import timm, torch, torchvision
+for name in ("torchvision.models", "torch._dynamo"):
+    assert name not in sys.modules, name
+assert torchvision.models.resnet18.__name__ == "resnet18"
+assert torchvision.models is sys.modules["torchvision.models"]
+from timm.layers import get_graph_node_names
+assert get_graph_node_names(torch.nn.Sequential(torch.nn.ReLU()))[0] == ["input", "0"]
+"""
+
+
+def test_models_of_others_are_imported_when_they_are_used() -> None:
+    done = run_python(_LATER)
+    assert done.code == 0, done.err

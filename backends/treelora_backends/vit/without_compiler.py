@@ -1,7 +1,8 @@
-"""Import timm without torch's compiler, a second of imports that nothing here uses.
+"""Import timm without torch's compiler and torchvision's models, a second and more that nothing here uses.
 
-Two things ask for it: one of torchvision's operations, which no transformer has, asks whether it works on this machine,
-and timm marks functions of one model, which are not to be compiled. Both are answered when they are used.
+Two things ask for the compiler: one of torchvision's operations, which no transformer has, asks whether it works on
+this machine, and timm marks functions of one model, which are not to be compiled. torchvision itself asks for its
+models, and timm for how features are taken from models of others. All are answered when they are used.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch  # first, since its own import may need the compiler's module as it
 
 _QUESTIONS = "torch._dynamo.utils"
 """The module that torchvision imports one function of."""
+_MODELS = "torchvision.models"
+_EXTRACTION = f"{_MODELS}.feature_extraction"
 
 
 def import_timm() -> None:
@@ -32,29 +35,53 @@ def import_timm() -> None:
 def _compiler_later() -> Iterator[None]:
     compiler: Any = torch.compiler
     mark = compiler.disable
-    sys.modules[_QUESTIONS] = _Questions(_QUESTIONS)
+    stands: list[ModuleType] = [_Questions(_QUESTIONS)]
+    if "torchvision" not in sys.modules:
+        stands += [_Later(_MODELS), _Extraction(_EXTRACTION)]
+    sys.modules.update({stand.__name__: stand for stand in stands})
     compiler.disable = _marked_later
     try:
         yield
     finally:
         compiler.disable = mark
-        sys.modules.pop(_QUESTIONS, None)
+        for stand in stands:
+            if sys.modules.get(stand.__name__) is stand:
+                del sys.modules[stand.__name__]
 
 
-class _Questions(ModuleType):
-    """Stands for the compiler's module."""
+class _Later(ModuleType):
+    """Stands for a module until something of it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Import the module."""
+        if name.startswith("__"):  # who looks through all modules for files asks for these
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+class _Extraction(_Later):
+    """Stands for torchvision's way to take features from a model, whose functions timm wraps when it is imported."""
+
+    @staticmethod
+    def create_feature_extractor(*arguments: Any, **named: Any) -> Any:
+        """Call the module's own."""
+        return importlib.import_module(_EXTRACTION).create_feature_extractor(*arguments, **named)
+
+    @staticmethod
+    def get_graph_node_names(*arguments: Any, **named: Any) -> Any:
+        """Call the module's own."""
+        return importlib.import_module(_EXTRACTION).get_graph_node_names(*arguments, **named)
+
+
+class _Questions(_Later):
+    """Stands for the compiler's module, and is it for whatever else another torchvision wants of it."""
 
     @staticmethod
     def is_compile_supported(device_type: Any) -> Any:
         """Ask the compiler."""
         return importlib.import_module(_QUESTIONS).is_compile_supported(device_type)
-
-    def __getattr__(self, name: str) -> Any:
-        """Import the compiler at once, for whatever else another torchvision wants of it."""
-        if name.startswith("__"):  # who looks through all modules for files asks for these
-            raise AttributeError(name)
-        sys.modules.pop(_QUESTIONS, None)
-        return getattr(importlib.import_module(_QUESTIONS), name)
 
 
 def _marked_later(function: Callable[..., Any] | None = None, **settings: Any) -> Callable[..., Any]:
