@@ -42,12 +42,15 @@ def test_the_threshold_itself_is_known() -> None:
     assert Threshold()(foreign).output == "unknown"
 
 
-def test_the_share_of_own_examples_below_it() -> None:
-    values = [float(value) for value in range(40)]
-    for percent in (1, 5, 10, 50):
-        limit = own_share(values, percent)
+@pytest.mark.parametrize(("percent", "unknown"), [(1, 1), (5, 2), (10, 4), (50, 20), (99, 40)])
+def test_at_most_that_share_of_further_own_examples_is_unknown(percent: float, unknown: int) -> None:
+    values = [float(value) for value in range(41)]
+    found = 0
+    for further in values:  # each of 41 in turn is the one that was not held out
+        limit = own_share([value for value in values if value != further], percent)
         assert limit is not None
-        assert sum(value < limit for value in values) == int(0.4 * percent)
+        found += further < limit
+    assert found == unknown, "the most of 41 that are no more than the share; one where that is none"
     assert own_share([], 5) is None
 
 
@@ -56,6 +59,11 @@ def test_familiarities_are_kept_and_bounded() -> None:
     kept = parse_answers(json.dumps(answers_document({"t": many})).encode())["t"].familiar
     assert (len(kept), kept[0], kept[-1]) == (200, 3.0, 998.0)
     assert list(kept) == sorted(kept)
+
+
+def test_values_on_the_scale_of_older_versions_are_left_alone() -> None:
+    stored = {"tasks": {"t": {"confusion": [], "routes": [], "familiar": [-3.0, 250.0]}}}
+    assert parse_answers(json.dumps(stored).encode())["t"].familiar == ()
 
 
 @pytest.fixture

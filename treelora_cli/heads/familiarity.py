@@ -1,14 +1,12 @@
-"""Whether an image is of a kind that was ever learned: how much nearer it is to its nearest class than to all data.
+"""Whether an image is of a kind that was ever learned: by the direction and the distance of its nearest class.
+
+Both in coordinates in which the covariance inside classes is the identity. The cosine to a class mean, seen from the
+mean of all data, tells foreign images of like kind; the distance those of another kind, which lie farther out.
 
 Pure tensor code. Symbols: ``C`` feature width, ``K`` columns (one per task and class), ``n`` images.
 
-Source: the relative Mahalanobis distance (Ren et al., 2021, arXiv:2106.09022), with both covariances shrunk.
-
-Measured on frozen class tokens of the ViT-S of ``recipes/datasets9.yaml``, at the threshold that 5 % of own held-out
-images fall below: of foreign images 62 % are unknown after caltech1 and hands, 94 % after sketches and traffic1, 52 %
-after cifar1 and cifar2, 78 % after seven tasks; by the probability of the shared head's answer 23, 41, 8 and 25 %.
-The statistic was chosen on these streams. On the embedded ViT, after two CIFAR tasks of 20 images a class, ``predict
---threshold auto`` finds 20 of 108 foreign images and 7 of 100 of its own unknown.
+Source: class means and shared covariance of Lee et al. (2018, arXiv:1807.03888). What it was chosen from is in
+``recipes/RESULTS.md``, "Images of no learned class".
 """
 
 from __future__ import annotations
@@ -16,27 +14,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_SHRINKAGE = 1.0
-"""Added to each covariance's diagonal, as a share of its mean."""
+_SHRINKAGE = 0.3
+"""Added to the covariance's diagonal, as a share of its mean."""
+_DISTANCE = 0.1
+"""What the squared distance to the nearest class, per feature, takes from the cosine; for own images it is near 1."""
 
 
 @dataclass(frozen=True)
 class Familiarity:
-    """What classes and all data look like in some features.
+    """What classes look like in some features.
 
     Attributes:
         within: Lower Cholesky factor of the covariance inside classes, (C, C).
-        classes: Mean of each column, whitened by it, (K, C).
-        overall: The same factor of all data, (C, C).
         mean: Of all data, (C,).
+        classes: Mean of each column that has images, from there, whitened, (K, C).
     """
 
     within: Tensor
-    classes: Tensor
-    overall: Tensor
     mean: Tensor
+    classes: Tensor
 
     @classmethod
     def of_sums(cls, gram: Tensor, sums: Tensor, counts: Tensor) -> Familiarity:
@@ -46,21 +44,25 @@ class Familiarity:
         means = sums / counts.clamp(min=1)[:, None]
         mean = sums.sum(dim=0) / total
         within = _factor((gram - means.T @ sums) / total)
-        overall = _factor(gram / total - torch.outer(mean, mean))
-        return cls(within, _whitened(within, means), overall, mean)
+        return cls(within, mean, _whitened(within, (means - mean)[counts > 0]))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Return how familiar images are, (n,): higher is more, about -2 log of a likelihood ratio; features (n, C)."""
-        x = features.double()
-        nearest = torch.cdist(_whitened(self.within, x), self.classes).square().amin(dim=1)
-        familiar: Tensor = _whitened(self.overall, x - self.mean).square().sum(dim=1) - nearest
-        return familiar.float()
+        """Return how familiar images are, (n,), 1 at most: higher is more; features (n, C)."""
+        centred = _whitened(self.within, features.double() - self.mean)
+        cosine = (_unit(centred) @ _unit(self.classes).T).amax(dim=1)  # 0 with a single class, which is the mean
+        distance = torch.cdist(centred, self.classes).square().amin(dim=1) / centred.shape[1]
+        return (cosine - _DISTANCE * distance).float()
 
 
-def _factor(covariance: Tensor) -> Tensor:
+def _unit(rows: Tensor) -> Tensor:
+    """Return rows (n, C) of length 1; one of length 0 stays."""
+    return nn.functional.normalize(rows, dim=1)
+
+
+def _factor(covariance: Tensor, shrinkage: float = _SHRINKAGE) -> Tensor:
     """Return the lower Cholesky factor of a covariance, shrunk towards a multiple of the identity."""
     shrunk = covariance.clone()
-    shrunk.diagonal().add_(_SHRINKAGE * covariance.diagonal().mean().clamp(min=1e-12))
+    shrunk.diagonal().add_(shrinkage * covariance.diagonal().mean().clamp(min=1e-12))
     factor: Tensor = torch.linalg.cholesky(shrunk)
     return factor
 

@@ -1,11 +1,12 @@
 """Say ``unknown`` of an input that is like nothing learned.
 
 Either below a probability of the answer, or where the input is less familiar than a share of the project's own held-out
-examples, which were never learned from, when they were last scored: what 5 of 100 of them would be called.
+examples, which were never learned from, when they were last scored: so that at most 5 of 100 further ones would be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -71,9 +72,13 @@ def wanted(given: float | str) -> Wanted:
 
 
 def own_share(familiar: Iterable[float], percent: float) -> float | None:
-    """Return the familiarity that so many of 100 own examples fall below; ``None`` where there are none."""
+    """Return the familiarity that so many of 100 further own examples are expected to fall below, at most.
+
+    A further example falls below the k-th of n with probability k / (n + 1): the rank of split conformal prediction.
+    Of too few for the percentage it is the least; ``None`` where there are none.
+    """
     found = sorted(familiar)
-    return found[min(len(found) - 1, int(len(found) * percent / 100))] if found else None
+    return found[max(0, math.floor((len(found) + 1) * percent / 100 + 1e-9) - 1)] if found else None
 
 
 def _below(value: float | None, limit: float | None) -> bool:

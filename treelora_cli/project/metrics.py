@@ -15,6 +15,8 @@ ANSWERS = "metrics/answers.json"
 """The file's name in a project."""
 _SPREAD = 200
 """Familiarities kept of a task."""
+_FAMILIAR = "familiarity"
+"""Where they are kept; under ``familiar`` older versions kept values on another scale, which are left alone."""
 _KEPT = 10
 """Given answers kept for each right one, the most frequent."""
 
@@ -46,7 +48,7 @@ def answers_document(answers: Mapping[str, TaskAnswers]) -> dict[str, Any]:
         kept = [[right, given, -n] for right, pairs in by_right.items() for n, given in sorted(pairs)[:_KEPT]]
         found[task] = {"confusion": kept, "routes": sorted(([*pair] for pair in one.routes.items()), key=str)}
         if one.familiar:
-            found[task]["familiar"] = [float(f"{value:.6g}") for value in _spread(sorted(one.familiar))]
+            found[task][_FAMILIAR] = [float(f"{value:.6g}") for value in _spread(sorted(one.familiar))]
     return {"tasks": found}
 
 
@@ -61,7 +63,7 @@ def parse_answers(data: bytes) -> dict[str, TaskAnswers]:
         for task, one in json.loads(data)["tasks"].items():
             confusion = {(_text(right), _text(given)): _count(n) for right, given, n in one["confusion"]}
             routes = {_text(name): _count(n) for name, n in one["routes"]}
-            found[task] = TaskAnswers(confusion, routes, tuple(map(_finite, one.get("familiar", ()))))
+            found[task] = TaskAnswers(confusion, routes, tuple(map(_finite, one.get(_FAMILIAR, ()))))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{ANSWERS} is malformed ({type(error).__name__}). Run treelora doctor.") from error
     return found
