@@ -272,6 +272,30 @@ def served(_learned_project: Path) -> Iterator[Any]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a tiny Llama with a chat template."""
+    from tiny_lm import TEMPLATE, save_model
+
+    return Path(save_model(tmp_path_factory.mktemp("llama"), "llama", TEMPLATE))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a tiny GPT-2 without a template."""
+    from tiny_lm import save_model
+
+    return Path(save_model(tmp_path_factory.mktemp("gpt2"), "gpt2"))
+
+
+@pytest.fixture(scope="module")
+def lm_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a table of texts for each format."""
+    from tiny_lm import write_tables
+
+    return Path(write_tables(tmp_path_factory.mktemp("tables")))
+
+
 @pytest.fixture(scope="session")
 def images(data: Path) -> list[Path]:
     """Four held-out images of each class of the stream."""

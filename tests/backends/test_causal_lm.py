@@ -11,7 +11,6 @@ from tiny_lm import (
     load,
     save_model,
     small_tokenizer,
-    write_tables,
 )
 from treelora_backends.causal_lm.backend import CausalLmBackend
 from treelora_backends.causal_lm.closed import ClosedHead
@@ -26,11 +25,6 @@ from treelora_cli.errors import DataError
 from treelora_cli.project import Project
 
 FAST = ["--epochs", "8", "--lr", "0.01", "--batch-size", "8"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("llama"), "llama", TEMPLATE)
 
 
 def write_gguf(path, gguf, eos=0):
@@ -80,27 +74,17 @@ def write_gguf(path, gguf, eos=0):
     return path
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("gpt2"), "gpt2")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tables(tmp_path_factory.mktemp("data"))
-
-
 def run(*arguments):
     return run_command([str(one) for one in arguments])
 
 
 @pytest.fixture(scope="module")
-def project(llama, data, tmp_path_factory):
+def project(llama, lm_tables, tmp_path_factory):
     """Two tasks learned through the command line."""
     root = tmp_path_factory.mktemp("made") / "project"
     assert run("init", root, "--backend", "causal-lm", "--model", llama, "--dropout", "0", "--blocks", "0", *FAST) == 0
     for name in ("colours", "moods"):
-        assert run("-C", root, "train-task", data / f"{name}.jsonl") == 0
+        assert run("-C", root, "train-task", lm_tables / f"{name}.jsonl") == 0
     return root
 
 
@@ -139,7 +123,7 @@ def test_other_inference_runs(project, inference, capsys):
     assert document(capsys)["tasks"]["moods"]["routed"] is None
 
 
-def test_eval_of_the_untouched_model(project, llama, data, tmp_path, capsys):
+def test_eval_of_the_untouched_model(project, llama, lm_tables, tmp_path, capsys):
     assert run("-C", project, "eval", "--inference", "base") == 0
     shown = capsys.readouterr().out
     assert "untouched" in shown and "forgetting" not in shown
@@ -149,7 +133,7 @@ def test_eval_of_the_untouched_model(project, llama, data, tmp_path, capsys):
     assert found["op"] < 0.9
     assert run("init", tmp_path / "p", "--backend", "causal-lm", "--model", llama, "--blocks", "0") == 0
     for name in ("colours", "moods"):
-        assert run("-C", tmp_path / "p", "train-task", data / f"{name}.jsonl", "--epochs", "0") == 0
+        assert run("-C", tmp_path / "p", "train-task", lm_tables / f"{name}.jsonl", "--epochs", "0") == 0
     capsys.readouterr()
     assert run("--json", "-C", tmp_path / "p", "eval") == 0
     solved = document(capsys)  # the heads of closed answers need no training
@@ -231,7 +215,7 @@ def test_a_task_that_taught_no_empty_answer_gives_none(project):
     assert common_manner(memory).least_new == 1
 
 
-def test_base_inference_is_the_untouched_model(project, llama, data):
+def test_base_inference_is_the_untouched_model(project, llama, lm_tables):
     opened = Project.open(project)
     base = load(llama)
     request = DataRequest.from_json(opened.task_record("moods")["data"])
@@ -282,11 +266,11 @@ def test_adapter_export_loads_with_peft_and_writes_what_predict_writes(project, 
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_every_format_is_learned_scored_and_exported(family, request, data, tmp_path, capsys):
+def test_every_format_is_learned_scored_and_exported(family, request, lm_tables, tmp_path, capsys):
     root = tmp_path / "p"
     assert run("init", root, "--backend", "causal-lm", "--model", request.getfixturevalue(family), *FAST) == 0
     for name in ("chats", "texts", "moods"):
-        assert run("-C", root, "train-task", data / f"{name}.jsonl", "--epochs", "2") == 0
+        assert run("-C", root, "train-task", lm_tables / f"{name}.jsonl", "--epochs", "2") == 0
     capsys.readouterr()
     assert run("--json", "-C", root, "export", tmp_path / "out") == 0
     found = document(capsys)
@@ -295,25 +279,25 @@ def test_every_format_is_learned_scored_and_exported(family, request, data, tmp_
     assert run("-C", root, "export", tmp_path / "adapter", "--format", "adapter", "--task", "moods") == 0
 
 
-def test_tied_embeddings_stay_tied(tmp_path, data):
+def test_tied_embeddings_stay_tied(tmp_path, lm_tables):
     from transformers import AutoModelForCausalLM
 
     model = save_model(tmp_path / "tied", "llama", tie_word_embeddings=True)
     root, out = tmp_path / "p", tmp_path / "out"
     assert run("init", root, "--backend", "causal-lm", "--model", model) == 0
-    assert run("-C", root, "train-task", data / "moods.jsonl", "--epochs", "1") == 0
+    assert run("-C", root, "train-task", lm_tables / "moods.jsonl", "--epochs", "1") == 0
     assert run("-C", root, "export", out) == 0
     reloaded = AutoModelForCausalLM.from_pretrained(out)
     assert reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()
 
 
-def test_a_gguf_base_is_learned_and_exported_dense(tmp_path, data):
+def test_a_gguf_base_is_learned_and_exported_dense(tmp_path, lm_tables):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = write_gguf(tmp_path / "tiny.gguf", pytest.importorskip("gguf"))
     root, out = tmp_path / "p", tmp_path / "out"
     assert run("init", root, "--backend", "causal-lm", "--model", model) == 0
-    assert run("-C", root, "train-task", data / "moods.jsonl", "--epochs", "1") == 0
+    assert run("-C", root, "train-task", lm_tables / "moods.jsonl", "--epochs", "1") == 0
     assert run("-C", root, "export", out) == 0
     assert "de-quantised" in (out / "README.md").read_text()
     reloaded = AutoModelForCausalLM.from_pretrained(out)

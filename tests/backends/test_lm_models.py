@@ -2,11 +2,8 @@
 
 import pytest
 from tiny_lm import (
-    TEMPLATE,
     load,
-    save_model,
     small_tokenizer,
-    write_tables,
 )
 from treelora_backends.causal_lm.backend import CausalLmBackend
 
@@ -14,17 +11,7 @@ from treelora_cli.config import BaseConfig
 from treelora_cli.errors import ModelError, UsageError
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("llama"), "llama", TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tables(tmp_path_factory.mktemp("data"))
-
-
-def test_models_that_are_none(tmp_path, llama, data):
+def test_models_that_are_none(tmp_path, llama, lm_tables):
     backend = CausalLmBackend()
     with pytest.raises(UsageError, match="needs a model"):
         backend.resolve_base(BaseConfig(), offline=True)
@@ -35,7 +22,7 @@ def test_models_that_are_none(tmp_path, llama, data):
     with pytest.raises(ModelError, match=r"neither config\.json nor a GGUF file"):
         backend.resolve_base(BaseConfig(model=str(tmp_path)), offline=True)
     with pytest.raises(ModelError, match="not a model"):
-        backend.resolve_base(BaseConfig(model=str(data / "moods.jsonl")), offline=True)
+        backend.resolve_base(BaseConfig(model=str(lm_tables / "moods.jsonl")), offline=True)
 
 
 def test_a_base_that_is_no_causal_lm(tmp_path):

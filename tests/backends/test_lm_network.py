@@ -3,10 +3,8 @@
 import pytest
 import torch
 from tiny_lm import (
-    TEMPLATE,
     load,
     save_model,
-    write_tables,
 )
 from treelora_backends.causal_lm.answers import Answerer, Manner
 from treelora_backends.causal_lm.batches import collate, pad
@@ -18,26 +16,11 @@ from treelora_cli.config import TrainConfig
 from treelora_cli.data.examples import TextExample
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("llama"), "llama", TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("gpt2"), "gpt2")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tables(tmp_path_factory.mktemp("data"))
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_short_way_to_loss_and_logits_agrees_with_the_model(family, request):
     base = load(request.getfixturevalue(family))
     assert base.lm._head_is_linear
-    task = base.read_task(DataRequest(request.getfixturevalue("data") / "colours.jsonl"))
+    task = base.read_task(DataRequest(request.getfixturevalue("lm_tables") / "colours.jsonl"))
     labelled = collate(task.train[:5], base.encoder.pad_id)
     with torch.no_grad():
         logits = base.lm.model(input_ids=labelled.batch.ids, attention_mask=labelled.batch.mask).logits
@@ -47,9 +30,9 @@ def test_short_way_to_loss_and_logits_agrees_with_the_model(family, request):
     assert float(base.lm.loss(labelled)) == pytest.approx(float(wanted), abs=1e-5)
 
 
-def test_loss_in_chunks_is_the_same(llama, data, monkeypatch):
+def test_loss_in_chunks_is_the_same(llama, lm_tables, monkeypatch):
     base = load(llama)
-    task = base.read_task(DataRequest(data / "texts.jsonl"))
+    task = base.read_task(DataRequest(lm_tables / "texts.jsonl"))
     labelled = collate(task.train, base.encoder.pad_id)
     whole = float(base.lm.loss(labelled))
     monkeypatch.setattr(base.lm, "_logits_at_once", 7)
@@ -81,12 +64,12 @@ def test_generation_in_a_padded_batch_equals_one_by_one(family, request):
     assert together == [answerer.answers([one], manner, 64)[0] for one in examples]
 
 
-def test_last_blocks_only_and_no_gradient_below(llama, data):
+def test_last_blocks_only_and_no_gradient_below(llama, lm_tables):
     base = load(llama, blocks=1)
     assert base.layers == ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
     inside = []
     base.lm.blocks[0].register_forward_hook(lambda _m, _i, out: inside.append(out))
-    task = base.read_task(DataRequest(data / "colours.jsonl"))
+    task = base.read_task(DataRequest(lm_tables / "colours.jsonl"))
     session = base.session(task, Memory((), dict), base.config)
     loss = session.loss([0, 1])
     assert loss.requires_grad
@@ -103,10 +86,10 @@ def deep(tmp_path_factory):
     return {family: save_model(root / family, family, depth=4, **extra) for family, extra in settings.items()}
 
 
-def test_steps_in_bf16_keep_attention_and_adapters_in_float32(deep, data):
+def test_steps_in_bf16_keep_attention_and_adapters_in_float32(deep, lm_tables):
     base = load(deep["llama"], blocks=3, dropout=0.0)
     adapters.write_slot(base.network, adapters.reference_point(base.network, base.layers, 4.0, 0))
-    session = base.session(base.read_task(DataRequest(data / "colours.jsonl")), Memory((), dict), base.config)
+    session = base.session(base.read_task(DataRequest(lm_tables / "colours.jsonl")), Memory((), dict), base.config)
     session.prepare()
     ups = [up for _, up in adapters.slot_parameters(base.network, base.layers)]
     full = session.loss([0, 1, 2, 3])
@@ -129,10 +112,10 @@ def test_steps_in_bf16_keep_attention_and_adapters_in_float32(deep, data):
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["colours", "moods", "chats", "texts"])
-def test_training_enters_behind_the_frozen_blocks_with_the_same_loss(deep, family, name, blocks, data):
+def test_training_enters_behind_the_frozen_blocks_with_the_same_loss(deep, family, name, blocks, lm_tables):
     base = load(deep[family], blocks=blocks, dropout=0.0)
     adapters.write_slot(base.network, adapters.reference_point(base.network, base.layers, 4.0, 0))
-    task = base.read_task(DataRequest(data / f"{name}.jsonl"))
+    task = base.read_task(DataRequest(lm_tables / f"{name}.jsonl"))
     places = list(range(4))
     plain = base.session(task, Memory((), dict), base.config)
     cached = base.session(task, Memory((), dict), base.config)
@@ -174,22 +157,22 @@ def test_targets(family, targets, count, request):
     assert len(load(request.getfixturevalue(family), targets=targets).layers) == count
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(llama, data):
+def test_gradient_checkpointing_gives_the_same_gradients(llama, lm_tables):
     grads = []
     for wanted in (False, True):
         base = load(llama, dropout=0.0, train=TrainConfig(prompt_tail=0, grad_checkpointing=wanted))
         adapters.write_slot(base.network, adapters.reference_point(base.network, base.layers, 4.0, 0))
-        session = base.session(base.read_task(DataRequest(data / "colours.jsonl")), Memory((), dict), base.config)
+        session = base.session(base.read_task(DataRequest(lm_tables / "colours.jsonl")), Memory((), dict), base.config)
         ups = [up for _, up in adapters.slot_parameters(base.network, base.layers)]
         grads.append(torch.autograd.grad(session.loss([0, 1, 2]), ups))
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_a_large_batch_in_parts_gives_the_same_gradients(llama, data, monkeypatch):
+def test_a_large_batch_in_parts_gives_the_same_gradients(llama, lm_tables, monkeypatch):
     base = load(llama, dropout=0.0)
     adapters.write_slot(base.network, adapters.reference_point(base.network, base.layers, 4.0, 0))
-    session = base.session(base.read_task(DataRequest(data / "colours.jsonl")), Memory((), dict), base.config)
+    session = base.session(base.read_task(DataRequest(lm_tables / "colours.jsonl")), Memory((), dict), base.config)
     ups = [up for _, up in adapters.slot_parameters(base.network, base.layers)]
     whole = torch.autograd.grad(session.loss(list(range(8))), ups)
     monkeypatch.setattr("treelora_backends.causal_lm.session._TOKENS_KEPT", {"cpu": 40})
