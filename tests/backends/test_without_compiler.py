@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conftest import run_python
-from treelora_backends.vit.without_compiler import _marked_later
+from treelora_backends.without_compiler import _marked_later
 
 
 @_marked_later
@@ -25,7 +25,7 @@ def test_a_function_that_is_not_to_be_compiled_is_called_as_it_is() -> None:
 
 _LATER = """
 import sys
-from treelora_backends.vit.without_compiler import import_timm
+from treelora_backends.without_compiler import import_timm
 import_timm()
 import timm, torch, torchvision
 for name in ("torchvision.models", "torch._dynamo"):
@@ -39,4 +39,19 @@ assert get_graph_node_names(torch.nn.Sequential(torch.nn.ReLU()))[0] == ["input"
 
 def test_models_of_others_are_imported_when_they_are_used() -> None:
     done = run_python(_LATER)
+    assert done.code == 0, done.err
+
+
+_TRANSFORMERS = """
+import sys
+import treelora_backends.causal_lm
+import transformers.image_utils
+assert "torchvision" in sys.modules
+for name in ("torchvision.models", "torch._dynamo"):
+    assert name not in sys.modules, name
+"""
+
+
+def test_transformers_takes_torchvision_without_the_compiler() -> None:
+    done = run_python(_TRANSFORMERS)
     assert done.code == 0, done.err

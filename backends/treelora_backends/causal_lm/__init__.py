@@ -1,1 +1,5 @@
 """Causal language models of transformers."""
+
+from treelora_backends.without_compiler import import_torchvision
+
+import_torchvision()

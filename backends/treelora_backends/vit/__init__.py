@@ -1,5 +1,5 @@
 """Vision transformers of timm."""
 
-from treelora_backends.vit.without_compiler import import_timm
+from treelora_backends.without_compiler import import_timm
 
 import_timm()

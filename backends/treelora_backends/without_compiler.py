@@ -1,4 +1,4 @@
-"""Import timm without torch's compiler and torchvision's models, a second and more that nothing here uses.
+"""Import timm and torchvision without torch's compiler and torchvision's models, seconds that nothing here uses.
 
 Two things ask for the compiler: one of torchvision's operations, which no transformer has, asks whether it works on
 this machine, and timm marks functions of one model, which are not to be compiled. torchvision itself asks for its
@@ -11,7 +11,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +29,14 @@ def import_timm() -> None:
         return
     with _compiler_later():
         importlib.import_module("timm")
+
+
+def import_torchvision() -> None:
+    """Import torchvision, which transformers asks for when it is there; as usual where the compiler is imported."""
+    if "torchvision" in sys.modules or "_dynamo" in vars(torch):
+        return
+    with _compiler_later(), suppress(ImportError):
+        importlib.import_module("torchvision")
 
 
 @contextmanager
