@@ -118,7 +118,9 @@ def model_args(base: LoadedVit, depth: int) -> dict[str, Any]:
     from treelora_backends.vit.loading import recorded_model_args
 
     grown = {} if depth == base.facts["blocks"] else {"depth": depth}
-    return {**recorded_model_args(base.config.base), **base.config.base.model_args, **grown}
+    found = {**recorded_model_args(base.config.base), **base.config.base.model_args, **grown}
+    found.pop("num_classes", None)  # the base's own; an export has a class for each learned
+    return found
 
 
 def write_adapter(base: LoadedVit, memory: Memory, task: str, out: Path) -> None:
