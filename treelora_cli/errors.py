@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class TreeLoraError(Exception):
@@ -98,6 +98,11 @@ def first_line(error: BaseException, otherwise: str = "") -> str:
 
 SKIP_BAD = " Mend it, or pass --skip-bad."
 """How a line on a bad example ends, where examples can be skipped."""
+
+
+def skipped(bad: Sequence[str], kind: str) -> str:
+    """Return what to tell of bad examples, one line each, that ``--skip-bad`` left out."""
+    return f"{len(bad)} bad {kind} were skipped, such as {bad[0].removesuffix(SKIP_BAD)}"
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from shlex import quote
 from typing import Any
 
-from treelora_cli.data.tables import Row
+from treelora_cli.data.tables import Row, plain_name
 from treelora_cli.errors import DataError
 
 ANSWERS = ("answer", "completion", "response")
@@ -37,20 +36,18 @@ _KNOWN = dict.fromkeys(
         *(name for pair in (*PAIRS, *ASKED) for name in pair),
     ]
 )
-_ALSO = dict.fromkeys(("systemprompt", "systeminstruction", "systemmessage"), "system")
+_SPELLED = {
+    **dict.fromkeys(("systemprompt", "systeminstruction", "systemmessage"), "system"),
+    **{plain_name(known): known for known in reversed(_KNOWN)},
+}
+"""The known name of a column by its own without case and signs."""
 _FEW = 2
-
-
-def plain(name: str) -> str:
-    """Return a column's name without case and signs."""
-    return re.sub(r"[\W_]", "", name.lower())
 
 
 def in_known_names(rows: Sequence[Row]) -> list[Row]:
     """Return rows whose columns that are known but for case and signs, such as ``Text``, go by the known name."""
     names = dict.fromkeys(name for row in rows for name in row.values)
-    spelled = {**_ALSO, **{plain(known): known for known in reversed(_KNOWN)}}
-    found = {name: spelled[plain(str(name))] for name in names if plain(str(name)) in spelled}
+    found = {name: known for name in names if (known := _SPELLED.get(plain_name(str(name)))) is not None}
     chosen = list(found.values())
     new = {name: known for name, known in found.items() if known not in names and chosen.count(known) == 1}
     if not new:

@@ -32,7 +32,6 @@ _FOREIGN = {
     **dict.fromkeys((".npy", ".npz"), "NumPy's"),
     **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".joblib"), "a pickle, which is never opened"),
     ".mat": "MATLAB's",
-    ".tfrecord": "a TFRecord of TensorFlow",
     ".mdb": "LMDB",
 }
 """Files that hold data which is not read here, by a part of their names."""
@@ -90,7 +89,8 @@ def _refuse_head(path: Path) -> None:
 def refuse_foreign(file: Path) -> None:
     """Raise ``DataError`` when a file's name says that it holds data which only another tool opens."""
     kind = next((kind for ending, kind in _FOREIGN.items() if ending in map(str.lower, file.suffixes)), None)
-    kind = kind or ("a TFRecord of TensorFlow" if ".tfrecord" in file.name.lower() else None)
+    if kind is None and ".tfrecord" in file.name.lower():  # its shards have a number behind it
+        kind = "a TFRecord of TensorFlow"
     if kind is not None and file.is_file():
         raise DataError(f"{file} is {kind}; it is not read here. Write images in folders CLASS/*.png, CSV or parquet.")
 

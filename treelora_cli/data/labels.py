@@ -16,7 +16,7 @@ from typing import Any
 from treelora_cli.data.names import tidy_label
 from treelora_cli.data.paths import existing
 from treelora_cli.data.tables import Row
-from treelora_cli.errors import DataError
+from treelora_cli.errors import SKIP_BAD, DataError
 
 _MISSING = {
     *("", "nan", "-nan", "<na>", "null", "(null)", "nat", "\\n", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
@@ -43,8 +43,6 @@ _NAMES = (
 _BETWEEN = (",", ";", "|")
 _LONGEST = 500
 """Characters of a class name; what is longer is a text in the wrong column."""
-
-
 _QUANTITIES = 20
 """More numbers with fractions than this are quantities; fewer may be grades."""
 _FEW_EACH = 10
@@ -149,8 +147,8 @@ def column_of_names(rows: Sequence[Row], column: str) -> str:
 
 
 def label_notes(labels: Sequence[str]) -> list[str]:
-    """Return what to tell of class names that may mean that there is none."""
-    return [*_single_notes(labels), *_number_notes(labels), *_missing_notes(labels)]
+    """Return what to tell of class names that may not be classes of their own, or none at all."""
+    return [*_single_notes(labels), *_number_notes(labels), *_missing_notes(labels), *_several_notes(labels)]
 
 
 def _single_notes(labels: Sequence[str]) -> list[str]:
@@ -191,16 +189,14 @@ def refuse_several(label: str, labels: Container[str | None], where: str) -> Non
         DataError: It does; names the line.
     """
     if isinstance(label, Several):
-        raise DataError(f"{where}: label names several classes ({label}), not one. Mend it, or pass --skip-bad.")
+        raise DataError(f"{where}: label names several classes ({label}), not one.{SKIP_BAD}")
     for sign in _BETWEEN:
         parts = [part.strip() for part in label.split(sign)]
         if len(parts) > 1 and all(part in labels for part in parts):
-            raise DataError(
-                f"{where}: label '{label}' names {len(parts)} classes; an image has one. Mend it, or pass --skip-bad."
-            )
+            raise DataError(f"{where}: label '{label}' names {len(parts)} classes; an image has one.{SKIP_BAD}")
 
 
-def several_notes(labels: Sequence[str]) -> list[str]:
+def _several_notes(labels: Sequence[str]) -> list[str]:
     """Return a line where a label looks like several others in a row, as ``scab rust`` beside ``scab`` and ``rust``."""
     known = set(labels)
     joined = sorted(

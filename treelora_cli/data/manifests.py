@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.backend.values import DataRequest
-from treelora_cli.data.columns import plain
 from treelora_cli.data.divided import answered_part, divide_rows
 from treelora_cli.data.inputs import PICTURES
 from treelora_cli.data.labels import (
@@ -23,15 +22,14 @@ from treelora_cli.data.labels import (
     named,
     refuse_quantities,
     refuse_several,
-    several_notes,
 )
 from treelora_cli.data.layout import Folder, Passed, scan
 from treelora_cli.data.names import part_of
 from treelora_cli.data.paths import named_file
 from treelora_cli.data.pixels import IMAGE_SUFFIXES, is_image, looks_like_image
 from treelora_cli.data.table_folders import TableParts
-from treelora_cli.data.tables import Row, column_called, read_table, table_stem
-from treelora_cli.errors import SKIP_BAD, DataError
+from treelora_cli.data.tables import Row, column_called, plain_name, read_table, table_stem
+from treelora_cli.errors import SKIP_BAD, DataError, skipped
 
 WRONG_KIND = "This project's backend is vit: give an image folder CLASS/*.png or a CSV with path,label."
 _LABELS = (
@@ -129,7 +127,7 @@ class _Reader:
         known = [label for label in labels if label is not None and not isinstance(label, Several)]
         if self.request.label_prefix is None:
             refuse_quantities(known, rows[0].where)
-        self.notes += [*label_notes(known), *several_notes(known)]
+        self.notes += label_notes(known)
         bad: list[str] = []
         items: dict[str, ImageItem] = {}
         repeated = 0
@@ -139,7 +137,7 @@ class _Reader:
                 repeated += 1
                 self._check_same(before, row, label)
         if bad:
-            self.notes.append(f"{len(bad)} bad rows were skipped, such as {bad[0].removesuffix(SKIP_BAD)}")
+            self.notes.append(skipped(bad, "rows"))
         if repeated:
             self.notes.append(f"{repeated} rows name an image that an earlier one names; each is learned once.")
         return list(items.values())
@@ -157,7 +155,7 @@ class _Reader:
         for row, label in zip(rows, labels, strict=True):
             try:
                 if label is None:
-                    raise DataError(f"{row.where}: empty label. Mend it, or pass --skip-bad.")
+                    raise DataError(f"{row.where}: empty label.{SKIP_BAD}")
                 refuse_several(label, known, row.where)
                 yield row, label, self._item(row, label)
             except DataError as error:
@@ -186,9 +184,9 @@ class _Reader:
 def _columns_notes(rows: Sequence[Row], label: str) -> list[str]:
     """Return what to tell of columns that could be labels, too, or that name a place in the image."""
     names = [str(name) for name in rows[0].values]
-    places = [name for name in names if plain(name) in _BOXES]
-    known = set(map(plain, _LABELS))
-    others = [name for name in names if name != label and plain(name) in known and not _same(rows, label, name)]
+    places = [name for name in names if plain_name(name) in _BOXES]
+    known = set(map(plain_name, _LABELS))
+    others = [name for name in names if name != label and plain_name(name) in known and not _same(rows, label, name)]
     notes = []
     if others:
         notes.append(f"The label is column '{label}'; not used: {', '.join(others)}.")

@@ -11,7 +11,7 @@ from treelora_cli.backend.values import Turn
 from treelora_cli.data.columns import CHATS
 from treelora_cli.data.examples import TextExample, chat_example
 from treelora_cli.data.tables import Row
-from treelora_cli.errors import DataError
+from treelora_cli.errors import SKIP_BAD, DataError
 
 _ROLES = {
     "system": "system",
@@ -44,8 +44,13 @@ def ends_with_answer(value: Any) -> bool:
     return is_chat(value) and all(_role(one) for one in value) and _role(value[-1]) == "assistant"
 
 
+def _speaker(message: Mapping[str, Any]) -> Any:
+    """Return who speaks, as the message itself names it."""
+    return next((message[key] for key in _WHO if key in message), None)
+
+
 def _role(message: Mapping[str, Any]) -> str | None:
-    named = next((message[key] for key in _WHO if key in message), None)
+    named = _speaker(message)
     return _ROLES.get(named.strip().lower()) if isinstance(named, str) else None
 
 
@@ -92,8 +97,7 @@ def chat_of(row: Row, messages: Any, column: str) -> TextExample:
         turns.insert(0, Turn("system", system))
     if turns[-1].role != "assistant":
         raise DataError(
-            f"{row.where}: the last message, the answer, is by '{turns[-1].role}' and not by 'assistant'. Mend it, or"
-            " pass --skip-bad."
+            f"{row.where}: the last message, the answer, is by '{turns[-1].role}' and not by 'assistant'.{SKIP_BAD}"
         )
     learned = [place for place, turn in enumerate(turns) if turn.role == "assistant" and turn.learned]
     if not learned or learned[-1] == 0:
@@ -132,8 +136,7 @@ def read_messages(messages: Any, where: str) -> list[Turn]:
 def _turn(message: Mapping[str, Any], where: str) -> Turn:
     role = _role(message)
     if role is None:
-        named = next((message[key] for key in _WHO if key in message), None)
-        raise DataError(f"{where}: role {named!r} is not one of {', '.join(_OPENAI_ROLES)}.")
+        raise DataError(f"{where}: role {_speaker(message)!r} is not one of {', '.join(_OPENAI_ROLES)}.")
     content = _content(next((message[key] for key in _WHAT if key in message), None), where)
     if not content.strip() and isinstance(message.get("refusal"), str):
         content = message["refusal"]
@@ -226,4 +229,4 @@ def _from_json(value: Any, row: Row, column: str) -> Any:
         try:
             return ast.literal_eval(value)  # what pandas writes of a list
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            raise DataError(f"{row.where}: '{column}' is invalid JSON. Mend it, or pass --skip-bad.") from error
+            raise DataError(f"{row.where}: '{column}' is invalid JSON.{SKIP_BAD}") from error

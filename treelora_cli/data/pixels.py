@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.data.files import LFS_POINTER
-from treelora_cli.errors import DataError
+from treelora_cli.errors import SKIP_BAD, DataError
 
 IMAGE_SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
@@ -136,7 +136,7 @@ def open_image(data: bytes, name: str, largest: float | None = None) -> Any:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         reason = _reason(error, data, name)
-        raise DataError(f"{name}: unreadable or truncated image ({reason}). Mend it, or pass --skip-bad.") from error
+        raise DataError(f"{name}: unreadable or truncated image ({reason}).{SKIP_BAD}") from error
 
 
 def _to_rgb(image: Any) -> Any:
@@ -190,7 +190,7 @@ def _to_eight_bits(image: Any, opened: Any, name: str, largest: float | None) ->
 
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
-        raise DataError(f"{name}: pixel values that are not finite. Mend it, or pass --skip-bad.")
+        raise DataError(f"{name}: pixel values that are not finite.{SKIP_BAD}")
     low, high = _range(opened, values, name, largest)
     scaled = ((values - low) / (high - low)).clip(0, 1)
     if image.mode.startswith("I") and _tag(opened, _PHOTOMETRIC) == _WHITE_IS_ZERO:

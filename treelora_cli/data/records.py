@@ -43,7 +43,7 @@ from treelora_cli.data.columns import (
 from treelora_cli.data.examples import TextExample, chat_example
 from treelora_cli.data.messages import chat_of, ends_with_answer, is_chat, prompt_chat, system_text
 from treelora_cli.data.tables import Row
-from treelora_cli.errors import DataError
+from treelora_cli.errors import SKIP_BAD, DataError
 
 _FEW, _SHORT = 64, 60
 NEED = "Need messages, prompt+answer, sentence+label or text."
@@ -292,7 +292,7 @@ def _answered(row: Row, prompt: str, column: str) -> TextExample:
         texts = [one.get("text") if isinstance(one, dict) else one for one in value]
         known = [one for one in texts if isinstance(one, str) and one.strip()]
         if not known or len(known) < len(texts):
-            raise DataError(f"{row.where}: '{column}' holds no answer. Mend it, or pass --skip-bad.")
+            raise DataError(f"{row.where}: '{column}' holds no answer.{SKIP_BAD}")
         first, *others = dict.fromkeys(known)
         return TextExample(row.where, prompt, first, others=tuple(others))
     return TextExample(row.where, prompt, text_of(row, column))
@@ -347,7 +347,7 @@ def text_of(row: Row, column: str) -> str:
     if isinstance(value, bool | int | float):
         value = str(value)
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{row.where}: empty {column}. Mend it, or pass --skip-bad.")
+        raise DataError(f"{row.where}: empty {column}.{SKIP_BAD}")
     if not isinstance(value, str):
         raise DataError(f"{row.where}: '{column}' is not text but {type(value).__name__}.")
     return value

@@ -135,11 +135,12 @@ def column_called(wanted: Sequence[str], names: Sequence[str]) -> str | None:
     exact = next((name for name in wanted if name in names), None)
     if exact is not None:
         return exact
-    plain = {_plain(str(name)): name for name in reversed(names)}
-    return next((plain[key] for key in map(_plain, wanted) if key in plain), None)
+    plain = {plain_name(str(name)): name for name in reversed(names)}
+    return next((plain[key] for key in map(plain_name, wanted) if key in plain), None)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Return a column's name without case and signs."""
     return re.sub(r"[\W_]", "", name.lower())
 
 

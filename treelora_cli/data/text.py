@@ -32,7 +32,6 @@ from treelora_cli.data.labels import (
     named,
     refuse_quantities,
     refuse_several,
-    several_notes,
 )
 from treelora_cli.data.messages import is_chat
 from treelora_cli.data.names import one_spelling
@@ -41,7 +40,7 @@ from treelora_cli.data.records import NEED, Shape, shape_of, unfolded, unused_te
 from treelora_cli.data.tables import Row, check_text
 from treelora_cli.data.text_files import WRONG_KIND, read_parts
 from treelora_cli.data.text_scores import METRICS
-from treelora_cli.errors import SKIP_BAD, DataError, suggest
+from treelora_cli.errors import DataError, skipped, suggest
 
 _CLOSED_ANSWERS, _CLOSED_LENGTH, _CLOSED_REPEATS = 32, 60, 5
 _SHORT_WORDS = 5
@@ -110,7 +109,7 @@ def list_texts(request: DataRequest) -> TextListing:
     if request.classes is not None:
         labels, train, test = _chosen(labels, train, test, request)
     if style == "labels":
-        notes += [*label_notes(answers := [one.answer for one in train]), *several_notes(answers)]
+        notes += label_notes([one.answer for one in train])
         _check_labels(labels, test)
     notes += _shared(train, test)
     metric = _metric(request.metric, style, labels, train or test)
@@ -280,7 +279,7 @@ def _examples(
                 raise
             bad.append(str(error))
     if bad:
-        notes.append(f"{len(bad)} bad examples were skipped, such as {bad[0].removesuffix(SKIP_BAD)}")
+        notes.append(skipped(bad, "examples"))
     if rows and not kept:
         raise DataError(f"No example is left: {bad[0]}")
     return kept

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 
 _FLAGS = {"data_format": "format", "columns": "map"}
+"""Flags whose names differ from those of ``DataRequest``."""
 WITH_FLAG = frozenset(
     ["epochs", "lr", "batch_size", "max_length", "learn", "reg", "warm_start", "search", "update", "budget"]
 ) | {"precision", "grad_checkpointing"}
 """Settings of training that ``train-task`` has a flag for; the others are given by ``--set``."""
-"""Flags whose names differ from those of ``DataRequest``."""
 _STATE = "bandit"
 """Names the method's state in a checkpoint; the first methods kept their search there and nothing else."""
 

@@ -29,14 +29,14 @@ def describe(task: LmTask) -> dict[str, Tensor]:
     return {
         "style": torch.tensor(STYLES.index(task.style)),
         "answer.tokens": torch.tensor(_FREE_TEXT if task.style == "text" else longest + _MARGIN),
-        "answer.least": torch.tensor(least_new(task)),
+        "answer.least": torch.tensor(_least_new(task)),
         "source": torch.frombuffer(bytearray.fromhex(task.source), dtype=torch.uint8),
         "seen": prompts_seen(task.listing.train),
         **({"system": torch.frombuffer(bytearray(system.encode()), dtype=torch.uint8)} if system else {}),
     }
 
 
-def least_new(task: LmTask) -> int:
+def _least_new(task: LmTask) -> int:
     """Return the fewest tokens of an answer: 1 where a task has prompts, and no answer of its examples is empty."""
     return int(task.style != "text" and all(one.answer.strip() for one in task.listing.train))
 

@@ -8,6 +8,7 @@ The base itself is named, not copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -167,14 +168,7 @@ def _tasks(base: LoadedLm, memory: Memory, places: Sequence[str]) -> tuple[dict[
 
 
 def _manner(manner: Manner) -> dict[str, Any]:
-    labels = list(manner.labels)
-    return {
-        "style": manner.style,
-        "labels": labels,
-        "by_label": manner.by_label,
-        "most_new": manner.most_new,
-        "least_new": manner.least_new,
-    }
+    return asdict(manner) | {"labels": list(manner.labels)}
 
 
 def _path_of_blocks(model: Any) -> str:

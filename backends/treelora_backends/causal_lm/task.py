@@ -13,7 +13,7 @@ from treelora_cli.backend.runtime import Reporter
 from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.examples import TextExample
 from treelora_cli.data.text import TextListing, hash_of_text, list_texts
-from treelora_cli.errors import SKIP_BAD, DataError, UsageError
+from treelora_cli.errors import DataError, UsageError, skipped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,9 +192,7 @@ class _Reading:
 
     def notes(self) -> list[str]:
         """Return a line on what was skipped."""
-        if not self.bad:
-            return []
-        return [f"{len(self.bad)} bad examples were skipped, such as {self.bad[0].removesuffix(SKIP_BAD)}"]
+        return [skipped(self.bad, "examples")] if self.bad else []
 
 
 def _cut_notes(train: Sequence[Encoded], encoder: Encoder) -> list[str]:

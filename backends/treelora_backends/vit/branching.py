@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -199,26 +200,24 @@ class Branching:
             self._judge()
         if self.asks and (self.judgement is None or not self.judgement.pays):
             return None, {}, {}
+        seen = self._both_views()
         if self.joined:
             head = BranchHead.restore(self.session.memory.branch(self.name), self.settings, self.session.runtime)
         else:
             head = BranchHead(self.settings, self.session.runtime)
-            head.standardise(torch.cat([views for views, _ in self._both_views(most=FIRST_LOOK)]))
+            first = list(islice(seen, -(-min(len(self.session.own), FIRST_LOOK) // self.session.at_once)))
+            head.standardise(torch.cat([views for views, _ in first]))
+            seen = chain(first, seen)
             if self.judgement is not None:
                 head.sharpness = self.judgement.sharpness
-        head.learn(self._both_views(), len(self.session.task.labels), self.session.class_weights)
+        head.learn(seen, len(self.session.task.labels), self.session.class_weights)
         return self.name, head.to_tensors(), head.task_tensors()
 
-    def _both_views(self, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield frozen and adapted features side by side, (n, 2 M), and labels (n,), plain views first.
-
-        Args:
-            most: Images to stop at; by default every view of all.
-        """
+    def _both_views(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield frozen and adapted features side by side, (n, 2 M), and labels (n,) of every view, plain ones first."""
         session = self.session
-        rows, views = torch.arange(len(session.own))[:most], session.views if most is None else 1
-        for view in range(views):
-            for chunk in rows.split(session.at_once):
+        for view in range(session.views):
+            for chunk in torch.arange(len(session.own)).split(session.at_once):
                 yield self.settings.views(*self._seen(chunk, view)), session.labels[sent(chunk, session.device)]
 
     def _seen(self, rows: Tensor, view: int) -> tuple[Tensor, Tensor]:

@@ -205,14 +205,13 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
     scored: dict[bytes, ImageItem] = {}
     twice: list[str] = []
 
-    def decode(items: Sequence[ImageItem], what: str) -> Pictures:
-        contents = learned if items is listing.train else scored
-        read = partial(_decode, items, listing.labels, preprocessing, request.skip_bad, digest, bad, reporter, what)
-        return read(partial(_note_content, contents, twice))
+    def decode(items: Sequence[ImageItem], what: str, contents: dict[bytes, ImageItem]) -> Pictures:
+        seen = partial(_note_content, contents, twice)
+        return _decode(items, listing.labels, preprocessing, request.skip_bad, digest, bad, reporter, what, seen)
 
     empty = Pictures(torch.zeros(0, 3, *preprocessing.size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
-    train = empty if request.test_only else decode(listing.train, "Reading images")
-    test = decode(listing.test, "Reading held-out images")
+    train = empty if request.test_only else decode(listing.train, "Reading images", learned)
+    test = decode(listing.test, "Reading held-out images", scored)
     notes = listing.notes
     if bad:
         notes = (*notes, f"{len(bad)} unreadable images were skipped, such as {bad[0]}.")

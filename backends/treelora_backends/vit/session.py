@@ -77,8 +77,8 @@ class VitSession:
         self.class_weights = class_weights(config.head.class_weights, self.labels, len(task.labels), self.runtime)
         """What an image of each class counts in the solved heads, (k,)."""
         self.augment = base.augmenting(config)
-        changes = self.views > _LIKE_THEMSELVES
-        self.changed = base.augmenting(config, _CHANGED_BY) if changes else None
+        further = self.views > _LIKE_THEMSELVES
+        self.changed = self.augment or base.augmenting(config, _CHANGED_BY) if further else None
         """What makes the views beyond the second."""
         self.head = nn.Linear(base.trunk.width, len(task.labels)).to(self.device)
         nn.init.zeros_(self.head.weight)

@@ -18,15 +18,8 @@ from treelora_backends.causal_lm.batches import Batch
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length")
 _SAYS_NOTHING = {
     *_SAMPLING,
-    *(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "decoder_start_token_id",
-        "do_sample",
-        "max_new_tokens",
-        "min_new_tokens",
-    ),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("do_sample", "max_new_tokens", "min_new_tokens"),
     *("transformers_version", "use_cache", "cache_implementation", "trust_remote_code"),
     *("output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
 }

@@ -389,7 +389,8 @@ class LmNetwork:
         """Return the likeliest next token of each text that is not barred, (B,), and the cache with what was run."""
         out = self._continue(ids, mask, cache)
         logits = self._logits(self._states(out)[:, -1])
-        logits[:, list(barred)] = -torch.inf
+        if barred:
+            logits[:, list(barred)] = -torch.inf
         return logits.argmax(dim=1), out.past_key_values
 
     def decoded_at_once(self, number_bytes: int) -> int:
