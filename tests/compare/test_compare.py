@@ -119,6 +119,7 @@ def test_what_is_done_is_not_run_again(
     check_error(refused, 3, re.escape("was measured with other settings (train.epochs: None, now 3)"))
 
 
+@pytest.mark.slow
 def test_a_language_model_is_compared_too(cli: Cli, tmp_path: Path) -> None:
     model = save_model(tmp_path / "llama", "llama")
     rows = [{"sentence": f"{word} {n}", "label": label} for word, label in (("up", "a"), ("no", "b")) for n in range(4)]

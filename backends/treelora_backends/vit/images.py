@@ -264,19 +264,7 @@ def _decode(
     pixels = _allocate(shape)
     index_of = {label: index for index, label in enumerate(labels)}
 
-    def one(item: ImageItem) -> tuple[bytes, str, Any]:
-        try:
-            data = item.read()
-        except OSError as error:
-            raise DataError(f"{item.name} cannot be read: {error.strerror}.") from error
-        try:
-            own = content_hash(item.label, data)
-            return hashlib.sha256(data).digest(), own, preprocessing.to_pixels(data, item.name)
-        except DataError:
-            if not skip_bad:
-                raise
-            return b"", "", None
-
+    one = partial(_decoded, preprocessing=preprocessing, skip_bad=skip_bad)
     kept: list[int] = []
     hashes: list[str] = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -293,6 +281,21 @@ def _decode(
                 kept.append(index_of[item.label])
                 hashes.append(own)
     return Pictures(torch.from_numpy(pixels[: len(kept)]), torch.tensor(kept, dtype=torch.int64), tuple(hashes))
+
+
+def _decoded(item: ImageItem, preprocessing: Preprocessing, skip_bad: bool) -> tuple[bytes, str, Any]:
+    """Return a file's digest, its identity with its label, and its pixels: ``None`` where they are left out."""
+    try:
+        data = item.read()
+    except OSError as error:
+        raise DataError(f"{item.name} cannot be read: {error.strerror}.") from error
+    try:
+        own = content_hash(item.label, data)
+        return hashlib.sha256(data).digest(), own, preprocessing.to_pixels(data, item.name)
+    except DataError:
+        if not skip_bad:
+            raise
+        return b"", "", None
 
 
 def _allocate(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
