@@ -127,7 +127,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr("accelerate.Accelerator", lambda cpu: f"cpu={cpu}")
+    monkeypatch.setattr("accelerate.Accelerator", lambda cpu, **_options: f"cpu={cpu}")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     return chosen
 
@@ -152,6 +152,42 @@ def test_one_gpu_for_several_processes_is_refused(two_gpus: list[int], monkeypat
     with pytest.raises(UsageError, match=r"--device cuda:1: of several processes each takes its own GPU"):
         open_runtime("cuda:1", offline=True, reporter=Silent())
     assert two_gpus == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism configuration"),
+    ],
+)
+def test_a_configuration_that_would_divide_the_base_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(UsageError, match=rf"asks for {said}; treelora does not divide a base .* init --dtype nf4\."):
+        open_runtime("cpu", offline=True, reporter=Silent())
+    monkeypatch.setenv(name, "false")
+    open_runtime("cpu", offline=True, reporter=Silent())
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION"])
+def test_gradients_are_the_losses_own_whatever_accelerate_is_configured_for(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv(name, "4" if name.endswith("STEPS") else "bf16")
+    accelerator = open_runtime("cpu", offline=True, reporter=Silent()).accelerator
+    assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == ("no", 1)
+    trained = torch.ones(1, requires_grad=True)
+    accelerator.backward(3 * trained.sum())
+    assert trained.grad is not None
+    assert float(trained.grad) == 3.0
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_number_is_for_gpus() -> None:

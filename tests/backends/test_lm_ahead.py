@@ -134,7 +134,7 @@ def test_there_are_few_widths():
 
 @pytest.mark.parametrize("left", [False, True])
 def test_texts_are_padded_to_the_width_on_either_side(models, left, monkeypatch):
-    monkeypatch.setattr(batches, "width_for", lambda longest, _device, most: width_for(longest, CUDA, most))
+    monkeypatch.setattr(batches, "width_for", lambda longest, _device, most, **_few: width_for(longest, CUDA, most))
     encoder = opened(models["llama"]).encoder
     batch = padded(
         [torch.arange(3).int().numpy(), torch.arange(5).int().numpy()], encoder, torch.device("cpu"), left=left
@@ -171,7 +171,7 @@ def test_an_epoch_has_few_shapes_and_the_same_losses(models, family, tmp_path, m
     plain_gradients = gradients(base, plain[0])
     shapes = set(seen)
     seen.clear()
-    monkeypatch.setattr(batches, "width_for", lambda longest, _device, most: width_for(longest, CUDA, most))
+    monkeypatch.setattr(batches, "width_for", lambda longest, _device, most, **_few: width_for(longest, CUDA, most))
     wide = [session.loss_of(step) for step in steps]
     assert_same(wide, plain)
     assert_same(gradients(base, wide[0]), plain_gradients)

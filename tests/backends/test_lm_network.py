@@ -35,7 +35,7 @@ def test_loss_in_chunks_is_the_same(llama, lm_tables, monkeypatch):
     task = base.read_task(DataRequest(lm_tables / "texts.jsonl"))
     labelled = collate(task.train, base.encoder.pad_id)
     whole = float(base.lm.loss(labelled))
-    monkeypatch.setattr(base.lm, "_logits_at_once", 7)
+    monkeypatch.setattr(base.lm._output, "at_once", 7)
     assert float(base.lm.loss(labelled)) == pytest.approx(whole, abs=1e-5)
 
 

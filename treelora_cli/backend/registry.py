@@ -133,6 +133,7 @@ _OFF: dict[str, Any] = {
     "train.label_smoothing": 0.0,
     "train.class_weights": "none",
     "train.augment": None,
+    "train.compile": "none",
     "head.class_weights": "none",
 }
 """Settings that a backend honours only where its attribute ``honours`` names them, and the value that asks nothing."""

@@ -152,11 +152,13 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
     """Start accelerate on ``device``: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` or ``None`` for the best.
 
     Raises:
-        UsageError: The device is unknown or not present.
+        UsageError: The device is unknown or not present, or accelerate's configuration would divide the base.
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
+    _refuse_sharding()
     kind = _present_kind(device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_processors()))
     _map_large_blocks()
@@ -164,8 +166,32 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
         os.environ.setdefault(name, "32")  # read when the first is compiled
     if kind != "cpu":
         _set_up_cuda(_numbered(device))
-    accelerator = Accelerator(cpu=kind == "cpu")
+    accelerator = Accelerator(  # the trainer knows its arithmetic and accumulation: a configuration's would come on top
+        cpu=kind == "cpu", mixed_precision="no", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1)
+    )
     return Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
+
+
+_SHARDED_BY = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+"""How ``accelerate launch`` hands on that the model is to be divided between processes."""
+
+
+def _refuse_sharding() -> None:
+    """Raise ``UsageError`` where accelerate is told to divide the base: each process would hold all of it anyway."""
+    asked = next((what for name, what in _SHARDED_BY.items() if os.environ.get(name, "").lower() in _TRUE), None)
+    if asked is not None:
+        raise UsageError(
+            f"accelerate's configuration asks for {asked}; treelora does not divide a base between processes. Choose"
+            " multi-GPU without it; a base that does not fit one card is held in 4 bits by init --dtype nf4."
+        )
+
+
+_TRUE = ("true", "1", "yes", "on")
 
 
 def _present_kind(device: str | None) -> str:

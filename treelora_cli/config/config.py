@@ -127,6 +127,12 @@ class TrainConfig:
         None, "arithmetic; auto measures, steps and passes without gradients apart", choices=("auto", "fp32", "bf16")
     )
     grad_checkpointing: bool | None = setting(None, "recompute activations to save memory")
+    compile: str | None = setting(
+        None,
+        "run the trained blocks as torch.compile's mode of this name makes them: seconds for each shape of a batch,"
+        " then fewer kernels; reduce-overhead: as CUDA graphs",
+        choices=("none", "default", "reduce-overhead"),
+    )
     keep_mib: int | None = setting(
         None,
         "most memory, in MiB, for activations kept over epochs, beyond it a file; none: half of what is free on a GPU",
@@ -266,6 +272,7 @@ DEFAULTS = Config(
         learn="all",
         precision="auto",
         grad_checkpointing=False,
+        compile="none",
     ),
     head=HeadConfig(width=1500, ridge=0.07, class_weights="none", views=1, merged="solved", closed="solved"),
 )

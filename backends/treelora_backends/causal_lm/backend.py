@@ -51,7 +51,7 @@ class CausalLmBackend:
     """Registered as ``causal-lm``."""
 
     name = "causal-lm"
-    honours = ("train.accumulate", "train.label_smoothing", "train.class_weights")
+    honours = ("train.accumulate", "train.label_smoothing", "train.class_weights", "train.compile")
     contender_heads = ("answer", "routed")
     gpu_dtype = "bfloat16"
 

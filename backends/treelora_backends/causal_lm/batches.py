@@ -69,13 +69,14 @@ class LabelledBatch:
         return LabelledBatch(self.batch.to(device), *parts)
 
 
-def width_for(longest: int, device: torch.device, most: int) -> int:
+def width_for(longest: int, device: torch.device, most: int, *, few: bool = False) -> int:
     """Return how many tokens wide a batch is whose longest text has ``longest``; none is wider than ``most``.
 
-    Kernels are chosen, loaded and at times built for each shape that occurs, and on a GPU that takes longer than a few
-    tokens more: widths there are multiples of 16, at most eight between one power of two and the next.
+    Kernels are chosen, loaded and at times built for each shape that occurs. On a GPU, or where blocks are compiled
+    (``few``), that takes longer than a few tokens more: widths there are multiples of 16, at most eight between one
+    power of two and the next.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" and not few:
         return longest
     octave: int = 2 ** (max(1, longest) - 1).bit_length()
     step = max(_SMALLEST_STEP, octave // (2 * _SIZES_PER_OCTAVE))
@@ -88,9 +89,11 @@ def padded(rows: Sequence[Ids], encoder: Encoder, device: torch.device, *, left:
     return pad(rows, encoder.pad_id, left=left, width=width).to(device)
 
 
-def labelled_padded(examples: Sequence[Encoded], encoder: Encoder, device: torch.device) -> LabelledBatch:
-    """Return examples side by side on ``device``, in one of the widths that are used there."""
-    width = width_for(max(len(one) for one in examples), device, encoder.context)
+def labelled_padded(
+    examples: Sequence[Encoded], encoder: Encoder, device: torch.device, *, few: bool = False
+) -> LabelledBatch:
+    """Return examples side by side on ``device``, in one of the widths that are used there, or of a few."""
+    width = width_for(max(len(one) for one in examples), device, encoder.context, few=few)
     return collate(examples, encoder.pad_id, width).to(device)
 
 

@@ -95,7 +95,8 @@ class PlainLmSession(LmSteps):
 
     def _loss_of_part(self, places: list[int], objective: Objective) -> Tensor:
         chosen = [self.examples[place] for place in places]
-        batch = labelled_padded(chosen, self.base.encoder, self.base.lm.device)
+        few = self.compilation.mode is not None
+        batch = labelled_padded(chosen, self.base.encoder, self.base.lm.device, few=few)
         weights = objective.of_examples(self.answers[places])
         if weights is not None:
             weights = weights.to(self.base.lm.device)

@@ -83,13 +83,21 @@ class LmSession(LmSteps):
         self.answers = answer_classes([task], config.train.class_weights)[torch.tensor(self.own)]
         weights = class_weights(config.train.class_weights, self.answers, len(task.labels), self.runtime)
         self.objective = replace(self.objective, weights=weights)
+        if self.compilation.mode is not None:
+            self._read_whole(told)
         if config.train.grad_checkpointing:
             self.checkpoint_gradients("--grad-checkpointing")
+
+    def _read_whole(self, told: int | None) -> None:
+        """Read texts in one part: the cache between two would have its blocks compiled again at every step."""
+        if told:
+            raise UsageError(f"train.compile does not go with train.prompt_tail {told}. Leave one out.")
+        self.tail = 0
 
     def _collated(self, places: list[int]) -> LabelledBatch:
         """Return this process's examples at ``places``, padded, on the device."""
         chosen = [self.task.train[self.own[place]] for place in places]
-        return labelled_padded(chosen, self.base.encoder, self.base.lm.device)
+        return labelled_padded(chosen, self.base.encoder, self.base.lm.device, few=self.compilation.mode is not None)
 
     # -- before training ------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from treelora_backends.causal_lm.batches import shuffled_batches
+from treelora_backends.compiled import Compilation
 from treelora_backends.objective import Objective, summed_in_parts
 from treelora_cli import seeds
 from treelora_cli.errors import UsageError
@@ -30,7 +31,7 @@ class LmSteps(ABC):
         base: The loaded model.
         lengths: Tokens of each of this process's examples.
         total: Examples over all processes.
-        train: Batch size, accumulation and smoothing of labels.
+        train: Batch size, accumulation, smoothing of labels and whether blocks are compiled.
         seed: Of the order of examples.
     """
 
@@ -41,6 +42,7 @@ class LmSteps(ABC):
         self.seed = seed
         self.parts: int = train.accumulate
         self.objective = Objective(train.label_smoothing or 0.0)
+        self.compilation = Compilation(train.compile, base.lm.compilable, recomputed=train.grad_checkpointing)
         self._steps = -(-total // (train.batch_size * train.accumulate))
 
     def checkpoint_gradients(self, setting: str) -> None:
@@ -74,7 +76,8 @@ class LmSteps(ABC):
         """Mean cross-entropy over the answers' tokens."""
         if not self.base.network.training:
             self.base.network.train()
-        return self.loss_of(batch, self.objective)
+        with self.compilation.used():
+            return self.loss_of(batch, self.objective)
 
     @abstractmethod
     def loss_of(self, places: list[int], objective: Objective = PLAIN) -> Tensor:

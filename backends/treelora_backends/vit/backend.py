@@ -43,6 +43,7 @@ class VitBackend:
         "train.label_smoothing",
         "train.class_weights",
         "train.augment",
+        "train.compile",
         "head.class_weights",
     )
     contender_heads = ("linear", "aligned", "routed", "ridge", "mean", "l2p", "dualprompt")

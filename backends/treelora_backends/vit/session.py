@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from treelora_backends.compiled import Compilation
 from treelora_backends.kept import Keeping, KeptRows, each_expected
 from treelora_backends.objective import Objective, class_weights, summed_in_parts
 from treelora_backends.vit.branching import SOLVED, Branching
@@ -74,6 +75,7 @@ class VitSession:
         self.labels = task.train.labels[self.own].to(self.device)
         weights = class_weights(config.train.class_weights, self.labels, len(task.labels), self.runtime)
         self.objective = Objective(config.train.label_smoothing or 0.0, weights)
+        self.compilation = Compilation(config.train.compile, base.trunk.compilable)
         self.class_weights = class_weights(config.head.class_weights, self.labels, len(task.labels), self.runtime)
         """What an image of each class counts in the solved heads, (k,)."""
         self.augment = base.augmenting(config)
@@ -216,11 +218,12 @@ class VitSession:
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the task's own classes; of accumulated batches, one after the other is in memory."""
-        if self.parts == 1:
-            return self._loss_of_part(*batch)
-        losses = in_parts(batch, self.parts, self._loss_of_part)
-        trained = [one for one in self.base.network.parameters() if one.requires_grad]
-        return summed_in_parts(losses, [*trained, *self.parameters()])
+        with self.compilation.used():
+            if self.parts == 1:
+                return self._loss_of_part(*batch)
+            losses = in_parts(batch, self.parts, self._loss_of_part)
+            trained = [one for one in self.base.network.parameters() if one.requires_grad]
+            return summed_in_parts(losses, [*trained, *self.parameters()])
 
     def _loss_of_part(self, rows: Tensor, views: Tensor) -> Tensor:
         tokens = self.entering(rows, views) if self.augment is None else self._entering_anew(rows, views, self.augment)

@@ -164,6 +164,12 @@ class Trunk:
                 tokens = self.blocks[index](tokens, **self._block_arguments[index])
             return self._pool(self._last_block_of_class_token(tokens) if alone else tokens)
 
+    def compilable(self) -> list[nn.Module]:
+        """Return what ``pooled`` runs, in parts that are each called as they are."""
+        adapted = list(self.blocks)[self.cut :]
+        last = cast("Any", adapted[-1])
+        return [*adapted[:-1], last.attn, last.mlp] if self._pools_class_token else adapted
+
     def whole(self, images: Tensor) -> Tensor:
         """Run the whole network and pool, as the model itself does: (B, 3, H, W) -> (B, C)."""
         vit = cast("Any", self.vit)

@@ -11,10 +11,54 @@ Source: the fused linear cross-entropy of Liger-Kernel (Hsu et al., 2024), in pl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from treelora_backends.causal_lm.network.liger import FusedLoss, fused_loss
+
+_LOGITS, _LOGITS_ELSEWHERE = {"cpu": 2**24}, 2**26
+"""Logits in memory at a time; of a wide vocabulary those of few positions."""
+
+
+class OutputLoss:
+    """The loss behind a frozen output layer.
+
+    Args:
+        logits_of: Turns states (m, C) into float32 logits (m, V); nothing in it is trained.
+        head: The output layer; ``None`` where the model does more to its logits.
+        device: Of the model.
+        vocabulary: V.
+
+    Attributes:
+        at_once: Positions whose logits are in memory at a time.
+    """
+
+    def __init__(
+        self, logits_of: Callable[[Tensor], Tensor], head: nn.Module | None, device: torch.device, vocabulary: int
+    ) -> None:
+        self._logits_of = logits_of
+        self._head = head
+        self._device = device
+        self.at_once = max(1, _LOGITS.get(device.type, _LOGITS_ELSEWHERE) // vocabulary)
+
+    def __call__(
+        self, states: Tensor, targets: Tensor, smoothing: float = 0.0, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the mean cross-entropy of the tokens (M,) that follow states (M, C), as ``mean_cross_entropy``.
+
+        Liger's kernel takes what does not fit at once: it cuts by width and vocabulary, into many more pieces than are
+        launched here for few positions, and knows no weights of positions.
+        """
+        if weights is None and len(targets) > self.at_once and self._fused is not None:
+            return self._fused(states, targets, smoothing)
+        return mean_cross_entropy(states, targets, self._logits_of, self.at_once, smoothing, weights)
+
+    @cached_property
+    def _fused(self) -> FusedLoss | None:
+        return fused_loss(self._head, self._device)
 
 
 def mean_cross_entropy(

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from treelora_backends.causal_lm.network.layers import standing_in
+from treelora_backends.standing_in import standing_in
 from treelora_cli.backend.runtime import Runtime
 
 

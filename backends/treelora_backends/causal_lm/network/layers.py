@@ -1,33 +1,25 @@
-"""Where a language model's layers are, and layers that compute something else for a while."""
+"""Where a language model's layers are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import nn
-
-
-@contextmanager
-def standing_in(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Within, each layer's ``forward`` is the function beside it; a stand-in that was there before comes back."""
-    before = [vars(layer).get("forward") for layer, _ in pairs]
-    for layer, forward in pairs:
-        cast("Any", layer).forward = forward
-    try:
-        yield
-    finally:
-        for (layer, _), earlier in zip(pairs, before, strict=True):
-            del cast("Any", layer).forward
-            if earlier is not None:
-                cast("Any", layer).forward = earlier
 
 
 def first_adapted(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[str]) -> int:
     """Return the index of the first block with an adapted layer; 0 when one lies outside the blocks."""
     index_of = {id(inner): index for index, block in enumerate(blocks) for inner in block.modules()}
     return min((index_of.get(id(model.get_submodule(layer)), 0) for layer in layers), default=0)
+
+
+def called_parts(blocks: Sequence[nn.Module], apart: nn.Module | None) -> list[nn.Module]:
+    """Return blocks in parts that are each called as they are; where ``apart`` is given, the last without that part."""
+    if apart is None:
+        return list(blocks)
+    others = [part for part in blocks[-1].children() if part is not apart]
+    return [*blocks[:-1], *(part for part in others if next(part.parameters(), None) is not None)]
 
 
 def body_of(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treelora_backends.causal_lm.network.layers import standing_in
+from treelora_backends.standing_in import standing_in
 
 _NAMES = ("mlp", "feed_forward", "ffn")
 

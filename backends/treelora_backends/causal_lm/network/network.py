@@ -19,15 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from treelora_backends.causal_lm.batches import Batch, LabelledBatch, tokens_at_once
-from treelora_backends.causal_lm.network.ahead import mean_cross_entropy
+from treelora_backends.causal_lm.network.ahead import OutputLoss
 from treelora_backends.causal_lm.network.decoding import Length, decoded, generated, is_plain, numbers_of_token
 from treelora_backends.causal_lm.network.features import Reading, routing_part
-from treelora_backends.causal_lm.network.layers import blocks_of, body_of, first_adapted, standing_in
+from treelora_backends.causal_lm.network.layers import blocks_of, body_of, called_parts, first_adapted
 from treelora_backends.causal_lm.network.narrow import feed_forward, narrowed
 from treelora_backends.causal_lm.network.tail import Divided, chosen_states, divide
+from treelora_backends.standing_in import standing_in
 
-_LOGITS, _LOGITS_ELSEWHERE = {"cpu": 2**24}, 2**26
-"""Logits in memory at a time; of a wide vocabulary those of few positions."""
 _CACHED_BYTES = 2**27
 """Of keys and values on a CPU while answers are written. A step reads every weight, for one text as for many."""
 _TRIAL_TOKENS = 6
@@ -156,24 +155,23 @@ class LmNetwork:
         if divided is not None and divided.first.ids.shape[1]:
             states, labelled = self._end_states(divided, entering), divided.end
         else:
-            with self._narrowed(labelled), self._maybe_entered(entering):
+            with self._narrowed(labelled), self.entered(entering):
                 states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
         chosen, targets = states[labelled.rows, labelled.columns], labelled.targets  # (M, C)
         factors = None if weights is None else weights[labelled.rows]
-        return mean_cross_entropy(chosen, targets, self._logits, self._logits_at_once, smoothing, factors)
+        return self._output(chosen, targets, smoothing, factors)
 
     @cached_property
-    def _logits_at_once(self) -> int:
-        """Positions whose logits are in memory at a time."""
-        most = _LOGITS.get(self.device.type, _LOGITS_ELSEWHERE)
-        return max(1, most // int(self.model.config.get_text_config().vocab_size))
+    def _output(self) -> OutputLoss:
+        head = self.model.get_output_embeddings() if self._head_is_linear else None
+        return OutputLoss(self._logits, head, self.device, int(self.model.config.get_text_config().vocab_size))
 
     @torch.no_grad()
     def correct(self, labelled: LabelledBatch) -> int:
         """Return at how many labelled positions the right token is the likeliest."""
         states = self._states(self._run(labelled.batch.ids, labelled.batch.mask, use_cache=False))
         chosen = states[labelled.rows, labelled.columns]
-        most = self._logits_at_once
+        most = self._output.at_once
         pairs = zip(chosen.split(most), labelled.targets.split(most), strict=True)
         return sum(int((self._logits(some).argmax(dim=1) == wanted).sum()) for some, wanted in pairs)
 
@@ -233,7 +231,7 @@ class LmNetwork:
         mask = torch.cat([first.mask, end.mask], dim=1)
 
         def entered(places: Tensor) -> AbstractContextManager[None]:
-            return self._maybe_entered(None if entering is None else chosen_states(entering, places))
+            return self.entered(None if entering is None else chosen_states(entering, places))
 
         nowhere = end.ids.new_empty(0)  # of the last block only what is attended to is needed
         last = nullcontext() if self._narrow is None else narrowed(self._narrow, nowhere, nowhere)
@@ -267,6 +265,10 @@ class LmNetwork:
     def trained_part(self) -> list[nn.Module]:
         """Return what runs in every step: the adapted blocks and the output layer."""
         return self.every_part()[self.cut :]
+
+    def compilable(self) -> list[nn.Module]:
+        """Return what a step runs with gradients, in parts that are each called as they are."""
+        return called_parts(list(self.blocks)[self.cut :], self._narrow)
 
     # -- frozen blocks --------------------------------------------------------------------------------
 
@@ -316,13 +318,12 @@ class LmNetwork:
         """Return the part of inputs' features (B, F) that tells their task, (B, 4C)."""
         return routing_part(features, len(self.read_blocks))
 
-    def entered(self, states: Tensor) -> AbstractContextManager[None]:
-        """Return the context in which passes skip the frozen blocks and take ``states`` (B, T, C) for their output."""
+    def entered(self, states: Tensor | None) -> AbstractContextManager[None]:
+        """Return the context in which passes skip the frozen blocks and take ``states`` (B, T, C), if given."""
+        if states is None:
+            return nullcontext()
         skipped = enumerate(self.first_blocks(self.cut))
         return standing_in([(block, self._stand_in(states if index == 0 else None)) for index, block in skipped])
-
-    def _maybe_entered(self, states: Tensor | None) -> AbstractContextManager[None]:
-        return nullcontext() if states is None else self.entered(states)
 
     def _stand_in(self, given: Tensor | None) -> Any:
         def forward(hidden: Tensor, *_inputs: Any, **_options: Any) -> Any:

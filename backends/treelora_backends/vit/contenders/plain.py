@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from treelora_backends.compiled import Compilation
 from treelora_backends.objective import Objective, class_weights, summed_in_parts
 from treelora_backends.vit.images import ImageTask, Pictures, chosen_views, in_parts, shuffled_views
 from treelora_cli import seeds
@@ -124,6 +125,7 @@ class PlainSession:
         weights = class_weights(config.train.class_weights, self.labels, len(keys), base.runtime)
         weights = None if weights is None else weights.to(base.runtime.device)
         self.objective = Objective(config.train.label_smoothing or 0.0, weights)
+        self.compilation = Compilation(config.train.compile, lambda: list(base.trunk.blocks))
 
     def try_step(self, parameters: Sequence[Tensor]) -> None:
         """Compute a loss and its gradient through the adapter on one full-sized batch."""
@@ -165,7 +167,8 @@ class PlainSession:
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the tasks' own classes."""
-        return self.summed(batch, self._loss_of_part, self.parameters())
+        with self.compilation.used():
+            return self.summed(batch, self._loss_of_part, self.parameters())
 
     def summed(
         self,

@@ -313,6 +313,10 @@ class PromptSession:
                 "train.augment: prompts are chosen by what the frozen network says of each image, looked up once."
                 " Leave it out, or leave out l2p and dualprompt."
             )
+        if plain.compilation.mode is not None:
+            raise UsageError(
+                "train.compile: prompts are trained as they are. Leave it out, or leave out l2p and dualprompt."
+            )
         self.plain = plain
         self.prompts = prompts
         self.queries: Tensor
