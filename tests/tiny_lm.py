@@ -4,12 +4,15 @@ import json
 import random
 
 import torch
+from transformers.utils import logging
 from treelora_backends.causal_lm.backend import CausalLmBackend
 from treelora_backends.causal_lm.batches import Batch, LabelledBatch
 
 from treelora_cli.backend import adapters
 from treelora_cli.backend.runtime import Silent, open_runtime
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig, resolve
+
+logging.get_logger()  # its handler keeps the standard error of this moment, which outlives that of a single test
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

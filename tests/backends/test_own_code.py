@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Cli, check_error, tree_hash
 from tiny_lm import TEMPLATE, save_model
-from treelora_backends.causal_lm.own_code import refuse_own_code
+from treelora_backends.own_code import refuse_own_code
 
 from treelora_cli.errors import ModelError
 

@@ -345,6 +345,7 @@ def test_bad_models_make_no_project(cli: Cli, tmp_path: Path, weights: Path) -> 
     for name, config in (("broken", "{"), ("unknown", '{"architecture": "vit_of_nobody"}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "model.safetensors").write_bytes(weights.read_bytes())
     fitting = _arguments(weights)
     named = ["--model", "vit_tiny_patch16_244"]
     cases = [
@@ -362,8 +363,8 @@ def test_bad_models_make_no_project(cli: Cli, tmp_path: Path, weights: Path) -> 
         ([*fitting, "--targets", "nothing"], 2, r"--targets nothing: no such linear layer"),
         ([*fitting, "--blocks", "9"], 2, r"--blocks 9: vit_tiny_patch16_224 has 2 blocks\."),
         ([*fitting, "--rank", "0"], 2, r"--rank: 'rank' must be between 1 and 1024; got 0\."),
-        (["--model", str(folder)], 5, r"holds no config\.json: not a model directory saved by timm\."),
-        (["--model", str(tmp_path / "broken")], 5, r"/broken cannot be loaded by timm \(Expecting property name"),
+        (["--model", str(folder)], 5, r"holds no config\.json: no model that timm or transformers saved\."),
+        (["--model", str(tmp_path / "broken")], 5, r"broken/config\.json is no JSON \(Expecting property name"),
         (["--model", str(tmp_path / "unknown")], 5, r"/unknown cannot be loaded by timm \(Unknown model"),
         (["--model", "./nowhere/model"], 5, r"nowhere/model not found\."),
         (["--model", "resnet18", "--weights", str(weights)], 5, r"does not fit|is not a vision transformer"),
@@ -375,7 +376,7 @@ def test_bad_models_make_no_project(cli: Cli, tmp_path: Path, weights: Path) -> 
         (
             ["--model", str(_pickled_model(tmp_path))],
             5,
-            r"pickled: only \.safetensors weights are read, nothing is ever unpickled\. Convert them first\.",
+            r"pickled holds pytorch_model\.bin: only \.safetensors weights are read, nothing is ever unpickled\.",
         ),
         ([*fitting, "--recipe", "nope"], 2, r"No recipe 'nope'\. Shipped: "),
         (

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from treelora_cli.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -15,6 +17,22 @@ if TYPE_CHECKING:
 
 _WORTH_IT = 0.85
 """bf16 is taken when it needs at most this share of the time; a tie must not flip from run to run."""
+
+
+def precision_beside(wanted: str, held: str | None) -> str:
+    """Return the precision that goes with the type a base is held in: float16 is computed with as it is.
+
+    Raises:
+        UsageError: bf16 is wanted, in which no layer takes float16.
+    """
+    if held != "float16":
+        return wanted
+    if wanted == "bf16":
+        raise UsageError(
+            "--precision bf16 does not go with a base held in float16. Leave it out, or make a project with"
+            " --dtype bfloat16."
+        )
+    return "fp32"
 
 
 def choose_arithmetic(runtime: Runtime, wanted: str, session: TaskSession, trained: Sequence[torch.Tensor]) -> None:

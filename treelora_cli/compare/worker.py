@@ -28,7 +28,7 @@ import torch
 
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
-from treelora_cli.backend.arithmetic import choose_arithmetic
+from treelora_cli.backend.arithmetic import choose_arithmetic, precision_beside
 from treelora_cli.backend.registry import load_backend
 from treelora_cli.backend.runtime import Runtime, Silent, open_runtime, peak_bytes
 from treelora_cli.backend.values import Memory
@@ -206,7 +206,8 @@ class Contest:
         if self._index == 0:
             adapters.write_slot(self.base.network, context.fresh)
             trained = [*(up for _, up in context.slot), *session.parameters()]
-            choose_arithmetic(self.runtime, str(self.config.train.precision), session, trained)
+            wanted = precision_beside(str(self.config.train.precision), self.config.base.dtype)
+            choose_arithmetic(self.runtime, wanted, session, trained)
         context = dataclasses.replace(context, tasks=self.tasks)
         report = train_session(session, self.strategy, context, self.runtime)
         self.model.learned()

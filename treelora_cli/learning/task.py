@@ -22,7 +22,7 @@ import torch
 
 from treelora_cli.algorithm.signature import SignatureAccumulator, SketchSpec
 from treelora_cli.backend import adapters
-from treelora_cli.backend.arithmetic import choose_arithmetic
+from treelora_cli.backend.arithmetic import choose_arithmetic, precision_beside
 from treelora_cli.backend.contract import Base, TaskData, TaskSession
 from treelora_cli.backend.registry import check_honoured, require
 from treelora_cli.backend.runtime import Runtime, peak_bytes
@@ -294,7 +294,8 @@ def _choose_arithmetic(new: NewTask, session: TaskSession, context: TaskContext,
     if begun is not None and "precision" in begun:
         new.runtime.compute_as(begun)
         return
-    wanted, last = str(new.config.train.precision), recorded_arithmetic(new.project, new.runtime.device.type)
+    wanted = precision_beside(str(new.config.train.precision), new.config.base.dtype)
+    last = recorded_arithmetic(new.project, new.runtime.device.type)
     if wanted == "auto" and last is not None:
         new.runtime.compute_as(last)
     else:

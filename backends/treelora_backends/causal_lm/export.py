@@ -17,8 +17,8 @@ from treelora_backends.causal_lm.loading import load_model, source_of
 from treelora_backends.causal_lm.memory import common_manner, manner_of, merged_adapter
 from treelora_backends.causal_lm.modelfile import write_modelfile
 from treelora_backends.causal_lm.network.network import LmNetwork
-from treelora_backends.causal_lm.own_code import refuse_own_code
 from treelora_backends.causal_lm.task import LmTask
+from treelora_backends.own_code import refuse_own_code
 from treelora_cli.backend import adapters
 from treelora_cli.backend.values import ExportCheck, TaskMemory, rounded_scores
 from treelora_cli.errors import UsageError

@@ -21,7 +21,7 @@ from treelora_backends.causal_lm.export import compare_networks, merged_contents
 from treelora_backends.causal_lm.loading import drop_quantizer, load_model, source_of
 from treelora_backends.causal_lm.memory import merged_adapter
 from treelora_backends.causal_lm.modelfile import write_modelfile
-from treelora_backends.causal_lm.own_code import refuse_own_code
+from treelora_backends.own_code import refuse_own_code
 from treelora_cli.backend.values import ExportCheck, ExportOptions, Memory
 from treelora_cli.errors import UsageError
 

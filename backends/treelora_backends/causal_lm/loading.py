@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from treelora_backends.causal_lm.network.layers import blocks_of
-from treelora_backends.causal_lm.own_code import refuse_kernels, refuse_own_code, refuse_pointers
+from treelora_backends.directories import without_config
+from treelora_backends.own_code import refuse_kernels, refuse_own_code, refuse_pointers
 from treelora_cli.backend.fingerprint import all_finite, whole_numbers
 from treelora_cli.config import AdapterConfig, BaseConfig
 from treelora_cli.errors import ModelError, UsageError
@@ -72,9 +73,10 @@ def _local(path: Path) -> Path:
         if (path / "config.json").is_file():
             return lasting(path)
         files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            found = "several GGUF files; name one of them" if files else "neither config.json nor a GGUF file"
-            raise ModelError(f"{path} holds {found}.")
+        if not files:
+            raise without_config(path)
+        if len(files) > 1:
+            raise ModelError(f"{path} holds several GGUF files; name one of them.")
         path = files[0]
     if path.suffix != ".gguf":
         raise ModelError(f"{path}: not a model. Pass a directory with config.json, or a .gguf file.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from treelora_backends.directories import without_config
 from treelora_backends.kept import Keeping, planned
 from treelora_backends.vit.augment import Augment
 from treelora_backends.vit.export import check_export, write_adapter, write_merged
@@ -64,9 +65,11 @@ class VitBackend:
             weights = str(existing_weights(Path(weights)))
         if model is None:
             model = "embedded"
+        if not model.strip():
+            raise UsageError("--model is empty. Leave it out for the model that comes along.")
         if model != "embedded" and Path(model).is_dir():
             if not (Path(model) / "config.json").is_file():
-                raise ModelError(f"{model} holds no config.json: not a model directory saved by timm.")
+                raise without_config(Path(model))
             model = str(lasting(Path(model)))
         elif model != "embedded":
             check_model_name(model, weights, offline)

@@ -10,11 +10,15 @@ from typing import Any
 
 from torch import nn
 
+from treelora_backends.directories import refuse_file, refuse_without_weights
+from treelora_backends.own_code import refuse_own_code, refuse_pointers
 from treelora_cli.backend.fingerprint import all_finite, whole_numbers
 from treelora_cli.config import BaseConfig, Config
 from treelora_cli.errors import ModelError, UsageError, first_line
 from treelora_cli.locations import lasting
 
+_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".npz", ".h5", ".json", ".zip", ".gz")
+"""Endings of files; ``timm/vit_base_patch16_224.augreg_in21k`` is a hub id."""
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "vit_tiny_cifar"
 """The model used when none is named."""
 
@@ -48,8 +52,12 @@ def check_model_name(model: str, weights: str | None, offline: bool) -> None:
     """Refuse a name that neither timm nor, when online, the hub can know."""
     import timm
 
+    if Path(model).is_file():
+        refuse_file(Path(model))
+    if "://" in model:
+        raise ModelError(f"{model} is an address; give a hub id, or download it and give the directory.")
     if "/" in model:
-        if Path(model).suffix or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        if Path(model).suffix in _FILES or model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise ModelError(f"{model} not found.")
         if offline and not _is_cached(model):
             raise ModelError(f"{model} is not cached and --offline is set. Pass --model PATH.")
@@ -89,6 +97,8 @@ def create_vit(base: BaseConfig, *, offline: bool) -> nn.Module:
         name = f"local-dir:{EMBEDDED}"
     elif Path(name).is_dir():
         _refuse_foreign(Path(name))
+        if base.weights is None:
+            refuse_without_weights(Path(name))
         name = f"local-dir:{name}"
     elif "/" in name:
         name = f"hf-hub:{name}"
@@ -106,29 +116,36 @@ def create_vit(base: BaseConfig, *, offline: bool) -> nn.Module:
             raise ModelError(f"{base.model} cannot be loaded by timm ({first_line(error)}).") from error
         reason = "is not cached and --offline is set" if offline else f"cannot be fetched ({type(error).__name__})"
         raise ModelError(f"{base.model} {reason}. Pass --model PATH or --weights FILE.") from error
+    if not isinstance(getattr(vit, "blocks", None), nn.Sequential | nn.ModuleList):
+        raise ModelError(f"{base.model} is not a vision transformer: it has no list of blocks.")
+    if not hasattr(vit, "patch_embed") or not hasattr(vit, "norm"):
+        raise ModelError(f"{base.model} is not a plain vision transformer that can be split at a block.")
     if base.weights is not None:
         _load_weights(vit, Path(base.weights))
     if not all_finite(vit):
         source = base.model if base.weights is None else Path(base.weights).name
         raise ModelError(f"{source} holds weights that are not finite.")
-    if not isinstance(getattr(vit, "blocks", None), nn.Sequential | nn.ModuleList):
-        raise ModelError(f"{base.model} is not a vision transformer: it has no list of blocks.")
-    if not hasattr(vit, "patch_embed") or not hasattr(vit, "norm"):
-        raise ModelError(f"{base.model} is not a plain vision transformer that can be split at a block.")
     return vit
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise ``ModelError`` for a model that transformers saved and not timm."""
+    """Raise ``ModelError`` for a directory that timm did not save: what it is, and what it lacks."""
+    refuse_own_code(str(folder), offline=True)
+    refuse_pointers(str(folder))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return  # timm says what is wrong with it
-    if isinstance(config, dict) and "architecture" not in config and "model_type" in config:
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{folder / 'config.json'} is no JSON ({first_line(error)}).") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} is not a model's configuration but a {type(config).__name__}.")
+    if isinstance(config.get("architecture"), str):
+        return
+    if "model_type" in config:
         kind = ", ".join(map(str, config.get("architectures") or ())) or config["model_type"]
         raise ModelError(
             f"{folder} is {kind} of transformers: neither a causal language model nor a vision transformer of timm."
         )
+    raise ModelError(f"{folder / 'config.json'} names no 'architecture' of timm, and no 'model_type' of transformers.")
 
 
 def _load_weights(vit: nn.Module, path: Path) -> None:
