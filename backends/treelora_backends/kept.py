@@ -2,7 +2,8 @@
 
 On a GPU they stay there while they fit into a share of its free memory; else they wait in the computer's memory, from
 which a batch is gathered and copied while the one before computes; else in an unnamed file, which vanishes with the
-process. On a CPU it is memory for little and the file for much. What is read is the same everywhere.
+process. On a CPU it is memory for little and the file for much. What is read is the same everywhere. Where the disk has
+no room either, or takes longer than computing does, nothing is kept, and whoever can computes the rows again.
 
 Symbols: ``n`` rows.
 """
@@ -12,7 +13,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import shutil
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,20 +59,25 @@ class Keeping:
         """Return where rows may be kept under a limit in MiB, if there is one."""
         return cls(device, None if most_mib is None else most_mib * _MIB)
 
-    def place(self, wanted: int) -> str:
-        """Return where so many bytes go: ``device``, ``memory`` or ``file``."""
+    def place(self, wanted: int, *, again: bool = False) -> str:
+        """Return where so many bytes go: ``device``, ``memory`` or ``file``.
+
+        What can be computed ``again`` goes ``nowhere`` where the disk has no room for it.
+        """
         limit = math.inf if self.most_bytes is None else self.most_bytes
         if self.device.type == "cuda" and wanted <= min(limit, _SHARE * _free_on(self.device)):
             return "device"
         if self.device.type == "cpu" and self.most_bytes is None:
             limit = _MOST_ON_CPU
-        return "memory" if wanted <= min(limit, _SHARE * _free_in_computer()) else "file"
+        if wanted <= min(limit, _SHARE * _free_in_computer()):
+            return "memory"
+        return "nowhere" if again and wanted > _free_on_disk() else "file"
 
 
-def planned(count: int, shape: Sequence[int], keeping: Keeping) -> dict[str, Any]:
+def planned(count: int, shape: Sequence[int], keeping: Keeping, *, again: bool) -> dict[str, Any]:
     """Return place and size, in MiB, of so many rows that would be kept now."""
     wanted = size_of(count, shape)
-    return {"place": keeping.place(wanted), "mib": round(wanted / _MIB, 1)}
+    return {"place": keeping.place(wanted, again=again), "mib": round(wanted / _MIB, 1)}
 
 
 def _free_on(device: torch.device) -> int:
@@ -87,6 +95,14 @@ def _free_in_computer() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def _free_on_disk() -> float:
+    """Return the bytes that a temporary file may still have."""
+    try:
+        return shutil.disk_usage(tempfile.gettempdir()).free
+    except OSError:
+        return math.inf  # a system that does not say: whoever writes will see
+
+
 class KeptRows:
     """Rows of activations under their places, written once and read often.
 
@@ -94,37 +110,65 @@ class KeptRows:
         count: Rows in all; places are 0 to ``count - 1``.
         shape: Of one row; rows are bfloat16.
         keeping: Where they may be kept.
+        again: True where rows can be computed again, so that they need not be kept.
 
     Attributes:
-        place: Where they are: ``device``, ``memory`` or ``file``.
+        place: Where they are: ``device``, ``memory``, ``file`` or ``nowhere``.
         bytes: Size of all rows.
     """
 
-    def __init__(self, count: int, shape: Sequence[int], keeping: Keeping) -> None:
+    def __init__(self, count: int, shape: Sequence[int], keeping: Keeping, *, again: bool = False) -> None:
         self.bytes = size_of(count, shape)
-        self.place = keeping.place(self.bytes)
+        self.place = keeping.place(self.bytes, again=again)
         self._device = keeping.device
-        self._store: _Store
+        self._weighs = again and self.place == "file" and self.bytes > _free_in_computer()
+        """True while it is open whether the disk, which the system cannot hide, is faster than computing again."""
+        self._store: _Store | None = None
         if self.place == "file":
             self._store = _InFile(tuple(shape), pinned=keeping.device.type == "cuda")
-        else:
+        elif self.place != "nowhere":
             pinned = self.place == "memory" and keeping.device.type == "cuda"
             where = keeping.device if self.place == "device" else torch.device("cpu")
             self._store = _InMemory(torch.empty(count, *shape, dtype=_ROW_TYPE, device=where, pin_memory=pinned))
         self._slots = torch.full((count,), -1, dtype=torch.int64)
         self._written = 0
-        self._reader = _Ahead(keeping.device) if keeping.device.type == "cuda" and self.place != "device" else None
+        read_ahead = keeping.device.type == "cuda" and self.place in ("memory", "file")
+        self._reader = _Ahead(keeping.device) if read_ahead else None
         self._expected: deque[tuple[Tensor, Future[_Copied]]] = deque(maxlen=_READ_AHEAD)
 
-    def write(self, places: Tensor, rows: Tensor) -> None:
+    def clock(self) -> float | None:
+        """Return the time, in seconds, at which the device has done its work; ``None`` where that decides nothing."""
+        if not self._weighs:
+            return None
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def write(self, places: Tensor, rows: Tensor, began: float | None = None) -> None:
         """Keep rows (n, *shape) each under its place, (n,) on the CPU.
+
+        Args:
+            places: Where they will be asked for.
+            rows: What is kept.
+            began: ``clock`` before these rows were computed.
 
         Raises:
             ResourceError: The disk is full.
         """
+        if self._store is None:
+            return
+        done = None if began is None else self.clock()
         self._slots[places] = torch.arange(self._written, self._written + len(places))
-        self._store.write(self._written, rows.to(_ROW_TYPE))
+        self._store.write(self._written, rows.to(_ROW_TYPE), through=done is not None)
         self._written += len(places)
+        if began is not None and done is not None:
+            self._weigh(done - began, time.perf_counter() - done)
+
+    def _weigh(self, computing: float, writing: float) -> None:
+        """Keep nothing where computing some rows takes less time than the disk, whose reads cost what writes cost."""
+        self._weighs = False
+        if computing < writing:
+            self.place, self._store, self._reader = "nowhere", None, None
 
     def expect(self, places: Tensor) -> None:
         """Begin to read what will be asked for next, while something else computes."""
@@ -137,6 +181,7 @@ class KeptRows:
         Raises:
             IndexError: Nothing is kept under a place.
         """
+        assert self._store is not None, "nothing is kept"
         if self._reader is None:
             return self._store.read(self._slots_of(places)).to(self._device)
         if self._expected and torch.equal(self._expected[0][0], places):
@@ -144,8 +189,9 @@ class KeptRows:
         return self._begin(self._reader, places).result().wait()
 
     def _begin(self, reader: _Ahead, places: Tensor) -> Future[_Copied]:
-        slots = self._slots_of(places)
-        return reader.start(lambda: self._store.read(slots))
+        slots, store = self._slots_of(places), self._store
+        assert store is not None
+        return reader.start(lambda: store.read(slots))
 
     def _slots_of(self, places: Tensor) -> Tensor:
         slots = self._slots[places]
@@ -159,6 +205,8 @@ class KeptRows:
 
     def __str__(self) -> str:
         where = {"device": f"on {self._device.type}", "memory": "in memory", "file": f"in {tempfile.gettempdir()}"}
+        if self.place == "nowhere":
+            return f"Activations of {self.bytes / _MIB:,.1f} MiB are not kept: each step runs the frozen blocks again."
         return f"Activations of {self.bytes / _MIB:,.1f} MiB are kept {where[self.place]}."
 
 
@@ -185,8 +233,8 @@ class _Store(ABC):
     """Rows one after the other, in the order in which they are written."""
 
     @abstractmethod
-    def write(self, first: int, rows: Tensor) -> None:
-        """Append rows (n, *shape)."""
+    def write(self, first: int, rows: Tensor, *, through: bool) -> None:
+        """Append rows (n, *shape); with ``through`` return when the disk has them."""
 
     @abstractmethod
     def read(self, slots: Tensor) -> Tensor:
@@ -199,7 +247,7 @@ class _InMemory(_Store):
     def __init__(self, values: Tensor) -> None:
         self._values = values
 
-    def write(self, first: int, rows: Tensor) -> None:
+    def write(self, first: int, rows: Tensor, *, through: bool) -> None:
         """Copy; from a GPU to pinned memory without waiting."""
         self._values[first : first + len(rows)].copy_(rows, non_blocking=self._values.is_pinned())
 
@@ -223,13 +271,15 @@ class _InFile(_Store):
         except OSError as error:
             raise _no_room(error) from error
 
-    def write(self, first: int, rows: Tensor) -> None:
+    def write(self, first: int, rows: Tensor, *, through: bool) -> None:
         """Write; raises ``ResourceError`` where the disk is full."""
         wanted = _bytes_of(rows.cpu().contiguous())
         try:
             self._file.seek(first * self._bytes)
             while wanted:
                 wanted = wanted[self._file.write(wanted) :]
+            if through:
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise _no_room(error) from error
 

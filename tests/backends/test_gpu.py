@@ -37,7 +37,7 @@ def precise() -> Any:
 
 @pytest.mark.parametrize("place", ["device", "memory", "file"])
 def test_rows_are_read_from_anywhere_while_the_gpu_works(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    monkeypatch.setattr(Keeping, "place", lambda _self, _wanted: place)
+    monkeypatch.setattr(Keeping, "place", lambda _self, _wanted, **_again: place)
     kept = KeptRows(256, (65, 192), Keeping.of(CUDA, None))
     rows = torch.randn(256, 65, 192, device=CUDA)
     for start in range(0, 256, 64):

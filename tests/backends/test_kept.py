@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from treelora_backends import kept as module
-from treelora_backends.kept import Aside, Keeping, KeptRows, each_expected, size_of
+from treelora_backends.kept import Aside, Keeping, KeptRows, each_expected, planned, size_of
 
 from treelora_cli.errors import ResourceError
 
@@ -87,6 +88,67 @@ def test_a_gpu_keeps_what_fits_half_of_its_free_memory(
     monkeypatch.setattr(module, "_free_on", lambda _device: 600 * MIB)
     monkeypatch.setattr(module, "_free_in_computer", lambda: 1000 * MIB)
     assert Keeping.of(torch.device("cuda"), most_mib).place(wanted) == place
+
+
+@pytest.mark.parametrize(
+    ("again", "free", "place"),
+    [(True, 99, "nowhere"), (True, 100, "file"), (False, 99, "file"), (True, None, "file")],
+)
+def test_what_fits_nowhere_and_can_be_computed_again_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, again: bool, free: int | None, place: str
+) -> None:
+    def usage(_path: str) -> SimpleNamespace:
+        if free is None:
+            raise OSError("not a system that says")
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    assert Keeping.of(CPU, 0).place(100, again=again) == place
+    assert planned(25, [2], Keeping.of(CPU, 0), again=again) == {"place": place, "mib": 0.0}
+
+
+def test_rows_that_are_nowhere_are_written_and_expected_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_free_on_disk", lambda: 0)
+    kept = KeptRows(2**18, (8,), Keeping.of(CPU, 0), again=True)
+    kept.write(torch.tensor([0]), torch.ones(1, 8), kept.clock())
+    kept.expect(torch.tensor([0]))
+    assert (kept.facts(), str(kept)) == (
+        {"place": "nowhere", "mib": 4.0},
+        "Activations of 4.0 MiB are not kept: each step runs the frozen blocks again.",
+    )
+
+
+@pytest.mark.parametrize(("computing", "place"), [(0.5, "nowhere"), (2.0, "file")])
+def test_beyond_memory_the_disk_has_to_be_faster_than_computing(
+    monkeypatch: pytest.MonkeyPatch, computing: float, place: str
+) -> None:
+    clock, flushed = [0.0], []
+
+    def flush(number: int) -> None:
+        flushed.append(number)
+        clock[0] += 1.0
+
+    monkeypatch.setattr(module, "_free_in_computer", lambda: 1)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("os.fsync", flush)
+    kept = KeptRows(4, (2,), Keeping.of(CPU, 0), again=True)
+    kept.write(torch.tensor([0]), torch.ones(1, 2))  # the first of a pass is not counted
+    assert flushed == []
+    began = kept.clock()
+    clock[0] += computing
+    kept.write(torch.tensor([1]), torch.ones(1, 2), began)
+    assert (kept.place, len(flushed)) == (place, 1)
+    kept.write(torch.tensor([2]), torch.ones(1, 2), kept.clock())
+    assert len(flushed) == 1, "it is decided once"
+    assert kept.clock() is None
+    if place == "file":
+        assert torch.equal(kept.read(torch.tensor([0, 1, 2])), torch.ones(3, 2).bfloat16())
+
+
+def test_what_memory_can_hold_or_cannot_be_made_again_is_not_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert KeptRows(4, (2,), Keeping.of(CPU, 0), again=True).clock() is None
+    monkeypatch.setattr(module, "_free_in_computer", lambda: 1)
+    assert KeptRows(4, (2,), Keeping.of(CPU, 0)).clock() is None
 
 
 def test_the_system_says_how_much_memory_is_free() -> None:

@@ -180,6 +180,26 @@ def test_an_epoch_has_few_shapes_and_the_same_losses(models, family, tmp_path, m
     assert len(set(seen)) <= 2 * len(lengths) < len(shapes), "sizes of batches differ by at most one"
 
 
+def test_states_that_fit_nowhere_are_computed_again_as_they_would_have_been_kept(models, tmp_path, monkeypatch):
+    base = opened(models["gpt2"])
+    kept = session_over(base, tmp_path)
+    kept.prepare()
+    step = next(kept.batches(0))
+    monkeypatch.setattr("treelora_backends.kept._free_on_disk", lambda: 0)
+    anew = session_over(base, tmp_path)
+    anew._keeping = type(anew._keeping).of(torch.device("cpu"), 0)
+    anew.prepare()
+    assert (kept.finish().facts["kept"]["place"], anew.finish().facts["kept"]["place"]) == ("memory", "nowhere")
+    for block in base.lm.first_blocks(base.lm.cut):
+        block.attn.resid_dropout.p = 0.5  # acts in the blocks that are trained only
+    base.network.train()
+    assert_same([anew.loss_of(step)], [kept.loss_of(step)])
+    assert base.network.training
+    assert_same(gradients(base, anew.loss_of(step)), gradients(base, kept.loss_of(step)))
+    for block in base.lm.first_blocks(base.lm.cut):
+        block.attn.resid_dropout.p = 0.0
+
+
 def test_features_and_answers_are_those_of_narrow_batches(models, monkeypatch):
     base = opened(models["llama"])
     batch = labelled_batch().batch

@@ -102,7 +102,7 @@ def places(bench: Bench) -> None:
     work = torch.randn(64, 64, device=bench.device) if bench.dry else torch.randn(8192, 8192, device=bench.device)
     for place in ("device", "memory", "file"):
         keeping = Keeping(bench.device)
-        object.__setattr__(keeping, "place", lambda _wanted, place=place: place)
+        object.__setattr__(keeping, "place", lambda _wanted, place=place, **_again: place)
         kept = KeptRows(count, shape, keeping)
         kept.write(torch.arange(count), rows)
         same = all(torch.equal(kept.read(some), rows[some.to(bench.device)]) for some in batches)

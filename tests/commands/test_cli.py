@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import STREAM, Cli, learned_hashes, make_images, picture, run_python, tree_hash
+from safetensors.torch import load_file
 
 COMMANDS = (
     "init",
@@ -179,19 +181,31 @@ def test_dry_run_learns_nothing(cli: Cli, project: Path, data: Path) -> None:
 
 
 def test_what_is_learned_does_not_depend_on_where_activations_are_kept(
-    cli: Cli, project: Path, data: Path, tmp_path: Path
+    cli: Cli, project: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapters = []
-    for limit, place, said in ((1, "memory", "in memory"), (0, "file", f"in {tempfile.gettempdir()}")):
+    for limit, place, said in (
+        (1, "memory", "kept in memory."),
+        (0, "file", f"kept in {tempfile.gettempdir()}."),
+        (0, "nowhere", "not kept: each step runs the frozen blocks again."),
+    ):
+        if place == "nowhere":
+            monkeypatch.setattr("treelora_backends.kept._free_on_disk", lambda: 0)
+            plan = cli("-C", project, "train-task", data / "cold", "--name", "again", "--keep-mib", 0, "--dry-run",
+                       "--json", "--device", "cpu")  # fmt: skip
+            assert plan.json["kept_activations_place"] == "nowhere"
         shutil.copytree(project, tmp_path / place)
         done = cli("-v", "-C", tmp_path / place, "train-task", data / "cold", "--name", "again", "--keep-mib", limit,
                    "--no-eval", "--device", "cpu")  # fmt: skip
         assert done.code == 0, done.err
-        assert f"are kept {said}." in done.err
+        assert f"are {said}" in done.err
         (folder,) = (tmp_path / place / "tasks").glob("*-again")
         assert json.loads((folder / "task.json").read_text())["facts"]["kept"] == {"place": place, "mib": 0.0}
-        adapters.append((folder / "adapter_model.safetensors").read_bytes())
-    assert adapters[0] == adapters[1]
+        adapters.append(load_file(folder / "adapter_model.safetensors"))
+    kept, in_file, computed_again = adapters
+    for name, tensor in kept.items():
+        assert torch.equal(in_file[name], tensor)
+        torch.testing.assert_close(computed_again[name], tensor, rtol=0, atol=1e-4)
 
 
 def test_no_eval_leaves_scores_open(cli: Cli, empty_project: Path, data: Path) -> None:

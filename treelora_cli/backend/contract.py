@@ -188,7 +188,7 @@ class Base(Protocol):
     """A loaded frozen model with one LoRA slot.
 
     A backend that keeps activations over epochs may say with a method ``kept_plan(task, config)`` where and how many:
-    ``{"place": "device", "memory" or "file", "mib": ...}``; ``train-task --dry-run`` shows it.
+    ``{"place": "device", "memory", "file" or "nowhere", "mib": ...}``; ``train-task --dry-run`` shows it.
     """
 
     @property

@@ -313,6 +313,24 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+def fetched(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the CPU; a GPU's may still be on its way until ``wait_for`` returns."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    import torch
+
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
 def quiet_libraries() -> None:
     """Keep libraries' warnings off the terminal unless asked for."""
     import warnings

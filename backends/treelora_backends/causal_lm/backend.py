@@ -136,7 +136,7 @@ class CausalLmBase(LoadedLm):
             return {}
         tokens = sum(len(one) for one in self.runtime.share(cast("LmTask", task).train))
         width = int(self.lm.model.config.get_text_config().hidden_size)
-        return planned(tokens, [width], Keeping.of(self.lm.device, config.train.keep_mib))
+        return planned(tokens, [width], Keeping.of(self.lm.device, config.train.keep_mib), again=True)
 
     def predictor(self, memory: Memory, inference: str) -> LmPredictor:
         """Return a predictor over everything in ``memory``."""

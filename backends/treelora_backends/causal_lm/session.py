@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from treelora_backends.causal_lm.task import LmTask, answer_classes
 from treelora_backends.kept import Keeping, KeptRows, each_expected
 from treelora_backends.objective import Objective, class_weights
 from treelora_cli import seeds
-from treelora_cli.backend.runtime import sent
+from treelora_cli.backend.runtime import fetched, sent, wait_for
 from treelora_cli.backend.values import Learned, Memory
 from treelora_cli.config import Config
 from treelora_cli.errors import DataError, UsageError
@@ -118,7 +119,7 @@ class LmSession(LmSteps):
         """Run the frozen blocks over as much as they read at once, or all blocks where none is skipped."""
         self.base.network.eval()
         labelled = self._collated(self.trial_places(tokens_at_once(self.base.lm.device)))
-        with self._passes().without_gradients():
+        with self._passes.without_gradients():
             _ = self.base.lm.entering(labelled.batch) if self.base.lm.cut else self.base.lm.loss(labelled)
 
     def prepare(self) -> None:
@@ -138,6 +139,7 @@ class LmSession(LmSteps):
             if head is None and not self._tail_is_told:
                 self.tail = 0  # the adapter alone will answer
 
+    @cached_property
     def _passes(self) -> Passes:
         return Passes(self.runtime, self.base.lm.first_blocks(self.base.lm.cut))
 
@@ -149,28 +151,31 @@ class LmSession(LmSteps):
         batches = list(by_length(tokens, len, tokens_at_once(lm.device)))
         features: dict[int, Tensor] = {}
         self.base.network.eval()
-        passes = self._passes()
         for places in self.runtime.reporter.track(batches, "Frozen pass", len(batches)):
             batch = padded([tokens[place] for place in places], encoder, lm.device)
-            with passes.without_gradients():
+            began = None if self._entering is None else self._entering.clock()
+            with self._passes.without_gradients():
                 reading = lm.read(batch, to_cut=True) if lm.read_once else None
                 states = lm.entering(batch) if reading is None else reading.entering
             assert states is not None
-            self._keep(places, states)
+            self._keep(places, states, began)
             if reading is not None:
-                lengths = torch.tensor([inputs.get(place, 1) for place in places], device=lm.device)
-                found = reading.features(lengths).cpu()
+                lengths = sent(torch.tensor([inputs.get(place, 1) for place in places]), lm.device)
+                found = fetched(reading.features(lengths))
                 features |= {place: found[row] for row, place in enumerate(places) if place in inputs}
+        wait_for(lm.device)
+        if self._entering is not None and self._entering.place == "nowhere":
+            self.runtime.reporter.detail(str(self._entering))
         return features
 
-    def _keep(self, places: list[int], states: Tensor) -> None:
+    def _keep(self, places: list[int], states: Tensor, began: float | None) -> None:
         """Keep what enters the adapted blocks of some padded examples, (B, T, C), token by token."""
         if self._entering is None:
-            self._entering = KeptRows(self._starts[-1], states.shape[-1:], self._keeping)
+            self._entering = KeptRows(self._starts[-1], states.shape[-1:], self._keeping, again=True)
             self.runtime.reporter.detail(str(self._entering))
         tokens = [row * states.shape[1] + torch.arange(self.lengths[place]) for row, place in enumerate(places)]
         kept = states.flatten(0, 1)[sent(torch.cat(tokens), states.device)]
-        self._entering.write(self._tokens_of(places), kept)
+        self._entering.write(self._tokens_of(places), kept, began)
 
     def _tokens_of(self, places: list[int]) -> Tensor:
         """Return the places of some examples' tokens among all that are kept, one example after the other, (n,)."""
@@ -231,12 +236,23 @@ class LmSession(LmSteps):
 
     def _entering_states(self, kept: KeptRows, places: list[int], batch: Batch) -> Tensor:
         """Return what enters the adapted blocks of a padded batch, (B, T, C); any token's where none is."""
+        if kept.place == "nowhere":
+            return self._entering_anew(batch)
         lengths = torch.tensor([self.lengths[place] for place in places])
         first = lengths.cumsum(0) - lengths
         columns = torch.arange(batch.ids.shape[1])
         rows = torch.where(columns < lengths[:, None], first[:, None] + columns, 0)  # (B, T)
         tokens = kept.read(self._tokens_of(places))
         return tokens[sent(rows, tokens.device)].to(self.base.lm.state_dtype)
+
+    def _entering_anew(self, batch: Batch) -> Tensor:
+        """Return the same where nothing is kept, as it would have been kept: without dropout."""
+        trains = self.base.network.training
+        self.base.network.eval()
+        with self._passes.without_gradients():
+            states = self.base.lm.entering(batch)
+        self.base.network.train(trains)
+        return states.bfloat16().to(self.base.lm.state_dtype)
 
     def batches(self, epoch: int) -> Iterator[list[int]]:
         """Yield places in this process's share for each step; the next step's states are read meanwhile."""

@@ -15,7 +15,7 @@ from treelora_backends.directories import without_config
 from treelora_backends.kept import Keeping, planned
 from treelora_backends.vit.augment import Augment
 from treelora_backends.vit.export import check_export, write_adapter, write_merged
-from treelora_backends.vit.images import ImageTask, Preprocessing, make_preprocessing, read_image_task
+from treelora_backends.vit.images import LIKE_THEMSELVES, ImageTask, Preprocessing, make_preprocessing, read_image_task
 from treelora_backends.vit.loaded import LoadedVit
 from treelora_backends.vit.loading import check_model_name, choose_layers, create_vit, existing_weights, files_of
 from treelora_backends.vit.onnx_export import OnnxExport
@@ -123,7 +123,8 @@ class VitBase(LoadedVit):
             image = torch.zeros(1, 3, *self.preprocessing.size, device=self.runtime.device)
             shape = self.trunk.before(image).tokens.shape[1:]
         own = len(self.runtime.share(list(range(task.train_size))))
-        return planned(own * config.head.views, shape, Keeping.of(self.runtime.device, config.train.keep_mib))
+        keeping = Keeping.of(self.runtime.device, config.train.keep_mib)
+        return planned(own * config.head.views, shape, keeping, again=config.head.views <= LIKE_THEMSELVES)
 
     def predictor(self, memory: Memory, inference: str) -> VitPredictor:
         """Return a predictor over everything in ``memory``.

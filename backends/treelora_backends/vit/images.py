@@ -156,6 +156,10 @@ class ImageTask:
         return len(self.test)
 
 
+LIKE_THEMSELVES = 2
+"""Views that are not changed at random: plain, mirrored."""
+
+
 def shuffled_views(count: int, views: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (rows, views) of each step of an epoch, both (B,): every image once, each in one view drawn at random."""
     generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,14 @@ from treelora_backends.compiled import Compilation
 from treelora_backends.kept import Keeping, KeptRows, each_expected
 from treelora_backends.objective import Objective, class_weights, summed_in_parts
 from treelora_backends.vit.branching import SOLVED, Branching
-from treelora_backends.vit.images import ImageTask, chosen_views, images_at_once, in_parts, shuffled_views
+from treelora_backends.vit.images import (
+    LIKE_THEMSELVES,
+    ImageTask,
+    chosen_views,
+    images_at_once,
+    in_parts,
+    shuffled_views,
+)
 from treelora_backends.vit.shared_head import SharedHead, columns_of
 from treelora_backends.vit.single import (
     COVARIANCE_RIDGE,
@@ -45,8 +52,6 @@ if TYPE_CHECKING:
     from treelora_cli.backend.contract import Tensors
 
 _TEMPERATURE = 0.1
-_LIKE_THEMSELVES = 2
-"""Views that are not changed at random: plain, mirrored."""
 _CHANGED_BY = "rand-m5-mstd0.5"
 """What changes further views where the training images are not changed (recipes/RESULTS.md)."""
 _SMALLEST_PROBE = 8
@@ -79,7 +84,7 @@ class VitSession:
         self.class_weights = class_weights(config.head.class_weights, self.labels, len(task.labels), self.runtime)
         """What an image of each class counts in the solved heads, (k,)."""
         self.augment = base.augmenting(config)
-        further = self.views > _LIKE_THEMSELVES
+        further = self.views > LIKE_THEMSELVES
         self.changed = self.augment or base.augmenting(config, _CHANGED_BY) if further else None
         """What makes the views beyond the second."""
         self.head = nn.Linear(base.trunk.width, len(task.labels)).to(self.device)
@@ -124,6 +129,8 @@ class VitSession:
         with adapters.base_only(self.base.network):
             for rows in self.runtime.reporter.track(chunks, "Frozen pass", len(chunks)):
                 self._run_frozen(rows, pooled_sum)
+        if self.kept.place == "nowhere":
+            self.runtime.reporter.detail(str(self.kept))
         self.shared_head.close_task()
         self._set_prototypes(pooled_sum)
 
@@ -132,23 +139,29 @@ class VitSession:
         labels = self.labels[sent(rows, self.device)]
         for view, images in enumerate(self._views_of(rows)):
             with self._counting(labels, view), self.runtime.autocast():
+                began = self.kept.clock() if hasattr(self, "kept") else None
                 cut = self.base.trunk.before(images)
+                self._keep(rows * self.views + view, cut.tokens, began)
                 features = self.base.trunk.after(cut)
             if self.branching is not None:
                 self.branching.keep(rows, view, features.layered)
-            if not hasattr(self, "kept"):
-                self.kept = KeptRows(len(self.own) * self.views, cut.tokens.shape[1:], self.keeping)
-                self.runtime.reporter.detail(str(self.kept))
-            self.kept.write(rows * self.views + view, cut.tokens)
             pooled_sum.index_add_(0, labels, features.pooled)
             self.shared_head.add(features, labels)
+
+    def _keep(self, places: Tensor, tokens: Tensor, began: float | None) -> None:
+        """Keep tokens before the cut, (B, L, C); views changed at random cannot be made again."""
+        if not hasattr(self, "kept"):
+            again = self.views <= LIKE_THEMSELVES
+            self.kept = KeptRows(len(self.own) * self.views, tokens.shape[1:], self.keeping, again=again)
+            self.runtime.reporter.detail(str(self.kept))
+        self.kept.write(places, tokens, began)
 
     def _views_of(self, rows: Tensor) -> Iterator[Tensor]:
         """Yield every view of some images, normalised (B, 3, H, W); those of odd number are mirrored."""
         pixels = self.task.train.pixels[self.own[rows]]
         plain = self.base.preprocessing.normalise(sent(pixels, self.device))
         yield from (plain, plain.flip(-1))[: self.views]
-        for view in range(_LIKE_THEMSELVES, self.views):
+        for view in range(LIKE_THEMSELVES, self.views):
             assert self.changed is not None
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seeds.of_view(self.seed, view, int(self.own[rows[0]])))
@@ -158,12 +171,14 @@ class VitSession:
 
     def _counting(self, labels: Tensor, view: int) -> AbstractContextManager[None]:
         """Sum the tokens of what passes, where branches ask for the kind of data; of images as they are."""
-        if self.branching is None or view >= _LIKE_THEMSELVES:
+        if self.branching is None or view >= LIKE_THEMSELVES:
             return nullcontext()
         return self.branching.moments.listening(labels)
 
     def entering(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return the tokens before the cut of chosen views, (B, L, C)."""
+        if self.kept.place == "nowhere":
+            return self._entering_anew(rows, views).bfloat16().float()
         return self.kept.read(rows * self.views + views).float()
 
     def _set_prototypes(self, pooled_sum: Tensor) -> None:
@@ -232,9 +247,10 @@ class VitSession:
         return self.objective(self.head(pooled), self.labels[sent(rows, self.device)])
 
     @torch.no_grad()
-    def _entering_anew(self, rows: Tensor, views: Tensor, augment: Augment) -> Tensor:
-        """Return the tokens before the cut of images changed at random, (B, L, C)."""
-        pixels = augment(self.task.train.pixels[self.own[rows]])
+    def _entering_anew(self, rows: Tensor, views: Tensor, augment: Augment | None = None) -> Tensor:
+        """Return the tokens before the cut, (B, L, C), computed again, on request of images changed at random."""
+        pixels = self.task.train.pixels[self.own[rows]]
+        pixels = pixels if augment is None else augment(pixels)
         images = chosen_views(self.base.preprocessing.normalise(sent(pixels, self.device)), views)
         with self.runtime.autocast():
             return self.base.trunk.before(images).tokens.float()
