@@ -30,14 +30,23 @@ class Compiled:
     """
 
     def __init__(self, modules: Sequence[nn.Module], mode: str) -> None:
-        import torch._dynamo.config as limits
-
-        limits.recompile_limit = max(limits.recompile_limit, _MOST_GRAPHS)
+        _prepare_compiler()
         self._pairs = [(one, _compiled(one.forward, mode)) for one in modules]
 
     def used(self) -> AbstractContextManager[None]:
         """Return the context in which the modules run compiled; what is differentiated later may leave it."""
         return standing_in(self._pairs)
+
+
+def _prepare_compiler() -> None:
+    """Let enough graphs be compiled, and backward passes with their forward ones, where a failure is said."""
+    import torch._dynamo.config as limits
+    import torch._functorch.config as passes
+
+    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # until torch 2.5
+    setattr(limits, name, max(getattr(limits, name), _MOST_GRAPHS))
+    if hasattr(passes, "force_non_lazy_backward_lowering"):
+        passes.force_non_lazy_backward_lowering = True
 
 
 class Compilation:

@@ -151,6 +151,21 @@ def test_a_compiler_that_fails_is_said_in_one_line(monkeypatch: pytest.MonkeyPat
     torch.compiler.reset()
 
 
+def test_a_backward_pass_that_cannot_be_compiled_is_said_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def broken(_graph: Any, _inputs: Any) -> Any:
+        raise RuntimeError("no kernel for a gradient")
+
+    whole = aot_autograd(fw_compiler=lambda graph, _inputs: make_boxed_func(graph.forward), bw_compiler=broken)
+    monkeypatch.setattr(module, "_COMPILER", whole)
+    layer = nn.Linear(3, 3)
+    with Compilation("default", lambda: [layer]).used(), pytest.raises(UsageError, match="no kernel for a gradient"):
+        layer(torch.zeros(1, 3)).sum().backward()
+    torch.compiler.reset()
+
+
 @pytest.mark.slow
 def test_with_torchs_own_kernels_losses_and_gradients_are_the_plain_ones(
     llama: Path, weights: Path, tmp_path: Path

@@ -1,6 +1,6 @@
-"""What a borrowed GPU can show in five minutes: treelora's phases and steps beside plain peft, at real sizes.
+"""What a borrowed GPU can show in six minutes: treelora's phases and steps beside plain peft, at real sizes.
 
-    python tests/benchmarks/gpu.py [--sections equal,places,vit,lm1,startup,lm7,startup7] [--seconds 270] [--dry-run]
+    python tests/benchmarks/gpu.py [--sections equal,places,vit,...] [--seconds 330] [--dry-run]
 
 Random weights, no network, no files but its own. Every row is printed as soon as it is measured, and kept in
 ``$OUT/gpu.json`` where OUT is set; a section that fails or runs out of its time leaves the others' rows. ``--dry-run``
@@ -39,7 +39,7 @@ from gpu_parts import (
     texts,
     word_tokenizer,
 )
-from gpu_steps import learn, peft_steps, trainer_seconds, treelora_steps
+from gpu_steps import learn, output_layer, peft_steps, trainer_seconds, treelora_steps
 from torch import Tensor, nn
 
 # -- sections --------------------------------------------------------------------------------------
@@ -288,6 +288,35 @@ def scoring(bench: Bench, section: str, base: Any, task: Any) -> None:
         bench.table.row(section, "free answers to held-out prompts", failed=f"{type(error).__name__}: {error}")
 
 
+def compiled(bench: Bench) -> None:
+    """Steps of one width as they are, compiled, and as CUDA graphs: what ``train.compile`` gains, and costs at first.
+
+    A dry run builds no kernels: that takes a processor minutes.
+    """
+    from treelora_backends import compiled as compiling
+    from treelora_backends.causal_lm.backend import CausalLmBackend
+
+    from treelora_cli.backend.values import DataRequest
+
+    compiling._COMPILER = "aot_eager" if bench.dry else "inductor"
+    count, prompt = (24, (30, 30)) if bench.dry else (64, (700, 700))
+    folder = Path(tempfile.mkdtemp(dir=SCRATCH))
+    data = texts(folder / "task", 1, count, prompt)
+    dtype = torch.float32 if bench.dry else torch.bfloat16
+    base = CausalLmBackend.around(
+        random_llama("tiny" if bench.dry else "1B", bench.device, dtype),
+        word_tokenizer(),
+        "0" * 64,
+        lm_config(bench, 4, epochs=2),
+        bench.runtime(),
+    )
+    task = base.read_task(DataRequest(data))
+    for mode in ("none", "default", *([] if bench.dry else ["reduce-overhead"])):
+        torch.compiler.reset()
+        config = lm_config(bench, 4, epochs=2, compile=mode, prompt_tail=0)
+        treelora_steps(bench, "compiled", base, task, config, 8 if bench.dry else 24, f"train.compile {mode}")
+
+
 def startup(bench: Bench, section: str, name: str) -> None:
     """Load a checkpoint twice: the first time its identity is hashed, the second time it is remembered."""
     from treelora_backends.causal_lm.backend import CausalLmBackend
@@ -329,6 +358,8 @@ SECTIONS: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "startup": (40, lambda bench: startup(bench, "startup", "1B")),
     "lm7": (110, lambda bench: causal_lm(bench, "lm7", "7B", ((4, True), (16, False)))),
     "startup7": (90, lambda bench: startup(bench, "startup7", "7B")),
+    "output": (20, output_layer),
+    "compiled": (90, compiled),
 }
 """Sections in the order of their importance, with the most seconds of each."""
 
@@ -337,7 +368,7 @@ def main() -> None:
     """Read the options and run the sections."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sections", default=",".join(SECTIONS))
-    parser.add_argument("--seconds", type=float, default=270, help="in all")
+    parser.add_argument("--seconds", type=float, default=330, help="in all")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     if not (options.dry_run or torch.cuda.is_available()):

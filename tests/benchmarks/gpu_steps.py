@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from gpu_parts import SCRATCH, Bench
-from torch import nn
+from torch import Tensor, nn
 
 
 def learn(bench: Bench, section: str, base: Any, project: Any, data: Path, name: str, config: Any) -> dict[str, float]:
@@ -72,9 +72,9 @@ def shown_steps(
 
 
 def treelora_steps(
-    bench: Bench, section: str, base: Any, task: Any, config: Any, most: int
+    bench: Bench, section: str, base: Any, task: Any, config: Any, most: int, how: str = ""
 ) -> tuple[float, float, list[Any]]:
-    """Take steps of one task one by one; returns the median, the peak and the batches."""
+    """Take steps of one task one by one; returns the median, the peak and the batches; ``how`` ends the row's name."""
     from treelora_cli.backend.values import Memory
     from treelora_cli.learning.trainer import Trainer, TrainSettings
     from treelora_cli.methods.base import Unprotected
@@ -96,7 +96,8 @@ def treelora_steps(
         if len(steps) == most:
             break
     peak = bench.peak(held)
-    median = shown_steps(bench, section, f"treelora step, batch {config.train.batch_size}", steps, peak)
+    what = f"treelora step, batch {config.train.batch_size}" + (f", {how}" if how else "")
+    median = shown_steps(bench, section, what, steps, peak)
     if not bench.dry:
         busy_share(bench, section, trainer, session, median)
     return median, peak, batches
@@ -109,7 +110,8 @@ def shape_of(session: Any, batch: Any) -> tuple[int, ...]:
     if isinstance(batch, tuple):
         return (len(batch[0]),)
     longest = max(session.lengths[place] for place in batch)
-    return len(batch), width_for(longest, session.base.lm.device, session.base.encoder.context)
+    few = session.compilation.mode is not None
+    return len(batch), width_for(longest, session.base.lm.device, session.base.encoder.context, few=few)
 
 
 def busy_share(bench: Bench, section: str, trainer: Any, session: Any, median: float) -> None:
@@ -185,3 +187,35 @@ def trainer_seconds(
     made = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
     with contextlib.redirect_stdout(sys.stderr):
         return bench.timed(made.train)[0]
+
+
+def output_layer(bench: Bench) -> None:
+    """The loss behind a wide output layer and its gradient, of few positions and of many: treelora's and Liger's."""
+    from treelora_backends.causal_lm.network.ahead import OutputLoss
+    from treelora_backends.causal_lm.network.liger import fused_loss
+
+    width, vocabulary, dtype = (64, 512, torch.float32) if bench.dry else (2048, 128_256, torch.bfloat16)
+    head = nn.Linear(width, vocabulary, bias=False, device=bench.device, dtype=dtype).requires_grad_(False)
+    ours = OutputLoss(lambda states: head(states).float(), None, bench.device, vocabulary)
+    ways = {"treelora": lambda states, targets: ours(states, targets)}
+    fused = fused_loss(head, bench.device)
+    if fused is not None:
+        ways["Liger"] = lambda states, targets: fused(states, targets, 0.0)
+    for count in (64, 600, 4096):
+        states = torch.randn(count, width, device=bench.device, dtype=dtype)
+        targets = torch.arange(count, device=bench.device) % vocabulary
+        for name, way in ways.items():
+
+            def step(way: Any = way, states: Tensor = states, targets: Tensor = targets) -> Tensor:
+                leaf = states.clone().requires_grad_()
+                loss = way(leaf, targets)
+                loss.backward()
+                return loss.detach()
+
+            step()
+            held = bench.allocated()
+            seconds, loss = bench.timed(step)
+            what = f"{name}, {count} positions, {-(-count // ours.at_once)} chunks of ours"
+            bench.table.row("output", what, ms=1000 * seconds, peak_gib=bench.peak(held), loss=float(loss))
+    if fused is None:
+        bench.table.row("output", "Liger", absent="not installed, or no CUDA")
