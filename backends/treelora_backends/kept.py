@@ -114,6 +114,7 @@ class KeptRows:
 
     Attributes:
         place: Where they are: ``device``, ``memory``, ``file`` or ``nowhere``.
+        given_up: True where they went to the disk until it proved too slow.
         bytes: Size of all rows.
     """
 
@@ -121,6 +122,7 @@ class KeptRows:
         self.bytes = size_of(count, shape)
         self.place = keeping.place(self.bytes, again=again)
         self._device = keeping.device
+        self.given_up = False
         self._weighs = again and self.place == "file" and self.bytes > _free_in_computer()
         """True while it is open whether the disk, which the system cannot hide, is faster than computing again."""
         self._store: _Store | None = None
@@ -168,6 +170,7 @@ class KeptRows:
         """Keep nothing where computing some rows takes less time than the disk, whose reads cost what writes cost."""
         self._weighs = False
         if computing < writing:
+            self.given_up = True
             self.place, self._store, self._reader = "nowhere", None, None
 
     def expect(self, places: Tensor) -> None:

@@ -137,7 +137,7 @@ def test_beyond_memory_the_disk_has_to_be_faster_than_computing(
     began = kept.clock()
     clock[0] += computing
     kept.write(torch.tensor([1]), torch.ones(1, 2), began)
-    assert (kept.place, len(flushed)) == (place, 1)
+    assert (kept.place, kept.given_up, len(flushed)) == (place, place == "nowhere", 1)
     kept.write(torch.tensor([2]), torch.ones(1, 2), kept.clock())
     assert len(flushed) == 1, "it is decided once"
     assert kept.clock() is None

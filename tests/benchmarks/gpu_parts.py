@@ -21,6 +21,7 @@ import tomllib
 ROOT = Path(__file__).parents[2]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: threads that spin take a busy machine
 SCRATCH = Path(tempfile.mkdtemp(prefix="treelora-gpu-"))
 os.environ["TREELORA_CACHE"] = str(SCRATCH / "cache")
 

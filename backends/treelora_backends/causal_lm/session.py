@@ -164,7 +164,7 @@ class LmSession(LmSteps):
                 found = fetched(reading.features(lengths))
                 features |= {place: found[row] for row, place in enumerate(places) if place in inputs}
         wait_for(lm.device)
-        if self._entering is not None and self._entering.place == "nowhere":
+        if self._entering is not None and self._entering.given_up:
             self.runtime.reporter.detail(str(self._entering))
         return features
 

@@ -129,7 +129,7 @@ class VitSession:
         with adapters.base_only(self.base.network):
             for rows in self.runtime.reporter.track(chunks, "Frozen pass", len(chunks)):
                 self._run_frozen(rows, pooled_sum)
-        if self.kept.place == "nowhere":
+        if self.kept.given_up:
             self.runtime.reporter.detail(str(self.kept))
         self.shared_head.close_task()
         self._set_prototypes(pooled_sum)
