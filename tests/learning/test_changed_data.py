@@ -260,3 +260,54 @@ def test_data_that_moved_for_good(cli: Cli, stream: tuple[Path, Path], tmp_path:
     assert cli("-C", root, "rollback", "cold").code == 0
     assert cli("-C", root, "rollback", "--undo").code == 0
     assert evaluated(cli, root) == before
+
+
+def test_held_out_data_apart_moves_along(cli: Cli, empty_project: Path, tmp_path: Path) -> None:
+    """What lay beside the data is found beside its new place; what went elsewhere is said with ``--val``."""
+    old = make_images(tmp_path / "old", ["red", "blue"])
+    (tmp_path / "all").mkdir()
+    for part in ("train", "test"):
+        (old / part).rename(tmp_path / "all" / f"{part}ed")
+    data, val = tmp_path / "all/trained", tmp_path / "all/tested"
+    root = ("-C", empty_project)
+    assert cli(*root, "train-task", data, "--val", val, "--name", "one", "--device", "cpu").code == 0
+    scores = evaluated(cli, empty_project)
+    (tmp_path / "all").rename(tmp_path / "moved")
+    gone = cli(*root, "eval", "--device", "cpu")
+    check_error(gone, 4, r"trained not found\. If it lies elsewhere now: treelora data one PATH")
+    here = tmp_path / "moved/trained"
+    assert evaluated(cli, empty_project, "--data", f"one={here}") == scores
+    assert cli(*root, "data", "one", here, "--device", "cpu").code == 0
+    assert evaluated(cli, empty_project) == scores
+    apart = (tmp_path / "moved/tested").rename(tmp_path / "apart")
+    line = r"moved/tested, the held-out data of 'one', not found\. Say where it is now: --val PATH"
+    check_error(cli(*root, "data", "one", here, "--device", "cpu"), 4, line)
+    assert cli(*root, "data", "one", here, "--val", apart, "--device", "cpu").code == 0
+    assert evaluated(cli, empty_project) == scores
+
+
+def test_a_task_of_several_files_that_moved_into_one_folder(cli: Cli, empty_project: Path, tmp_path: Path) -> None:
+    one, two = (make_images(tmp_path / name, [name], test=0) / "train" for name in ("red", "blue"))
+    assert cli("-C", empty_project, "train-task", one, two, "--name", "both", "--device", "cpu").code == 0
+    scores = evaluated(cli, empty_project)
+    (tmp_path / "new").mkdir()
+    for folder in (one / "red", two / "blue"):
+        folder.rename(tmp_path / "new" / folder.name)
+    assert evaluated(cli, empty_project, "--data", f"both={tmp_path / 'new'}") == scores
+
+
+def test_a_base_that_moved_is_named_in_the_settings(
+    cli: Cli, stream: tuple[Path, Path], weights: Path, tmp_path: Path
+) -> None:
+    root, _ = stream
+    scores = evaluated(cli, root)
+    settings = root / "treelora.yaml"
+    here, gone = Path(shutil.copy(weights, tmp_path / "here.safetensors")), tmp_path / "gone.safetensors"
+    settings.write_text(settings.read_text().replace(str(weights), str(gone)))
+    line = (
+        rf"{gone}, this project's base, not found\. Put it back, or write where it lies now into {settings} \(base: w"
+    )
+    for command in (["eval"], ["predict", here], ["export", tmp_path / "out"]):
+        check_error(cli("-C", root, *command, "--device", "cpu"), 5, line)
+    settings.write_text(settings.read_text().replace(str(gone), str(here)))
+    assert evaluated(cli, root) == scores

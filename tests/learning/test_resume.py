@@ -53,6 +53,26 @@ def test_name_and_data_may_be_repeated(cli: Cli, interrupted: Path, more: Path) 
     assert cli("-C", interrupted, "train-task", more, "--name", "more", "--resume", *OPTIONS).code == 0
 
 
+def test_data_that_moved_meanwhile_is_found_where_it_is_said_to_be(
+    cli: Cli, interrupted: Path, project: Path, more: Path, tmp_path: Path
+) -> None:
+    """Its contents are compared as ever; the old place counts as long as it holds the data."""
+    moved = more.rename(tmp_path / "moved")
+    root = ("-C", interrupted, "train-task", "--resume")
+    check_error(
+        cli(*root), 4, r"/more not found\..* If it has moved, say where it is now: treelora train-task --resume"
+    )
+    other = make_images(tmp_path / "other", ["pink", "brown"], seed=50)
+    check_error(cli(*root, other, *OPTIONS), 3, r"cannot be resumed: its data has changed")
+    assert cli(*root, moved, *OPTIONS).code == 0
+    assert cli("-C", interrupted, "eval", "--device", "cpu").code == 0
+
+
+def test_going_on_and_giving_up_are_not_the_same(cli: Cli, interrupted: Path) -> None:
+    done = cli("-C", interrupted, "train-task", "--resume", "--abandon")
+    check_error(done, 2, r"--resume goes on with the interrupted task, --abandon gives it up\. Leave one of them out\.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [

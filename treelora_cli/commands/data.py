@@ -15,6 +15,7 @@ def data(
     context: typer.Context,
     task: Annotated[str, typer.Argument(metavar="TASK", help="A learned task.")],
     paths: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Where its data lies now.")],
+    val: options.Val = None,
     device: options.Device = None,
 ) -> None:
     """Point TASK to the new place of its data, if the same held-out examples are there.
@@ -31,11 +32,11 @@ def data(
     project.entry(task)
     project.check_decided()
     project.check_uninterrupted()
-    for path in paths:
+    for path in (*paths, *([] if val is None else [val])):
         existing(path)
     runtime = session.runtime(device)
     with session.writer(runtime, f"data {task}") as project:
         base = open_base(project, project_config(project, Config()), runtime)
-        relocate(project, base, task, paths)
+        relocate(project, base, task, paths, val)
     places = [str(path) for path in paths]
     session.output.result({"task": task, "data": places}, f"The data of '{task}' lies in {' '.join(places)} now.")

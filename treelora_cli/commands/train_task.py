@@ -9,7 +9,7 @@ import typer
 
 from treelora_cli.commands import options
 from treelora_cli.commands.context import Session, parse_pairs, session_of
-from treelora_cli.errors import DamagedError, ProjectError, UsageError
+from treelora_cli.errors import DamagedError, DataError, ProjectError, UsageError
 from treelora_cli.locations import lasting
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ def train_task(
         "test_limit": test_limit,
         "skip_bad": skip_bad,
     }
+    if resume and abandon:
+        raise UsageError("--resume goes on with the interrupted task, --abandon gives it up. Leave one of them out.")
     if resume:
         chosen, request, flags = _interrupted(project, data or [], name, about, flags)
     else:
@@ -191,11 +193,33 @@ def _interrupted(
         request = replace(DataRequest.from_json(facts["request"]), test_only=False)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(".treelora/run/checkpoint.json is malformed. Train the task anew.") from error
-    if data and [lasting(path) for path in data] != [lasting(path) for path in (request.path, *request.more)]:
-        shown = " ".join(str(path) for path in (request.path, *request.more))
-        raise UsageError(f"The interrupted task's data is {shown}, not {' '.join(map(str, data))}.")
+    request = _still_there(request, data)
     check_request(request, about)
     return str(facts["task"]), request, begun_with(facts, flags)
+
+
+def _still_there(request: DataRequest, data: list[Path]) -> DataRequest:
+    """Return the interrupted task's request, with the place of its data that is given where the old one is empty.
+
+    Raises:
+        UsageError: Another place is given, and the old one still holds it.
+        DataError: It is gone, and no place is given.
+    """
+    from treelora_cli.data.paths import existing, paths_of
+    from treelora_cli.learning.relocating import moved
+
+    given, known = [lasting(path) for path in data], [request.path, *request.more]
+    try:
+        for path in paths_of(request):
+            existing(path)
+    except DataError as error:
+        if given and given != known:
+            return moved(request, given)
+        raise DataError(f"{error} If it has moved, say where it is now: treelora train-task --resume DATA") from error
+    if given and given != [lasting(path) for path in known]:
+        shown = " ".join(map(str, known))
+        raise UsageError(f"The interrupted task's data is {shown}, not {' '.join(map(str, data))}.")
+    return request
 
 
 def _kept(base: Base, task: TaskData, config: Config) -> dict[str, Any]:

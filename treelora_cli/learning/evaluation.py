@@ -13,7 +13,7 @@ from typing import Any
 from treelora_cli.backend.contract import Base, TaskData
 from treelora_cli.backend.values import DataRequest, Memory, Recorded, Score, layout_of
 from treelora_cli.errors import BackendError, DataError, ProjectError, first_line, is_out_of_memory
-from treelora_cli.locations import lasting
+from treelora_cli.learning.relocating import moved
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def read_held_out(
     for name, record in records.items():
         request = dataclasses.replace(DataRequest.from_json(record["data"]), recorded=Recorded.from_task(record, limit))
         if places and name in places:
-            here = lasting(places[name])
-            request = dataclasses.replace(request, path=here, known_as=request.known_as or request.path)
+            request = moved(request, [places[name]])
         try:
             data = base.read_task(request)
             change = data.change
@@ -65,8 +64,9 @@ def read_held_out(
                 now = request.test_limit if limit is None else limit
                 data = base.read_task(dataclasses.replace(request, recorded=None, test_limit=now))
         except DataError as error:
-            moved = "" if request.path.exists() else f" If it lies elsewhere now: treelora data {name} PATH"
-            yield HeldOut(name, None, f"{error}{moved}")
+            gone = [path for path in (request.path, request.val) if path is not None and not path.exists()]
+            elsewhere = f" If it lies elsewhere now: treelora data {name} PATH" if gone else ""
+            yield HeldOut(name, None, f"{error}{elsewhere}")
             continue
         changed = "" if change is None else change.text
         if change is not None and not change.scorable and not changed_data:

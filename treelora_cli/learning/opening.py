@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,11 +111,22 @@ def open_base(project: Project, config: Config, runtime: Runtime, *, exact: bool
         ProjectError: It is not the one the project was made with.
     """
     backend = load_backend(project.state.backend)
+    _check_place(project, config.base)
     resolved = backend.resolve_base(config.base, offline=runtime.offline)
     base = load_base(backend, dataclasses.replace(config, base=resolved), runtime)
     check_base(project, base)
     compute_as_recorded(project, runtime, exact=exact)
     return base
+
+
+def _check_place(project: Project, base: BaseConfig) -> None:
+    """Raise ``ModelError`` when a local file or directory of the base is not where it was."""
+    for name, value in (("model", base.model), ("weights", base.weights)):
+        if value is not None and os.path.isabs(value) and not os.path.exists(value):
+            raise ModelError(
+                f"{value}, this project's base, not found. Put it back, or write where it lies now into"
+                f" {project.root / 'treelora.yaml'} (base: {name})."
+            )
 
 
 def compute_as_recorded(project: Project, runtime: Runtime, *, exact: bool = False) -> None:
