@@ -211,6 +211,29 @@ def test_a_thousand_tasks_are_bounded() -> None:
     assert f"mean of about {1000 // CELLS} tasks" in drawn[0].description
 
 
+def test_no_name_of_a_number_leaves_the_figure() -> None:
+    matrix = ScoreMatrix(tuple(map(str, range(1000))), tuple(tuple([0.5] * (index + 1)) for index in range(1000)))
+    drawn = overall_figure(matrix)
+    placed = re.findall(r'x="([\d.]+)" y="[\d.]+" class="soft" text-anchor="middle">([\d,]+)<', drawn.svg())
+    assert ("1,000" in dict(map(reversed, placed))) and len(placed) >= 5  # type: ignore[arg-type]
+    assert all(float(x) + 3.5 * len(text) <= drawn.width for x, text in placed)
+
+
+def test_no_branch_of_the_tree_is_drawn_through_the_name_of_a_layer(learned_project: Path) -> None:
+    from treelora_cli.project import Project
+    from treelora_cli.report.facts import read_facts
+    from treelora_cli.report.figures import tree_figure
+
+    drawn = tree_figure(read_facts(Project.open(learned_project))).svg()
+    names = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class="note"', drawn)
+    branches = re.findall(r'<path d="M([\d.]+) [^"]*L[\d.]+ ([\d.]+)" class="axis"', drawn)
+    assert len(branches) == 2 * len(names) > 0
+    for x, y in names:
+        beside = [float(height) for start, height in branches if float(start) + 6 == float(x)]
+        assert beside
+        assert all(not float(y) - 9 < height < float(y) + 3 for height in beside)
+
+
 def test_watch_sets_are_drawn_with_their_reference() -> None:
     drawn = watch_figure([WatchSet("acceptance", {}, "accuracy", 8, 0.5, {"a": 0.6, "b": 0.4})], ["a", "b"])
     assert drawn is not None

@@ -11,6 +11,8 @@ from treelora_cli.report.drawing import COLOURS, Drawing, short
 _WIDTH, _HEIGHT = 480, 280
 _RAMP = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
 """From the lowest value to the highest."""
+_HALF_DIGIT = 4.0
+"""Half the width of a digit in pixels, with some room."""
 _TIPS = 1600
 """Cells up to which each says its value when the mouse rests on it."""
 
@@ -61,7 +63,9 @@ def line_chart(
         drawing.path([(left, height), (right, height)], "grid")
         drawing.text(left - 6, height + 4, _shown(tick), "soft", "end")
     for tick in [one for one in ticks(x_low, x_high) if x_low <= one <= x_high]:
-        drawing.text(at(tick, 0)[0], bottom + 16, _shown(tick), "soft", "middle")
+        shown = _shown(tick)
+        within = _WIDTH - _HALF_DIGIT * len(shown)
+        drawing.text(min(at(tick, 0)[0], within), bottom + 16, shown, "soft", "middle")
     drawing.path([(left, bottom), (right, bottom)], "axis")
     drawing.text((left + right) / 2, bottom + 34, x_label, "soft", "middle")
     drawing.text(12, (top + bottom) / 2, y_label, "soft", "middle", turn=-90)

@@ -145,7 +145,8 @@ def tree_figure(facts: ReportFacts) -> Drawing:
         if node.depth < depth and node.children:
             for child in node.children:
                 drawing.path([(x, y), (x, rows[child]), (x + step, rows[child])], "axis")
-            drawing.text(x + 6, y - 4, short(facts.layers[node.layer], 17), "note")
+            between = y + 4 if len(node.children) % 2 == 0 else y - 4  # no line goes there
+            drawing.text(x + 6, between, short(facts.layers[node.layer], 17), "note")
             drawing.dot(x, y, "leaf", 3)
         else:
             drawing.dot(x, y, "leaf", 4)

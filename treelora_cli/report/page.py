@@ -68,7 +68,7 @@ def page(facts: ReportFacts, drawings: Sequence[Drawing]) -> str:
 def _summary(facts: ReportFacts) -> str:
     standing = facts.matrix.standing()
     told = {
-        "tasks": str(len(facts.tasks)),
+        "tasks": f"{len(facts.tasks):,}",
         "OP, percent": percent(standing.overall()),
         "forgetting, points": percent(standing.forgetting()),
         "BWT, points": percent(standing.backward_transfer()),
