@@ -304,9 +304,7 @@ def test_a_base_that_moved_is_named_in_the_settings(
     settings = root / "treelora.yaml"
     here, gone = Path(shutil.copy(weights, tmp_path / "here.safetensors")), tmp_path / "gone.safetensors"
     settings.write_text(settings.read_text().replace(str(weights), str(gone)))
-    line = (
-        rf"{gone}, this project's base, not found\. Put it back, or write where it lies now into {settings} \("
-    )
+    line = rf"{gone}, this project's base, not found\. Put it back, or write where it lies now into {settings} \("
     for command in (["eval"], ["predict", here], ["export", tmp_path / "out"]):
         check_error(cli("-C", root, *command, "--device", "cpu"), 5, line)
     settings.write_text(settings.read_text().replace(str(gone), str(here)))

@@ -59,9 +59,7 @@ def test_data_that_moved_meanwhile_is_found_where_it_is_said_to_be(
     """Its contents are compared as ever; the old place counts as long as it holds the data."""
     moved = more.rename(tmp_path / "moved")
     root = ("-C", interrupted, "train-task", "--resume")
-    check_error(
-        cli(*root), 4, r"/more not found\..* If it has moved, say where it is now: treelora train-"
-    )
+    check_error(cli(*root), 4, r"/more not found\..* If it has moved, say where it is now: treelora train-")
     other = make_images(tmp_path / "other", ["pink", "brown"], seed=50)
     check_error(cli(*root, other, *OPTIONS), 3, r"cannot be resumed: its data has changed")
     assert cli(*root, moved, *OPTIONS).code == 0
