@@ -96,3 +96,35 @@ def test_explained_predictions_name_margin_and_leaf(cli: Cli, learned_project: P
 def test_an_unknown_form_is_refused_before_anything_is_loaded(cli: Cli, learned_project: Path) -> None:
     done = cli("-C", learned_project, "predict", "x.png", "--format", "jsonlines")
     check_error(done, 2, r"--format is one of table, csv, jsonl; got 'jsonlines' \(did you mean 'jsonl'\?\)")
+
+
+def test_inputs_that_cannot_be_read_are_skipped_where_asked(
+    cli: Cli, learned_project: Path, images: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for place, image in enumerate(images[:3]):
+        (folder / f"{place}.png").write_bytes(image.read_bytes())
+    (folder / "1a.png").write_bytes(images[0].read_bytes()[:90])
+    (folder / "2a.png").write_bytes(b"no image")
+    root = ("-C", learned_project, "predict")
+    check_error(cli(*root, folder), 4, r"1a\.png: unreadable or truncated image \(.*\)\. Mend it, or pass --skip-bad\.")
+    done = cli(*root, folder, "--skip-bad", "--format", "csv")
+    assert (done.code, [row["input"] for row in csv.DictReader(done.out.splitlines())]) == (
+        0,
+        [str(folder / f"{place}.png") for place in range(3)],
+    )
+    assert "2 bad inputs were skipped, such as " in done.err and "1a.png: unreadable or truncated image" in done.err
+    alone = cli(*root, *images[:3], "--format", "csv").out.splitlines()
+    assert [line.split(",")[1:] for line in done.out.splitlines()] == [line.split(",")[1:] for line in alone]
+
+
+def test_what_is_no_image_is_said(cli: Cli, learned_project: Path, images: list[Path], tmp_path: Path) -> None:
+    root = ("-C", learned_project, "predict")
+    paths = tmp_path / "paths.txt"
+    paths.write_text(f"{images[0]}\n")
+    check_error(cli(*root, paths), 4, rf"paths\.txt is a text and no image\. .*: treelora predict - < {paths}")
+    check_error(cli(*root, ""), 4, r"An INPUT is empty: give images, folders, patterns or tables\.")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    check_error(cli(*root, tmp_path / "gone.png"), 4, r"gone\.png is a link to nowhere\.png, which is not there\.")
+    check_error(cli(*root, "/proc/self/mem"), 4, r"/proc/self/mem cannot be read: Input/output error\.")

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import STREAM, Cli, check_error, child_environment, must, picture
+from PIL import Image
 from tiny_lm import TEMPLATE, save_model
 
 from treelora_cli.backend.values import ExportCheck
+from treelora_cli.data.pixels import open_image
 
 ROUTED = ["--format", "routed", "--device", "cpu"]
 STOCK = {"json", "sys", "re", "argparse", "collections", "contextlib", "pathlib", "typing", "__future__"} | {
@@ -76,6 +78,30 @@ def test_one_image_from_python_gets_what_predict_says(cli: Cli, learned_project:
     wanted = told["predictions"][0]
     assert (found["label"], found["task"]) == (wanted["output"], wanted["task"])
     assert found["probability"] == pytest.approx(wanted["confidence"], abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_a_drawing_on_transparent_ground_is_seen_as_predict_sees_it(
+    cli: Cli, learned_project: Path, tmp_path: Path, mode: str
+) -> None:
+    """Where transparency alone holds it, a dark one is put on white and a light one on black."""
+    from treelora_backends.vit.standalone import Routed, _as_rgb
+
+    exported(cli, learned_project, tmp_path / "out")
+    for shade in (0, 255):
+        image = Image.new("RGBA", (16, 16), (shade, shade, shade, 0))
+        image.paste((shade, shade, shade, 255), (3, 3, 12, 9))
+        image = image.convert(mode)
+        if mode == "P":
+            image = image.convert("RGB").quantize(4)
+            image.info["transparency"] = 0
+        image.save(tmp_path / "one.png")
+        with Image.open(tmp_path / "one.png") as opened:
+            assert _as_rgb(opened).tobytes() == open_image((tmp_path / "one.png").read_bytes(), "one").tobytes()
+            found = Routed(tmp_path / "out").answer([opened])[0]
+        told = cli("-C", learned_project, "--json", "predict", tmp_path / "one.png", "--device", "cpu").json
+        assert found["label"] == told["predictions"][0]["output"]
+        assert found["probability"] == pytest.approx(told["predictions"][0]["confidence"], abs=1e-4)
 
 
 def test_solved_blocks_features_are_written_too(cli: Cli, init_options: list[str], data: Path, tmp_path: Path) -> None:

@@ -278,14 +278,16 @@ class Project(Opened):
         *,
         inference: str | None = None,
         threshold: float | str | None = None,
+        bad: list[str] | None = None,
     ) -> Iterator[tuple[str, Prediction]]:
         """As ``predict``, but hand out each input with its answer as they come.
 
-        The model is loaded at once, inputs are taken and answered some at a time.
+        The model is loaded at once, inputs are taken and answered some at a time. Those that cannot be read are left
+        out where a list is given that takes a line on each.
         """
         answerer = self.answerer(inference=inference, threshold=threshold)
         given = (str(one) if isinstance(one, Path) else one for one in inputs)
-        return answerer.each(list(given) if isinstance(inputs, Sequence) else given)
+        return answerer.each(list(given) if isinstance(inputs, Sequence) else given, bad)
 
     def answerer(self, *, inference: str | None = None, threshold: float | str | None = None) -> Answerer:
         """Load the model and return what answers with it, at the state that this object is at now.

@@ -11,7 +11,7 @@ import typer
 
 from treelora_cli.commands import options
 from treelora_cli.commands.context import Session, session_of
-from treelora_cli.errors import UsageError, suggest
+from treelora_cli.errors import UsageError, skipped, suggest
 
 if TYPE_CHECKING:
     from treelora_cli.api import Project
@@ -38,6 +38,7 @@ def predict(
         bool,
         typer.Option("--explain", help="Also show the margin to the next answer, and the task's leaf in the tree."),
     ] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count and skip inputs that cannot be read.")] = False,
     output_format: Annotated[str, typer.Option("--format", help="table, or as answers come: csv or jsonl.")] = "table",
     device: options.Device = None,
 ) -> None:
@@ -56,9 +57,12 @@ def predict(
     asked = _asked(given, messages, system)
     tree = project.tree if explain else None
     beside = None if tree is None else leaves(tree, project.tasks)
-    answered = project.answers(asked, inference=inference, threshold=threshold)
+    bad: list[str] | None = [] if skip_bad else None
+    answered = project.answers(asked, inference=inference, threshold=threshold, bad=bad)
     shape = Shape(top, explain, beside, known=threshold is not None)
     _show(session, project.inference(inference), answered, shape, output_format)
+    if bad:
+        session.output.note(skipped(bad, "inputs"))
 
 
 def _show(

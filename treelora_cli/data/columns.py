@@ -55,6 +55,13 @@ def in_known_names(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, values={new.get(name, name): value for name, value in row.values.items()}) for row in rows]
 
 
+def has_text_alone(rows: Sequence[Row]) -> bool:
+    """Return whether a table has a column of texts, and none of the known ones that hold what is to be learned."""
+    names = set(rows[0].values) if rows else set()
+    learned = {"label", *LABELS, *ANSWERS, *CHATS, "answers", "answerKey", PREFERRED, *(answer for _, answer in ASKED)}
+    return bool(names & set(TEXTS)) and not names & learned
+
+
 def without_unwanted(rows: Sequence[Row], notes: list[str]) -> list[Row]:
     """Leave out prompts whose answer is marked as unwanted by a truth value in ``label``, and say so.
 

@@ -58,6 +58,11 @@ def divide_rows(rows: list[Row], notes: list[str], kind: str) -> tuple[list[Row]
     return found[TRAIN], answered_part(found[TRAIN], found[TEST], found[VAL], notes, kind)
 
 
+def names_parts(column: str) -> bool:
+    """Return whether a column is called as those that tell parts are: ``split``, ``is_valid``."""
+    return _plain(column) in (*_NAMED, *_FLAGS)
+
+
 def answered_part(train: Sequence[Row], test: list[Row], val: list[Row], notes: list[str], kind: str) -> list[Row]:
     """Return the part that is scored: the test part, where there is none with answers the validation part."""
     answered = []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.files import refuse_archive, refuse_archives_in
+from treelora_cli.data.folders import Passed, scan
 from treelora_cli.data.held_out import (
     OTHER_DATA,
     content_hash,
@@ -19,10 +20,10 @@ from treelora_cli.data.held_out import (
     set_aside_by_position,
 )
 from treelora_cli.data.labels import are_numbers
-from treelora_cli.data.layout import NoLabelError, Passed, read_layout, scan
+from treelora_cli.data.layout import NoLabelError, read_layout
 from treelora_cli.data.manifests import WRONG_KIND, ImageItem, Parts, read_manifest, read_manifests
 from treelora_cli.data.names import is_text, label_key, one_spelling, tidy_label
-from treelora_cli.data.paths import existing, paths_of
+from treelora_cli.data.paths import existing, once, paths_of
 from treelora_cli.data.pixels import is_image
 from treelora_cli.data.table_folders import tables_in
 from treelora_cli.data.tables import is_table, table_suffix
@@ -60,7 +61,7 @@ def list_images(request: DataRequest) -> ImageListing:
         DataError: Missing data, no class, a layout or a label that cannot be told, or data of another kind.
     """
     notes: list[str] = []
-    train, test = _read_all(paths_of(request), request, notes)
+    train, test = _read_all(once(paths_of(request), notes), request, notes)
     if request.val is not None:
         outer, inner = _read_all([existing(request.val)], request, notes)
         test = inner or outer

@@ -11,7 +11,7 @@ from typing import Any
 
 from treelora_cli.data.columns import ASKED, TEXTS
 from treelora_cli.data.files import decode, lines_of
-from treelora_cli.data.layout import Passed, scan
+from treelora_cli.data.folders import Passed, scan
 from treelora_cli.data.paths import existing, expanded, is_address, is_pattern, named_file, without_scheme
 from treelora_cli.data.pixels import is_image, looks_like_image
 from treelora_cli.data.records import prompt_of
@@ -54,8 +54,10 @@ def _images(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
         if not data.strip():
             raise DataError("Standard input is empty: give an image, or paths, one a line.")
         for name, where in _rows_or_lines(data, PICTURES):
-            yield str(named_file(Path.cwd(), name, where))
+            yield str(named_file(Path.cwd(), name, where, "the current directory"))
         return
+    if not one.strip():
+        raise DataError("An INPUT is empty: give images, folders, patterns or tables.")
     if is_address(one):
         raise DataError(f"{one} is an address; predict reads local files. Download it first.")
     one = without_scheme(one)
@@ -69,6 +71,8 @@ def _images(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
         elif is_table(path):
             for row in read_table(path, None, {}):
                 yield str(named_file(path.parent, _text_of(row, PICTURES, "path"), row.where))
+        elif table_suffix(path) in TEXT_SUFFIXES and not is_image(path):
+            raise DataError(f"{path} is a text and no image. To answer the paths in it: treelora predict - < {path}")
         else:
             yield str(path)
 

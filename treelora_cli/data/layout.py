@@ -14,12 +14,11 @@ laid out as                      read as
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from treelora_cli.data.folders import Folder, Passed
 from treelora_cli.data.names import (
     TEST,
     TRAIN,
@@ -38,10 +37,7 @@ from treelora_cli.data.names import (
 )
 from treelora_cli.errors import DataError
 
-_TOOLS_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "system volume information"}
-_TOOLS_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"}
 _SHOWN = 6
-_DEEPEST = 40
 
 Labelled = tuple[str, Path]
 """Class name and file."""
@@ -52,102 +48,11 @@ class NoLabelError(DataError):
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A folder and what it holds of the wanted kind.
-
-    Attributes:
-        path: The folder.
-        files: Wanted files directly in it, sorted.
-        inner: Folders in it that hold any, sorted.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
-    inner: tuple[Folder, ...]
-
-    @property
-    def name(self) -> str:
-        """Last part of the path."""
-        return self.path.name
-
-    def all_files(self) -> list[Path]:
-        """Return all wanted files in it and below."""
-        return [*self.files, *(file for folder in self.inner for file in folder.all_files())]
-
-
-@dataclass
-class Passed:
-    """What was passed over, for the user.
-
-    Attributes:
-        others: Files of another kind, counted by ending.
-        tools: Files and folders that tools leave behind.
-        empty: Folders that hold nothing wanted.
-        notes: Further lines.
-    """
-
-    others: Counter[str] = field(default_factory=Counter)
-    tools: int = 0
-    empty: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def lines(self, root: Path, kind: str) -> list[str]:
-        """Return what to tell; ``kind`` names the wanted files."""
-        lines = list(self.notes)
-        if self.others:
-            named = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in self.others.most_common(5))
-            lines.append(f"{self.others.total()} files in {root} are not {kind} and were left out ({named}).")
-        if self.empty:
-            named = ", ".join(str(path.relative_to(root)) for path in self.empty[:_SHOWN])
-            lines.append(f"{len(self.empty)} folders without {kind} were passed over: {named}.")
-        if self.tools:
-            lines.append(f"{self.tools} files and folders that tools left behind were passed over.")
-        return lines
-
-
-@dataclass(frozen=True)
 class Layout:
     """Labelled files by part."""
 
     train: list[Labelled]
     test: list[Labelled]
-
-
-def scan(root: Path, wanted: Callable[[Path], bool], passed: Passed) -> Folder:
-    """Look through a folder once; links are followed, but not in circles."""
-    return _scan(root, wanted, passed, frozenset())
-
-
-def _scan(path: Path, wanted: Callable[[Path], bool], passed: Passed, above: frozenset[str]) -> Folder:
-    files: list[Path] = []
-    inner: list[Folder] = []
-    real = os.path.realpath(path)
-    try:
-        entries = sorted(path.iterdir())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    for entry in entries:
-        if _of_tools(entry):
-            passed.tools += 1
-        elif entry.is_dir():
-            if os.path.realpath(entry) in above | {real} or len(above) >= _DEEPEST:
-                continue
-            folder = _scan(entry, wanted, passed, above | {real})
-            if folder.files or folder.inner:
-                inner.append(folder)
-            else:
-                passed.empty.append(entry)
-        elif entry.is_file():
-            if wanted(entry):
-                files.append(entry)
-            else:
-                passed.others[entry.suffix.lower()] += 1
-    return Folder(path, tuple(files), tuple(inner))
-
-
-def _of_tools(entry: Path) -> bool:
-    name = entry.name.lower()
-    return name.startswith(".") or name in _TOOLS_FOLDERS or name in _TOOLS_FILES
 
 
 def read_layout(folder: Folder, classes: Sequence[str] | None, passed: Passed, kind: str) -> Layout:

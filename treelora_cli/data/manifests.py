@@ -12,6 +12,7 @@ from typing import Any
 
 from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.divided import answered_part, divide_rows
+from treelora_cli.data.folders import Folder, Passed, scan
 from treelora_cli.data.inputs import PICTURES
 from treelora_cli.data.labels import (
     Several,
@@ -23,8 +24,8 @@ from treelora_cli.data.labels import (
     refuse_quantities,
     refuse_several,
 )
-from treelora_cli.data.layout import Folder, Passed, scan
 from treelora_cli.data.names import part_of
+from treelora_cli.data.one_hot import with_one_label
 from treelora_cli.data.paths import named_file
 from treelora_cli.data.pixels import IMAGE_SUFFIXES, is_image, looks_like_image
 from treelora_cli.data.table_folders import TableParts
@@ -92,7 +93,12 @@ def read_manifests(parts: TableParts, request: DataRequest, notes: list[str]) ->
 
 
 def _rows(path: Path, request: DataRequest, notes: list[str]) -> list[Row]:
-    return read_table(path, request.data_format, request.columns, notes)
+    rows = read_table(path, request.data_format, request.columns, notes)
+    found = list(rows[0].values) if rows else []
+    picture = column_called(PICTURES, found)
+    if picture is None or column_called(_LABELS, found) is not None:
+        return rows
+    return with_one_label(rows, {picture}, notes)
 
 
 class _Reader:

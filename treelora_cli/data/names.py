@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 
 TRAIN, TEST, VAL = "train", "test", "val"
@@ -37,6 +38,8 @@ _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u200e\u200f]")
 """Spaces of no width, marks of byte order and direction; joiners are parts of letters and emoji."""
 _SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+([-_.][0-9a-f]+)?$", re.IGNORECASE)
 """``-00000-of-00002``, and the hash that may follow."""
+_SIZES = {"mini", "tiny", "small", "medium", "large", "big", "full", "lite", "subset"}
+"""What a part is called beside its name where a dataset comes in several sizes."""
 _GLUED = ("dataset", "images", "image", "imgs", "data", "set", "split")
 
 
@@ -51,11 +54,14 @@ def _words(name: str) -> list[str]:
 def parts_among(names: Iterable[str]) -> dict[str, str | None]:
     """Return the part each of these neighbours' names means; words that all of them share say nothing.
 
-    ``birds_train`` and ``birds_test`` are parts.
+    ``birds_train`` and ``birds_test`` are parts, and so is ``train_mini`` where no other training part is beside it.
     """
     listed = list(names)
     shared = shared_words(listed)
-    return {name: part_of(name, shared) for name in listed}
+    meant = {name: part_of(name, shared) for name in listed}
+    sized = {name: part_of(name, shared | _SIZES) for name in listed if meant[name] is None}
+    once = Counter(part for part in sized.values() if part is not None and part not in meant.values())
+    return {**meant, **{name: part for name, part in sized.items() if part is not None and once[part] == 1}}
 
 
 def shared_words(names: Iterable[str]) -> set[str]:

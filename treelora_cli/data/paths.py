@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -33,12 +34,26 @@ def existing(path: Path) -> Path:
     address = _ADDRESS.search(str(path))
     if address is not None:
         raise DataError(f"{address[1]}://{address[2]} is not a local file; download it first.")
+    if os.path.islink(path):
+        raise DataError(f"{path} is a link to {os.readlink(path)}, which is not there.")
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = suggest(path.name, siblings)
     if near:
         name = near.split("'")[1]
         raise DataError(f"{path} not found. Did you mean {path.parent / name}?")
     raise DataError(f"{path} not found.")
+
+
+def once(paths: Sequence[Path], notes: list[str]) -> list[Path]:
+    """Return paths without those that lead where an earlier one does, which are said."""
+    kept: dict[str, Path] = {}
+    for path in paths:
+        real = os.path.realpath(path)
+        if real in kept:
+            notes.append(f"{path} is named twice, and read once.")
+        else:
+            kept[real] = path
+    return list(kept.values())
 
 
 def is_address(name: str) -> bool:
@@ -86,8 +101,8 @@ def expanded(path: Path) -> list[Path]:
     return [Path(name).absolute() for name in found]
 
 
-def named_file(folder: Path, name: str, where: str) -> Path:
-    """Return the file a row of a table names, relative to the table's folder.
+def named_file(folder: Path, name: str, where: str, beside: str = "the table's folder") -> Path:
+    """Return the file a row of a table names, relative to a folder, for which ``beside`` stands in messages.
 
     Raises:
         DataError: There is none, or the name cannot be one.
@@ -102,7 +117,7 @@ def named_file(folder: Path, name: str, where: str) -> Path:
         raise DataError(f"{where}: {name[:80]!r} is no path ({getattr(error, 'strerror', None) or error}).") from error
     found = found or _differently_spelled(folder, plain.replace("\\", "/"))
     if found is None:
-        raise DataError(f"{where}: {name[:200]} not found. Paths are relative to the table's folder.")
+        raise DataError(f"{where}: {name[:200]} not found. Paths are relative to {beside}.")
     return found
 
 

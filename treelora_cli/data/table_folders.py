@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from treelora_cli.data.layout import Folder, Passed, scan
+from treelora_cli.data.folders import Folder, Passed, scan
 from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, parts_among, says_unlabelled
 from treelora_cli.data.tables import is_table, table_stem, table_suffix
 from treelora_cli.errors import DataError

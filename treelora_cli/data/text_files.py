@@ -12,12 +12,14 @@ from pathlib import Path
 from shlex import quote
 
 from treelora_cli.backend.values import DataRequest
-from treelora_cli.data.columns import in_known_names
+from treelora_cli.data.columns import TEXTS, has_text_alone, in_known_names
 from treelora_cli.data.divided import answered_part, divide_rows
 from treelora_cli.data.files import decode, read_bytes, refuse_archives_in
-from treelora_cli.data.layout import Folder, Labelled, Passed, read_layout, scan
+from treelora_cli.data.folders import Folder, Passed, scan
+from treelora_cli.data.layout import Labelled, read_layout
 from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, parts_among
-from treelora_cli.data.paths import existing, paths_of
+from treelora_cli.data.one_hot import with_one_label
+from treelora_cli.data.paths import existing, once, paths_of
 from treelora_cli.data.pixels import is_image
 from treelora_cli.data.table_folders import TableParts, not_read, tables_in
 from treelora_cli.data.tables import TEXT_SUFFIXES, Row, read_table, table_suffix
@@ -40,7 +42,7 @@ def read_parts(request: DataRequest, notes: list[str]) -> Parts:
     Raises:
         DataError: Missing or malformed data, or data of another kind.
     """
-    train, test = _read_all(paths_of(request), request, notes)
+    train, test = _read_all(once(paths_of(request), notes), request, notes)
     if request.val is not None:
         outer, inner = _read_all([existing(request.val)], request, notes)
         test = inner or outer
@@ -107,6 +109,8 @@ class _Reader:
 
     def _table(self, path: Path) -> list[Row]:
         rows = in_known_names(read_table(path, self.request.data_format, self.request.columns, self.notes))
+        if has_text_alone(rows):
+            rows = with_one_label(rows, TEXTS, self.notes)
         if self.request.data_format is None and table_suffix(path) in TEXT_SUFFIXES:
             _refuse_table(path, [str(row.values.get("text")) for row in rows])
         return rows

@@ -48,18 +48,34 @@ class Answerer:
             answers = self.predictor.predict(inputs)
         return answers if self.threshold is None else [self.threshold(one) for one in answers]
 
-    def each(self, inputs: Iterable[Input]) -> Iterator[tuple[str, Prediction]]:
+    def each(self, inputs: Iterable[Input], bad: list[str] | None = None) -> Iterator[tuple[str, Prediction]]:
         """Yield each input, of a chat its last turn, with its answer; a progress bar shows where their number is known.
 
+        Args:
+            inputs: Taken some at a time.
+            bad: Takes a line on each input that cannot be read, which is left out then.
+
         Raises:
-            DataError: An input cannot be read.
+            DataError: An input cannot be read, and ``bad`` is ``None``.
         """
         total = len(inputs) if isinstance(inputs, list) else None
-        return self.reporter.track(self._answered(iter(inputs)), "Answering", total)
+        return self.reporter.track(self._answered(iter(inputs), bad), "Answering", total)
 
-    def _answered(self, inputs: Iterator[Input]) -> Iterator[tuple[str, Prediction]]:
+    def _answered(self, inputs: Iterator[Input], bad: list[str] | None) -> Iterator[tuple[str, Prediction]]:
         while part := list(islice(inputs, _AT_ONCE)):
-            yield from zip(map(shown, part), self(part), strict=True)
+            try:
+                yield from zip(map(shown, part), self(part), strict=True)
+            except DataError:
+                if bad is None:
+                    raise
+                yield from self._one_by_one(part, bad)
+
+    def _one_by_one(self, inputs: Sequence[Input], bad: list[str]) -> Iterator[tuple[str, Prediction]]:
+        for one in inputs:
+            try:
+                yield shown(one), self([one])[0]
+            except DataError as error:
+                bad.append(str(error))
 
 
 def shown(one: Input) -> str:

@@ -234,4 +234,7 @@ class VitPredictor:
 def _read(path: str) -> Picture:
     """Read an image file."""
     found = existing(Path(path))
-    return Picture(str(found), found.read_bytes())
+    try:
+        return Picture(str(found), found.read_bytes())
+    except OSError as error:
+        raise DataError(f"{found} cannot be read: {error.strerror}.") from error

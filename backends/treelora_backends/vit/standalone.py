@@ -24,10 +24,15 @@ from typing import Any, cast
 import timm
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torch.nn import functional
+
+_TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
+_NEAR_WHITE = 224
+"""A drawing of one colour is on white unless it is this bright, of 255."""
 
 
 class Routed:
@@ -62,7 +67,7 @@ class Routed:
         """Return label, probability and likeliest task of PIL images, ``count`` at a time."""
         answers = []
         for start in range(0, len(images), count):
-            inputs = torch.stack([self.transform(one.convert("RGB")) for one in images[start : start + count]])
+            inputs = torch.stack([self.transform(_as_rgb(one)) for one in images[start : start + count]])
             scores, tasks = self.scores(inputs.to(self.device))
             sure, best = scores.softmax(dim=1).max(dim=1)
             for label, chance, task in zip(best.tolist(), sure.tolist(), tasks.tolist(), strict=True):
@@ -181,6 +186,18 @@ class Routed:
         return torch.cat([z, drawn], dim=1) @ self.tensors[f"{own}.weight"].T + self.tensors[f"{own}.bias"]
 
 
+def _as_rgb(image: Any) -> Any:
+    """Return a PIL image without its transparency; where that alone holds the drawing, on white, or else black."""
+    if image.mode not in _TRANSPARENT and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    *colours, (least, most) = image.getextrema()
+    if least == most or any(high > low for low, high in colours):
+        return image.convert("RGB")
+    paper = Image.new("RGBA", image.size, "white" if min(low for low, _ in colours) < _NEAR_WHITE else "black")
+    return Image.alpha_composite(paper, image).convert("RGB")
+
+
 def _named(path: str) -> str:
     """Return PEFT's name of the adapter in a directory; it may hold no dot."""
     return Path(path).name.replace(".", "_")
@@ -208,7 +225,7 @@ def _by_group(columns: Tensor, group: Tensor, groups: int) -> Tensor:
 
 def main() -> None:
     """Answer the image files named on the command line."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     if len(sys.argv) < 2:
         sys.exit("usage: python predict.py IMAGE...")

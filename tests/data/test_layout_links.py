@@ -1,0 +1,63 @@
+"""Links, paths named twice, and parts of a dataset that comes in several sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import make_images
+
+from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.images import list_images
+from treelora_cli.errors import DataError
+
+
+def test_a_link_to_what_lies_beside_it_counts_once(tmp_path: Path) -> None:
+    """A class, a file, and a held-out part that is the training part."""
+    folder = make_images(tmp_path / "d", ["red", "blue"], train=6, test=0)
+    (folder / "train/crimson").symlink_to("red")
+    (folder / "train/blue/again.png").symlink_to("00.png")
+    (folder / "test").symlink_to("train")
+    listing = list_images(DataRequest(folder, held_out=0))
+    counts = {label: sum(one.label == label for one in listing.train) for label in listing.labels}
+    assert (counts, listing.test) == ({"blue": 6, "red": 6}, [])
+    line = "3 links to what lies beside them were passed over (test to train, train/blue/again.png to 00.png,"
+    assert [note for note in listing.notes if note.startswith(line)] == [f"{line} train/crimson to red)."]
+
+
+def test_of_two_links_to_the_same_folder_the_first_counts(tmp_path: Path) -> None:
+    pool = make_images(tmp_path / "pool", ["red", "blue"], train=3, test=0) / "train"
+    (tmp_path / "d").mkdir()
+    for name, target in (("red", "red"), ("blue", "blue"), ("scarlet", "red")):
+        (tmp_path / "d" / name).symlink_to(pool / target)
+    listing = list_images(DataRequest(tmp_path / "d", held_out=0))
+    assert (listing.labels, len(listing.train)) == (("blue", "red"), 6)
+
+
+def test_what_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "d", ["red", "blue"], train=3, test=0) / "train"
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    listing = list_images(DataRequest(folder, more=(folder, link), held_out=0))
+    assert len(listing.train) == 6
+    assert listing.notes == tuple(f"{path} is named twice, and read once." for path in (folder, link))
+
+
+@pytest.mark.parametrize(("train", "test"), [("train_mini", "val"), ("train-small", "test"), ("train", "val_tiny")])
+def test_a_size_beside_the_name_of_a_part(tmp_path: Path, train: str, test: str) -> None:
+    made = make_images(tmp_path / "made", ["red", "blue"], train=3, test=2)
+    (tmp_path / "d").mkdir()
+    (made / "train").rename(tmp_path / "d" / train)
+    (made / "test").rename(tmp_path / "d" / test)
+    listing = list_images(DataRequest(tmp_path / "d"))
+    assert (listing.labels, len(listing.train), len(listing.test)) == (("blue", "red"), 6, 4)
+
+
+def test_two_sizes_of_the_training_part_are_not_mixed(tmp_path: Path) -> None:
+    made = make_images(tmp_path / "made", ["red", "blue"], train=3, test=2)
+    (tmp_path / "d").mkdir()
+    (made / "train").rename(tmp_path / "d/train_mini")
+    (made / "test").rename(tmp_path / "d/test")
+    (make_images(tmp_path / "large", ["red", "blue"], train=9, test=0) / "train").rename(tmp_path / "d/train")
+    with pytest.raises(DataError, match=r"'train_mini' is no part that is known\. Give .*/d/train, or name"):
+        list_images(DataRequest(tmp_path / "d"))
