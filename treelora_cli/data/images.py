@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treelora_cli.backend.values import Change, DataRequest
+from treelora_cli.data.beside import read_beside, refuse_unclear
 from treelora_cli.data.files import refuse_archive, refuse_archives_in
 from treelora_cli.data.folders import Passed, scan
 from treelora_cli.data.held_out import (
@@ -139,14 +140,18 @@ def _read(path: Path, request: DataRequest, notes: list[str]) -> Parts:
 def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
     """Read class folders or, where no folder names a class, the tables that name them."""
     passed = Passed()
+    folder = scan(path, is_image, passed)
     try:
-        folder = scan(path, is_image, passed)
         if not folder.inner:
             raise NoLabelError(f"{path} holds no class folders. {WRONG_KIND}")
         layout = read_layout(folder, request.classes, passed, "images")
     except NoLabelError:
+        beside = read_beside(folder, request, notes)
+        if beside is not None:
+            return beside
         tables = tables_in(path, notes)
         if tables is None:
+            refuse_unclear(folder)
             refuse_archives_in(path)
             raise
         listed = ", ".join(file.name for file in [*tables.train, *tables.test, *tables.val][:_SHOWN])

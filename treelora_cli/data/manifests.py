@@ -72,6 +72,13 @@ def read_manifest(path: Path, request: DataRequest, notes: list[str]) -> Parts:
         DataError: No columns of images and labels, a row without one of them, or a file that is not there.
     """
     train, test = divide_rows(_rows(path, request, notes), notes, "images")
+    return items_of_rows(path, train, test, request, notes)
+
+
+def items_of_rows(
+    path: Path, train: Sequence[Row], test: Sequence[Row], request: DataRequest, notes: list[str]
+) -> Parts:
+    """Return the images that rows list; paths in them are relative to the folder of ``path``."""
     reader = _Reader(path, train or test, request, notes)
     return reader.items(train), reader.items(test)
 
