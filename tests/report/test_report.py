@@ -219,6 +219,18 @@ def test_no_name_of_a_number_leaves_the_figure() -> None:
     assert all(float(x) + 3.5 * len(text) <= drawn.width for x, text in placed)
 
 
+def test_a_small_matrix_has_room_for_its_scale_and_tasks_are_counted_in_whole_numbers() -> None:
+    matrix = ScoreMatrix(("a", "b"), ((0.5,), (0.25, 0.75)))
+    drawn = matrix_figure(matrix)
+    assert drawn is not None
+    scale = re.search(r'x="([\d.]+)" y="([\d.]+)" class="soft">100%<', drawn.svg())
+    assert scale is not None
+    assert float(scale[1]) + 7 * len("100%") <= drawn.width
+    assert drawn.height < 160, "no more room above than the names need"
+    counted = re.findall(r'class="soft" text-anchor="middle">([^<]+)<', overall_figure(matrix).svg())
+    assert counted[:2] == ["1", "2"]
+
+
 def test_no_branch_of_the_tree_is_drawn_through_the_name_of_a_layer(learned_project: Path) -> None:
     from treelora_cli.project import Project
     from treelora_cli.report.facts import read_facts

@@ -13,6 +13,8 @@ _RAMP = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 
 """From the lowest value to the highest."""
 _HALF_DIGIT = 4.0
 """Half the width of a digit in pixels, with some room."""
+_SCALE = 176.0
+"""Width of the scale below a heat map, its numbers included."""
 _TIPS = 1600
 """Cells up to which each says its value when the mouse rests on it."""
 
@@ -62,7 +64,7 @@ def line_chart(
         height = at(x_low, tick)[1]
         drawing.path([(left, height), (right, height)], "grid")
         drawing.text(left - 6, height + 4, _shown(tick), "soft", "end")
-    for tick in [one for one in ticks(x_low, x_high) if x_low <= one <= x_high]:
+    for tick in [one for one in ticks(x_low, x_high) if x_low <= one <= x_high and one == int(one)]:  # tasks and steps
         shown = _shown(tick)
         within = _WIDTH - _HALF_DIGIT * len(shown)
         drawing.text(min(at(tick, 0)[0], within), bottom + 16, shown, "soft", "middle")
@@ -153,8 +155,10 @@ def heat_map(
     """
     few = max(len(rows), len(columns)) <= 15
     cell = 34.0 if few else max(4.0, min(16.0, 560.0 / max(len(rows), len(columns), 1)))
-    left, top = 168.0, 24.0 if not columns else 120.0
-    drawing = Drawing(name, title, description, left + cell * len(columns) + 30, top + cell * len(rows) + 54)
+    longest = max((len(short(label, 16)) for label in columns), default=0)
+    left, top = 168.0, 24.0 + 6 * longest
+    width = left + max(cell * len(columns) + 6 + 3 * longest, _SCALE)
+    drawing = Drawing(name, title, description, width, top + cell * len(rows) + 54)
     every = max(1, math.ceil(13 / cell))
     for index, label in enumerate(rows):
         if index % every == 0:

@@ -24,7 +24,8 @@ dt{color:var(--soft);font-size:.85rem}dd{margin:0;font-size:1.25rem;font-weight:
 nav ul{display:flex;flex-wrap:wrap;gap:4px 18px;padding:0;list-style:none}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:24px}
 figure{margin:0;min-width:0}figcaption{font-size:.9rem}.scroll{overflow-x:auto;max-width:100%}
-.scroll svg{display:block;height:auto;min-width:440px;max-width:100%}.wide .scroll svg{max-width:none}
+.scroll svg{display:block;height:auto;max-width:100%}.wide .scroll svg{max-width:none}
+@media (max-width:480px){figure:not(.wide) svg.figure{font-size:13px}}
 .wide{grid-column:1/-1}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:3px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td.text{text-align:left}summary{cursor:pointer;padding:6px 0;font-size:.9rem}
