@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,10 @@ from treelora_cli.algorithm.bandit import TreeBandit, _where_adequate, pull_summ
 from treelora_cli.algorithm.budget import merge_to_budget
 from treelora_cli.algorithm.distances import mutual_pairs
 from treelora_cli.algorithm.nodes import grow, nodes_from_list
-from treelora_cli.algorithm.pull import soft_threshold_
+from treelora_cli.algorithm.pull import ramp, soft_threshold_
 from treelora_cli.algorithm.signature import SketchSpec, sketch_layer
 from treelora_cli.algorithm.split import _TIE, halve, median_l1_cut, principal_gap_cut
-from treelora_cli.algorithm.tree import Tree, build_tree
+from treelora_cli.algorithm.tree import Tree, build_tree, extend_tree
 
 
 def on_a_line(*values: float) -> np.ndarray:
@@ -203,6 +205,35 @@ def test_groups_that_are_merged_again_are_one_group() -> None:
     assert [(group.members, group.adapter) for group in groups] == [((0, 1, 2, 3), "0+1+2+3")]
 
 
+def test_groups_are_merged_in_proportion_to_their_tasks() -> None:
+    asked: list[tuple[list[str], list[float]]] = []
+
+    def merge(pair: Sequence[str], sizes: Sequence[float]) -> str:
+        asked.append((list(pair), list(sizes)))
+        return "+".join(pair)
+
+    merge_to_budget(build_tree(on_a_line(0, 1, 3, 9), 2), ["a", "b", "c", "d"], str, 1, merge)
+    assert asked == [(["0", "1"], [1.0, 1.0]), (["0+1", "2"], [2.0, 1.0]), (["0+1+2", "3"], [3.0, 1.0])]
+    asked.clear()
+    merge_to_budget(build_tree(on_a_line(0, 5, 6, 6.5), 2), ["a", "b", "c", "c"], str, 1, merge)
+    assert asked == [(["1", "2"], [1.0, 2.0]), (["0", "1+2"], [1.0, 3.0])]
+
+
+def test_of_equal_tasks_the_distance_is_zero() -> None:
+    assert build_tree(on_a_line(0, 5, 5), 1).nearest_leaves() == (1, 2, 0.0)
+
+
+def test_a_tree_is_extended_by_insertion_until_a_rebuild_is_due() -> None:
+    values = np.random.default_rng(0).normal(size=(13, 2, 3)).astype(np.float32)
+    tree = build_tree(values[:8], 2)
+    for row in values[8:12]:
+        inserted = tree.insert(row)
+        tree = extend_tree(tree, row, 2, split="principal-gap")
+        assert tree == inserted and tree.tasks_at_build == 8
+    assert extend_tree(tree, values[12], 2, split="principal-gap") == build_tree(values, 2)
+    assert extend_tree(tree, values[12], 1, split="principal-gap") == build_tree(values, 1)
+
+
 # -- signatures and the pull ------------------------------------------------------------------------------
 
 
@@ -230,6 +261,27 @@ def test_every_layer_has_a_sketch_of_its_own_that_stays_the_same() -> None:
         sketch_layer(torch.arange(1.0, 13.0), SketchSpec(width=4, seed=2), layer).tolist() for layer in (0, 1, 2)
     ]
     assert sketches == [[-4.0, -1.0, 20.0, -5.0], [6.0, 11.0, -14.0, -17.0], [-12.0, 23.0, 22.0, -7.0]]
+
+
+def test_a_gradient_as_long_as_the_sketch_is_kept_as_it_is() -> None:
+    assert sketch_layer(torch.arange(4.0), SketchSpec(width=4), 0).tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert sketch_layer(torch.zeros(0), SketchSpec(width=2), 0).tolist() == [0.0, 0.0]
+
+
+def test_half_precision_gradients_are_summed_in_single_precision() -> None:
+    sketch = sketch_layer(torch.ones(2000, dtype=torch.bfloat16), SketchSpec(width=1), 0)
+    assert sketch.dtype == torch.float32
+    assert torch.equal(sketch, sketch_layer(torch.ones(2000), SketchSpec(width=1), 0))
+
+
+def test_a_sketch_lies_on_the_device_of_its_gradient() -> None:
+    there = torch.device("meta")
+    for entries in (3, 12):
+        assert sketch_layer(torch.zeros(entries, device=there), SketchSpec(width=4), 0).device == there
+
+
+def test_a_ramp_of_one_step_is_over_after_it() -> None:
+    assert [ramp(step, 1) for step in (0, 1, 2)] == [0.0, 1.0, 1.0]
 
 
 def test_errors_of_a_stored_tree_name_the_tree() -> None:

@@ -141,8 +141,12 @@ def test_sentences() -> None:
         "'t' opened a branch: it is the first task; with its adapter images kept out of the training are"
         " +0.100 nats likelier, 0.070 or more is asked."
     )
-    assert explain(first, "t", [], None, opened=False).endswith(
-        "it is the first task; too few images could be kept out to say that an adapter pays."
+    assert explain(first, "t", [], None, opened=False) == (
+        "'t' opened no branch: it is the first task; too few images could be kept out to say that an adapter pays."
+    )
+    assert explain(BranchChoice(False, None, 1, 2.5, "new"), "t", ["a", "b"], (-0.25, 0.07), opened=False) == (
+        "'t' opened no branch: kind 2.50 from 'b', limit 2: another; with its adapter images kept out of the training"
+        " are -0.250 nats likelier, 0.070 or more is asked."
     )
     joins = BranchChoice(True, "a", 0, 0.9, "kind")
     assert explain(joins, "t", ["a"], None, opened=True) == (

@@ -85,5 +85,5 @@ def test_solving(kind: str, width: int) -> None:
 def test_a_matrix_that_is_not_positive_is_refused(kind: str) -> None:
     gram = empty(kind, 3)
     gram.add_(drawn(1, 3), -1.0)
-    with pytest.raises(NotPositiveError):
+    with pytest.raises(NotPositiveError, match=r"^leading minor 1$"):
         gram.solve_(torch.ones(3, 1))

@@ -200,6 +200,9 @@ def test_class_statistics_by_hand() -> None:
     assert found.means.tolist() == [[1.0, 0.0], [10.0, 4.0]]
     assert found.counts.tolist() == [2.0, 1.0]
     assert found.scatter.tolist() == [[2.0, 0.0], [0.0, 0.0]]
+    # another process has the last class
+    more = ClassStatistics.measure(features, torch.tensor([0, 0, 1]), 3, plain_runtime())
+    assert (more.means.tolist(), more.counts.tolist()) == ([[1.0, 0.0], [10.0, 4.0], [0.0, 0.0]], [2.0, 1.0, 0.0])
 
 
 def test_moved_statistics_are_those_of_the_moved_features() -> None:

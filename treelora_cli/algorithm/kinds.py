@@ -172,7 +172,7 @@ def explain(
 
 
 def _why(choice: BranchChoice, names: Sequence[str]) -> str:
-    if choice.nearest is None or choice.distance is None:
+    if choice.nearest is None:
         return "it is the first task"
     figures = f"kind {choice.distance:.2f} from '{names[choice.nearest]}', limit {SAME_KIND:g}"
     return {

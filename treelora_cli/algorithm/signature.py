@@ -66,7 +66,7 @@ def sketch_layer(grad: Tensor, spec: SketchSpec, layer_index: int) -> Tensor:
     if entries > spec.width:
         order, signs = _order_and_signs(spec, layer_index, entries)
         flat = flat[order.to(flat.device)] * signs.to(flat.device)
-    rows = max(1, -(-entries // spec.width))
+    rows = -(-entries // spec.width)
     padded = torch.nn.functional.pad(flat, (0, rows * spec.width - entries))
     return padded.view(rows, spec.width).sum(dim=0)  # (rows, m) -> (m,)
 
@@ -149,7 +149,7 @@ def _normalised(sketch: Tensor) -> Tensor:
     """L2-normalise each layer of `(D, m)` to float32; a zero layer stays zero."""
     rows = sketch.double()  # float32's squares would underflow for small gradients
     norm = rows.norm(dim=1, keepdim=True)  # (D, 1)
-    return torch.where(norm > 0, rows / norm.clamp_min(torch.finfo(rows.dtype).tiny), 0.0).float()
+    return (rows / norm.clamp_min(torch.finfo(rows.dtype).tiny)).float()
 
 
 def _order_and_signs(spec: SketchSpec, layer_index: int, entries: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ def _draw(spec: SketchSpec, layer_index: int, entries: int) -> tuple[Tensor, Ten
     """Draw on the CPU, whose generator gives the same numbers whatever the accelerator."""
     generator = torch.Generator().manual_seed(seeds.of_layer(spec.seed, layer_index))
     order = torch.randperm(entries, generator=generator)
-    signs = torch.randint(0, 2, (entries,), generator=generator).float() * 2.0 - 1.0
+    signs = torch.randint(2, (entries,), generator=generator).float() * 2.0 - 1.0
     return order, signs
 
 

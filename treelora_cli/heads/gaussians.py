@@ -258,7 +258,7 @@ def fit_drift(old: Tensor, new: Tensor, ridge: float = 0.1) -> Drift:
     before, after = old.mean(dim=0), new.mean(dim=0)
     x, change = (old - before).double(), (new - after - (old - before)).double()
     gram = x.T @ x
-    gram.diagonal().add_(max(ridge, 1e-6) * float(gram.diagonal().mean().clamp(min=1e-12)))
+    gram.diagonal().add_(max(ridge, 1e-6) * gram.diagonal().mean().clamp(min=1e-12))
     moved = torch.linalg.solve(gram, x.T @ change).float()
     return Drift(before, after, torch.eye(old.shape[1], device=old.device) + moved)
 
@@ -311,7 +311,7 @@ class ClassStatistics:
     def discriminant(self, ridge: float) -> LinearHead:
         """Return Fisher's linear discriminant with equal class priors; logits are log-densities up to a constant."""
         covariance = (self.scatter / self.counts.sum()).double()
-        covariance.diagonal().add_(max(ridge, 1e-6) * float(covariance.diagonal().mean().clamp(min=1e-12)))
+        covariance.diagonal().add_(max(ridge, 1e-6) * covariance.diagonal().mean().clamp(min=1e-12))
         weight = torch.linalg.solve(covariance, self.means.double().T).T
         bias = -0.5 * (weight * self.means.double()).sum(dim=1)
         return LinearHead(weight.float(), bias.float())

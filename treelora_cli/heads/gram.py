@@ -154,7 +154,7 @@ class HalfGram(Gram):
     def block(self, part: slice) -> Tensor:
         """Return the whole matrix of some rows and the same columns, (n, n)."""
         index = torch.arange(self.width)[part]
-        row, column = torch.meshgrid(index, index, indexing="ij")
+        row, column = index[:, None], index[None]
         return self.values[self._places(torch.maximum(row, column), torch.minimum(row, column))]
 
     def solve_(self, right: Tensor) -> Tensor:
