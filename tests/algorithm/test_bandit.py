@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import get_args
 
 import numpy as np
@@ -93,12 +94,15 @@ def test_first_distances_are_pulls_of_every_arm_pooled_upwards() -> None:
     # four arms of two pulls, 0.5 apart: squares 4 times 0.125, four repeats
     assert bandit.sigma()[0] == pytest.approx(math.sqrt((2 * 0.05**2 + 0.5) / 6))
     assert (bandit.selected().tolist(), bandit.nearest()) == ([2], 2)
+    assert bandit.state_arrays()["last"].tolist() == [2]
     assert bandit.distance_computations == 8
     assert bandit.step(np.array([[8.4]], dtype=np.float32)).tolist() == [2]
-    with pytest.raises(ValueError, match="the search has begun"):
+    with pytest.raises(ValueError, match=r"^begin_with: the search has begun$"):
         bandit.begin_with(np.zeros((1, 1, 1), dtype=np.float32))
-    with pytest.raises(ValueError, match="queries: shape"):
-        TreeBandit(line_tree()).begin_with(np.zeros((0, 1, 1), dtype=np.float32))
+    for shape in ((0, 1, 1), (1, 2, 1), (1, 1)):
+        line = rf"^queries: shape {re.escape(str(shape))}, expected \(n, \(1, 1\)\)$"
+        with pytest.raises(ValueError, match=line):
+            TreeBandit(line_tree()).begin_with(np.zeros(shape, dtype=np.float32))
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 37, 200])

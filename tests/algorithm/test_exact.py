@@ -140,13 +140,42 @@ def test_a_nodes_witness_attains_the_least_bound_of_its_children() -> None:
             assert own[layer.witness[node]] == min(bounds)
 
 
-def test_an_exhaustive_search_pools_the_squares_of_its_second_pulls() -> None:
+def test_an_exhaustive_search_pools_the_squares_of_its_later_pulls() -> None:
     bandit = TreeBandit(build_tree(FOUR, 1), search="exhaustive")
     for value in (2.0, 3.0):
         bandit.step(np.array([[value]], dtype=np.float32))
     # distances are half the gaps: (1, 0.5, 3, 3.5), then (1.5, 1, 2.5, 3): each arm 0.5 from its first
     assert bandit._layers[0].squares == pytest.approx(4 * 0.5**2 / 2)
     assert bandit._layers[0].repeats == 4
+    bandit.step(np.array([[7.0]], dtype=np.float32))  # (3.5, 3, 0.5, 1): deviations of each arm -1, -0.5, 1.5
+    assert bandit.mean_distances().tolist() == [[2.0, 1.5, 2.0, 2.5]]
+    assert bandit._layers[0].squares == pytest.approx(4 * (1 + 0.25 + 2.25))
+    assert (bandit._layers[0].repeats, bandit.node_visits) == (8, 3 * 7)
+
+
+@pytest.mark.parametrize(("value", "place"), [(0.0, (0, 1)), (0.02, (2,))])
+def test_first_pulls_choose_witnesses_as_before_the_first_step(value: float, place: tuple[int, ...]) -> None:
+    # at step 1 bounds are the means: 0, 0 and 0.01 from 0; of equal bounds a node's own is the witness. At step 2 the
+    # third arm, of one pull, would lie lower than the node of the other two
+    bandit = TreeBandit(build_tree(on_a_line(0, 0, 0.02), 1))
+    bandit.begin_with(np.array([[[value]]], dtype=np.float32))
+    node = next(node for node in bandit.tree.nodes if node.members == place)
+    assert bandit._layers[0].witness[0] == node.index
+
+
+def test_first_pulls_give_every_node_the_witness_of_the_exact_bounds() -> None:
+    rng = np.random.default_rng(5)
+    bandit = TreeBandit(build_tree(on_a_line(*(0.01 * rng.normal(size=24))), 3))
+    layer = bandit._layers[0]
+    layer.begin_with(np.abs(0.005 * rng.normal(size=(2, 24))), 50)
+    own = layer.own_bounds(50)
+    bound, inside = own.copy(), 0
+    for level in bandit.arms.levels:
+        for node in level:
+            least = min(bound[child] for child in bandit.arms.children[node])
+            assert own[layer.witness[node]] == least
+            bound[node], inside = max(own[node], least), inside + int(own[node] > least)
+    assert inside > 3  # nodes whose own bound is the greater
 
 
 # -- the tree ---------------------------------------------------------------------------------------------

@@ -54,6 +54,9 @@ def test_classes_count_alike_and_a_class_without_tokens_is_no_division_by_zero()
     many.squares[1] *= 100
     many.counts[1] *= 100
     assert many.signature().means == pytest.approx(few.signature().means)
+    single = TokenMoments(np.array([[[3.0, 4.0]]]), np.array([[[9.0, 16.0]]]), np.ones(1)).signature()
+    assert single.means.tolist() == [pytest.approx([0.6, 0.8]), [0.0, 0.0]]
+    assert single.means.dtype == single.variances.dtype == np.float32
     none = TokenMoments(np.zeros((1, 1, 2)), np.zeros((1, 1, 2)), np.zeros(1)).signature()
     assert none.means.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
@@ -63,6 +66,8 @@ def test_distance_by_hand() -> None:
     apart = kind_distance(signature(0.0), signature(4.0, 4.0, 3))
     assert apart == pytest.approx(15 / (1 + 15 / 30))
     assert kind_distance(signature(1.0), signature(1.0, 4.0, 3)) == 0.0
+    # of three classes one degree of freedom: 3^2 over 1 x (1/2 + 1)
+    assert kind_distance(signature(0.0, 1.0, 2), signature(3.0, 0.0, 1)) == pytest.approx(6 / (1 + 6 / 30))
     # nothing to measure by: as far as can be, unless the means are the same
     single = KindSignature(np.array([[1.0]], np.float32), np.zeros((1, 1), np.float32), 1)
     assert kind_distance(single, signature(0.0, 0.0, 1)) == pytest.approx(30.0)

@@ -50,8 +50,10 @@ def test_scores_and_head_equal_refits_by_hand(width: int) -> None:
     assert fitted.accuracy(labels) == pytest.approx(float(right.double().mean()))
 
 
-def test_penalty_and_sharpness_are_the_best_of_those_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("apart", [0, 2])
+def test_penalty_and_sharpness_are_the_best_of_those_tried(apart: int, monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = sample(30, 12)
+    features[:, :3] += apart * torch.nn.functional.one_hot(labels, 3)
     chosen = LeaveOneOut.fit(features, labels, 3)
     wanted = torch.nn.functional.one_hot(labels, 3)
     errors = {}
@@ -75,6 +77,25 @@ def test_many_wide_features_are_projected_and_the_head_reads_them_as_they_are(mo
     assert fitted.head.weight.shape == (3, 40)
     assert torch.equal(fitted.head(features).argmax(dim=1), labels)
     assert fitted.accuracy(labels) == 1.0
+    # on standardised features its weights are combinations of the 16 directions of seed 0
+    deviation = features.std(dim=0)
+    weight = (fitted.head.weight * (deviation + 1e-2 * deviation.mean())).T
+    directions = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(directions @ torch.linalg.lstsq(directions, weight).solution, weight)
+
+
+def test_as_many_features_as_are_kept_are_not_projected(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = sample(18, 18)
+    plain = LeaveOneOut.fit(features, labels, 3)
+    monkeypatch.setattr(leave_one_out, "_WIDEST", 18)
+    assert torch.equal(LeaveOneOut.fit(features, labels, 3).head.weight, plain.head.weight)
+
+
+def test_a_class_without_examples_has_no_score() -> None:
+    features, labels = sample(18, 5)
+    fitted = LeaveOneOut.fit(features, labels, 4)
+    assert fitted.head.weight.shape == (4, 5)
+    torch.testing.assert_close(fitted.scores[:, 3], torch.zeros(18))
 
 
 @pytest.mark.parametrize("width", [3, 10])
@@ -84,6 +105,7 @@ def test_constant_features_give_the_prior(width: int) -> None:
     torch.testing.assert_close(fitted.head(torch.ones(1, width)), torch.tensor([[0.75, 0.25]]))
     # each by the other three: two of class 0 and one of class 1, or three of class 0
     torch.testing.assert_close(fitted.scores, torch.tensor([[2 / 3, 1 / 3]] * 3 + [[1.0, 0.0]]))
+    assert fitted.share == leave_one_out._SHARES[0]  # of penalties that do as well, the least
 
 
 def test_rows_of_unequal_processes_come_together_in_order() -> None:

@@ -9,6 +9,7 @@ Symbols: ``S`` steps, ``D`` layers, ``T`` tasks, ``k`` arms asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,4 +72,4 @@ def _arm(
     known = (pulls > 0).sum(axis=1)
     mean_bound = np.where(known > 0, np.nansum(bounds, axis=1) / np.maximum(known, 1), np.nan)
     pulled = means[total > 0]
-    return Replay(task, pulls.sum(axis=1), mean_bound, float(pulled.mean()) if pulled.size else float("nan"))
+    return Replay(task, pulls.sum(axis=1), mean_bound, float(pulled.mean()) if pulled.size else math.nan)

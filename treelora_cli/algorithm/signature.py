@@ -149,7 +149,8 @@ def _normalised(sketch: Tensor) -> Tensor:
     """L2-normalise each layer of `(D, m)` to float32; a zero layer stays zero."""
     rows = sketch.double()  # float32's squares would underflow for small gradients
     norm = rows.norm(dim=1, keepdim=True)  # (D, 1)
-    return (rows / norm.clamp_min(torch.finfo(rows.dtype).tiny)).float()
+    unit: Tensor = rows / norm.clamp_min(torch.finfo(rows.dtype).tiny)
+    return unit.float()
 
 
 def _order_and_signs(spec: SketchSpec, layer_index: int, entries: int) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class LeaveOneOut:
         projection = None
         if min(x.shape) > _WIDEST:
             generator = torch.Generator().manual_seed(0)
-            projection = torch.randn(x.shape[1], _WIDEST, generator=generator).to(x.device) / _WIDEST**0.5
+            projection = torch.randn(x.shape[1], _WIDEST, generator=generator).to(x.device)
             x = x @ projection
         targets = nn.functional.one_hot(labels, classes).to(torch.float64)
         prior = targets.mean(dim=0)
@@ -91,5 +91,4 @@ def _decompose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _likeliest_sharpness(scores: Tensor, labels: Tensor) -> float:
-    losses = [float(nn.functional.cross_entropy(factor * scores, labels)) for factor in _SHARPNESSES]
-    return float(min(zip(losses, _SHARPNESSES, strict=True))[1])
+    return min(_SHARPNESSES, key=lambda factor: float(nn.functional.cross_entropy(factor * scores, labels)))
