@@ -127,6 +127,7 @@ def test_sums_over_processes_count_what_came_before_once(prior: str | None) -> N
     wanted = {None: [2.0, 8.0], "beside": [102.0, 8.0], "within": [101.0, 4.0]}[prior]
     assert total.gram.diagonal().tolist() == wanted
     assert total.counts.tolist() == [1.0 if prior == "within" else 2.0]
+    assert total.sums.tolist() == [[1.0, 2.0] if prior == "within" else [2.0, 4.0]]
 
 
 def test_the_feature_map_by_hand() -> None:
@@ -272,6 +273,9 @@ def test_weighted_examples_count_as_if_they_were_there_so_often() -> None:
     repeated = RidgeStatistics.empty(4, 2, torch.device("cpu"))
     repeated.add(torch.cat([phi, phi[4:], phi[4:]]), torch.cat([labels, labels[4:], labels[4:]]))
     assert weighted.counts.tolist() == repeated.counts.tolist() == [4.0, 6.0]
+    half = RidgeStatistics.empty(4, 2, CPU)
+    half.add(phi, labels, torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 3.0], dtype=torch.bfloat16))
+    assert (half.counts.dtype, half.counts.tolist()) == (torch.float32, [4.0, 6.0])
     one, other = weighted.solve(0.1), repeated.solve(0.1)
     torch.testing.assert_close(one.weight, other.weight)
     torch.testing.assert_close(one.bias, other.bias)
