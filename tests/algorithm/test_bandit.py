@@ -200,7 +200,7 @@ def test_nearest_joins_the_layers() -> None:
     assert bandit.selected().tolist() == [0, 2, 2]
     # relative to the layers' means (9.33, 2.83, 2.83): 0 -> -6, 1 -> -2.33, 2 -> 8.33
     assert bandit.nearest() == 0
-    with pytest.raises(ValueError, match="no step was made"):
+    with pytest.raises(ValueError, match=r"^nearest: no step was made$"):
         TreeBandit(build_tree(values, 3)).nearest()
 
 

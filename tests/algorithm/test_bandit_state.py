@@ -24,6 +24,7 @@ def test_a_round_trip_changes_nothing_that_follows(search: Any, tree_depth: int)
     arrays = {name: array.copy() for name, array in through.state_arrays().items()}
     loaded_tree = Tree.from_state(json.loads(json.dumps(tree.to_dict())), tree.to_arrays())
     resumed = TreeBandit.from_state(loaded_tree, arrays, meta)
+    assert all(np.array_equal(array, arrays[name]) for name, array in resumed.state_arrays().items())
     assert run(resumed, queries[40:]) == run(through, queries[40:])
     assert resumed.state_meta() == through.state_meta()
     for name, array in through.state_arrays().items():
@@ -45,11 +46,15 @@ def test_the_next_task_after_a_round_trip_selects_the_same() -> None:
     ("name", "value", "message"),
     [
         ("counts", np.zeros((1, 7)), "bandit counts: expected int64"),
-        ("counts", np.full((1, 7), -1), "a negative number of pulls"),
+        ("counts", np.full((1, 7), -1), "^bandit counts: a negative number of pulls$"),
         ("sums", None, "bandit sums: missing"),
-        ("witness", np.full((1, 7), 7), "bandit witness: a node out of range"),
-        ("tasks", np.array([-1, -1, -1, 0, 1, 2, 2]), "every task of the tree on one arm"),
-        ("children", np.zeros((7, 2), dtype=np.int64), "parents before children"),
+        ("witness", np.full((1, 7), 7), "^bandit witness: a node out of range$"),
+        ("tasks", np.array([-1, -1, -1, 0, 1, 2, 2]), "^bandit tasks: expected every task of the tree on one arm$"),
+        (
+            "children",
+            np.zeros((7, 2), dtype=np.int64),
+            "^bandit children: not a binary tree with parents before children$",
+        ),
     ],
 )
 def test_malformed_arrays_are_refused(name: str, value: Any, message: str) -> None:
@@ -67,7 +72,7 @@ def test_malformed_arrays_are_refused(name: str, value: Any, message: str) -> No
     ("change", "message"),
     [
         ({"version": 9}, "version 9, expected 1"),
-        ({"more": 1}, "unknown key more"),
+        ({"more": 1}, "^bandit: unknown key more$"),
         ({"width": "wide"}, "bandit width: unknown 'wide', expected one of observed, literal"),
         ({"search": []}, "bandit search: unknown"),
         ({"smoothness": "x"}, "bandit smoothness: expected 0 or more"),
@@ -82,7 +87,7 @@ def test_malformed_meta_is_refused(change: dict[str, Any], message: str) -> None
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match="holds no tasks"):
+    with pytest.raises(ValueError, match=r"^bandit: the tree holds no tasks to search$"):
         TreeBandit(build_tree(np.zeros((0, 2, 4), dtype=np.float32), 2))
     bandit = TreeBandit(build_tree(random_signatures(3), 2))
     with pytest.raises(ValueError, match=r"query: shape \(2, 16\), expected \(3, 16\)"):

@@ -60,6 +60,7 @@ def test_a_step_looks_at_both_children_on_the_way_down_and_up() -> None:
     [
         [[1, 2], [3, 4], [3, 4]],  # in order, but one node twice
         [[2, 3], [4, 5], [1, 6]],  # each once, but a child before its parent
+        [[2, 3], [1, 4], [5, 6]],  # each once, but a node below itself
     ],
 )
 def test_search_nodes_that_are_no_tree_are_refused(children: list[list[int]]) -> None:
@@ -250,6 +251,20 @@ def test_groups_are_merged_in_proportion_to_their_tasks() -> None:
 
 def test_of_equal_tasks_the_distance_is_zero() -> None:
     assert build_tree(on_a_line(0, 5, 5), 1).nearest_leaves() == (1, 2, 0.0)
+
+
+def test_a_small_tree_keeps_its_rule_when_a_task_comes() -> None:
+    tree = build_tree(FOUR, 1, split="median-l1")
+    assert tree.insert(np.array([[20.0]])) == build_tree(on_a_line(0, 1, 8, 9, 20), 1, split="median-l1")
+
+
+def test_a_task_comes_beside_the_one_that_is_nearest_over_all_layers() -> None:
+    # two groups of eight: ten apart on the first layer, one apart on the second, where the newcomer is the others' like
+    values = [[[10.0 * (task >= 8) + 0.01 * task], [1.0 * (task < 8)]] for task in range(16)]
+    tree = build_tree(np.array(values, dtype=np.float32), 1)
+    assert [node.members for node in tree.leaves()] == [tuple(range(8)), tuple(range(8, 16))]
+    grown = tree.insert(np.zeros((2, 1)))
+    assert [node.members for node in grown.leaves()] == [(*range(8), 16), tuple(range(8, 16))]
 
 
 def test_a_tree_is_extended_by_insertion_until_a_rebuild_is_due() -> None:
