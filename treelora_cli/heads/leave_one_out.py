@@ -91,4 +91,5 @@ def _decompose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _likeliest_sharpness(scores: Tensor, labels: Tensor) -> float:
-    return min(_SHARPNESSES, key=lambda factor: float(nn.functional.cross_entropy(factor * scores, labels)))
+    losses = [float(nn.functional.cross_entropy(factor * scores, labels)) for factor in _SHARPNESSES]
+    return float(_SHARPNESSES[losses.index(min(losses))])
