@@ -33,6 +33,16 @@ def test_a_round_trip_changes_nothing_that_follows(search: Any, tree_depth: int)
     assert arrays["counts"].sum() < through.state_arrays()["counts"].sum()
 
 
+def test_a_search_read_back_has_its_choices_and_its_own_nodes() -> None:
+    bandit = TreeBandit(line_tree(), width="literal", search="cold", smoothness=0.5)
+    arrays = bandit.state_arrays()
+    assert arrays["tasks"].tolist() == [-1, -1, -1, 2, 3, 0, 1]
+    arrays["tasks"] = np.array([-1, -1, -1, 3, 2, 1, 0])  # as another version may have halved the leaves
+    again = TreeBandit.from_state(bandit.tree, arrays, bandit.state_meta())
+    assert (again.state_meta(), again.sigma().tolist()) == (bandit.state_meta(), [1.0])
+    assert again.arms.tasks.tolist() == [-1, -1, -1, 3, 2, 1, 0]
+
+
 def test_the_next_task_after_a_round_trip_selects_the_same() -> None:
     values = random_signatures(12)
     tree = build_tree(values[:11], 3)
@@ -97,3 +107,5 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="query: layer 2 is not finite"):
         bandit.step(query)
     assert bandit.step_count == 0
+    with pytest.raises(ValueError, match=r"^bandit: expected an object, got list$"):
+        TreeBandit.from_state(bandit.tree, bandit.state_arrays(), [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -251,6 +252,20 @@ def test_groups_are_merged_in_proportion_to_their_tasks() -> None:
 
 def test_of_equal_tasks_the_distance_is_zero() -> None:
     assert build_tree(on_a_line(0, 5, 5), 1).nearest_leaves() == (1, 2, 0.0)
+
+
+def test_trees_that_differ_in_one_thing_are_not_equal() -> None:
+    tree = build_tree(FOUR, 1)
+    assert tree == build_tree(FOUR, 1) and tree != 1
+    for change in (
+        {"signatures": FOUR + 1},
+        {"nodes": tree.nodes[:2]},
+        {"spreads": tree.spreads + 1},
+        {"tree_depth": 2},
+        {"split": "median-l1"},
+        {"tasks_at_build": 3},
+    ):
+        assert tree != replace(tree, **change)
 
 
 def test_a_small_tree_keeps_its_rule_when_a_task_comes() -> None:

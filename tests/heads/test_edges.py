@@ -9,7 +9,15 @@ import torch
 
 from treelora_cli.heads import leave_one_out
 from treelora_cli.heads.familiarity import Familiarity
-from treelora_cli.heads.gaussians import ClassStatistics, Drift, Gaussian, RandomRidge, class_means, fit_drift
+from treelora_cli.heads.gaussians import (
+    ClassStatistics,
+    Drift,
+    Gaussian,
+    RandomRidge,
+    best_penalty,
+    class_means,
+    fit_drift,
+)
 from treelora_cli.heads.gram import FullGram, Gram, HalfGram
 from treelora_cli.heads.ridge import FeatureMap, RidgeStatistics, _centre_, ridge_share
 from treelora_cli.heads.two_views import Examples, judge
@@ -107,6 +115,13 @@ def test_a_task_without_its_last_class_counts_nothing_for_it() -> None:
     ridge.add(features, torch.tensor([0, 1, 1]), 3)
     expanded = ridge.expand(features)
     torch.testing.assert_close(ridge.sums, torch.stack([expanded[0], expanded[1] + expanded[2], torch.zeros(3)]))
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_two_examples_that_agree_ask_for_the_least_penalty(width: int) -> None:
+    same = torch.zeros(2, width)
+    same[:, 0] = 1  # each is foretold by the other, as 1 / (1 + penalty)
+    assert best_penalty(same, torch.ones(2, 1)) == 1e-8
 
 
 def test_a_system_that_is_not_positive_in_single_precision_is_solved_all_the_same() -> None:
