@@ -52,6 +52,14 @@ def test_a_class_of_one_example_is_a_gaussian() -> None:
 def test_logits_are_divided_by_the_mean_of_their_tasks_norms() -> None:
     logits = torch.tensor([[3.0, 4.0, 1.0]])  # norms 5 and 1, mean 3
     torch.testing.assert_close(normalised_logits(logits, torch.tensor([0, 0, 1])), logits / 3)
+    rows = torch.tensor([[3.0, 4.0, 1.0, 2.0], [0.0, 0.0, 5.0, 6.0]])  # norms 5, 1, 2 and 0, 5, 6
+    wanted = rows / torch.tensor([[8 / 3], [11 / 3]])
+    torch.testing.assert_close(normalised_logits(rows, torch.tensor([0, 0, 1, 2])), wanted)
+
+
+def test_norms_are_held_above_zero() -> None:
+    small = torch.tensor([[1e-7, 0.0]])  # norms 1e-7 and 0, each and 1e-7 more: mean 1.5e-7
+    torch.testing.assert_close(normalised_logits(small, torch.tensor([0, 1])), torch.tensor([[2 / 3, 0.0]]))
 
 
 @pytest.mark.parametrize("scale", [None, 0.1])
