@@ -28,7 +28,7 @@ from treelora_cli.commands.settings import settings
 from treelora_cli.commands.status import status
 from treelora_cli.commands.train_task import train_task
 from treelora_cli.commands.watch import watch
-from treelora_cli.errors import Interrupted, describe_error
+from treelora_cli.errors import Interrupted, UsageError, describe_error
 from treelora_cli.project.lock import terminate_like_interrupt
 from treelora_cli.version import __version__
 from treelora_cli.views.console import Output
@@ -129,10 +129,21 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(run_command(given))
 
 
+def _refuse_empty(given: list[str]) -> None:
+    """Raise ``UsageError`` for an empty argument, which as a path would be the current directory.
+
+    ``predict`` says it of prompts and images in its own words; after an option an empty value may be meant.
+    """
+    for before, one in zip(["", *given], given, strict=False):
+        if not one.strip() and not before.startswith("-") and "predict" not in given:
+            raise UsageError(f"An argument after '{before}' is empty: an unset variable of the shell?")
+
+
 def run_command(given: list[str]) -> int:
     """Run one command and return its exit code; errors become one line on standard error."""
     output = Output(as_json="--json" in given, quiet=False)
     try:
+        _refuse_empty(given)
         result = app(args=given, standalone_mode=False, obj=output)
         if result == Interrupted.exit_code:  # what the parser makes of Ctrl-C, without a word
             raise KeyboardInterrupt

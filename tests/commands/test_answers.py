@@ -128,3 +128,16 @@ def test_what_is_no_image_is_said(cli: Cli, learned_project: Path, images: list[
     (tmp_path / "gone.png").symlink_to("nowhere.png")
     check_error(cli(*root, tmp_path / "gone.png"), 4, r"gone\.png is a link to nowhere\.png, which is not there\.")
     check_error(cli(*root, "/proc/self/mem"), 4, r"/proc/self/mem cannot be read: Input/output error\.")
+
+
+def test_an_empty_path_is_not_the_current_directory(
+    cli: Cli, empty_project: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell's unset variable would have the current directory learned."""
+    monkeypatch.chdir(data / "warm")
+    root = ("-C", empty_project)
+    for command in (["train-task", ""], ["train-task", ".", " "], ["data", "warm", ""], ["watch", "add", "w", ""]):
+        line = rf"An argument after '{command[-2]}' is empty: an unset variable of the shell\?"
+        check_error(cli(*root, *command), 2, line)
+    done = cli(*root, "train-task", ".", "--label-prefix", "", "--dry-run", "--device", "cpu")
+    assert done.code == 0, done.err

@@ -82,3 +82,13 @@ def test_a_hundred_tasks_can_be_read_at_80_columns() -> None:
     lines = canvas.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert max(map(len, lines)) <= 80
     assert all(name in " ".join(lines) for name in names), "nothing is cut off"
+
+
+def test_long_names_are_wrapped_in_every_line() -> None:
+    """Of a node with many tasks the first are named, on as many lines as they take."""
+    tree, _ = tree_of(12)
+    names = [f"task-{index:02d}-with-a-name-that-is-rather-long" for index in range(12)]
+    lines = shown(tree_view(tree, names, LAYERS, None)).splitlines()
+    assert [line.rstrip() for line in lines[:3]] == [f"12 tasks: {names[0]},", f"{names[1]},", f"{names[2]}, ..."]
+    assert lines[3].startswith("split on ")
+    assert max(map(len, map(str.rstrip, lines))) <= 80

@@ -44,7 +44,7 @@ def _node_line(tree: Tree, index: int, names: Sequence[str], layers: Sequence[st
         inside = "" if len(node.members) == 1 else f"  (spread {tree.spreads[index].mean():.3f})"
         return f"● {members}{inside}"
     if len(node.members) > _NAMED:  # the leaves below name them all
-        members = ", ".join(names[task] for task in node.members[:_FIRST]) + ", ..."
+        members = _wrapped([*(names[task] for task in node.members[:_FIRST]), "..."])
     return (
         f"{len(node.members)} tasks: {members}\n"
         f"split on {layers[node.layer]} at {node.threshold:.3f}, spread {tree.spreads[index, node.layer]:.3f}"
