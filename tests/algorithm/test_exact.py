@@ -327,10 +327,11 @@ def test_a_gradient_as_long_as_the_sketch_is_kept_as_it_is() -> None:
     assert sketch_layer(torch.zeros(0), SketchSpec(width=2), 0).tolist() == [0.0, 0.0]
 
 
-def test_half_precision_gradients_are_summed_in_single_precision() -> None:
-    sketch = sketch_layer(torch.ones(2000, dtype=torch.bfloat16), SketchSpec(width=1), 0)
+@pytest.mark.parametrize("width", [1, 4000])
+def test_half_precision_gradients_are_summed_in_single_precision(width: int) -> None:
+    sketch = sketch_layer(torch.ones(2000, dtype=torch.bfloat16), SketchSpec(width), 0)
     assert sketch.dtype == torch.float32
-    assert torch.equal(sketch, sketch_layer(torch.ones(2000), SketchSpec(width=1), 0))
+    assert torch.equal(sketch, sketch_layer(torch.ones(2000), SketchSpec(width), 0))
 
 
 def test_a_sketch_lies_on_the_device_of_its_gradient() -> None:
