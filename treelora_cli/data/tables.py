@@ -148,7 +148,7 @@ def check_text(row: Row) -> None:
     """Raise ``DataError`` when a row holds text that no encoding can write, such as half a surrogate pair."""
     for name, value in row.values.items():
         if not _writable(name) or not _writable(value):
-            raise DataError(f"{row.where}: '{name!a}' holds half a surrogate pair, which is no text. Mend it.")
+            raise DataError(f"{row.where}: {name!a} holds half a surrogate pair, which is no text. Mend it.")
 
 
 def _writable(value: Any) -> bool:
