@@ -185,5 +185,5 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "d.jsonl", '{"text": "fine \\ud83d\\ude00"}\n{"text": {"in": ["a \\ud83d b"]}}\n')
     first, second = read_table(path, None, {})
     check_text(first)
-    with pytest.raises(DataError, match=r"d\.jsonl:2: ''text'' holds half a surrogate pair"):
+    with pytest.raises(DataError, match=r"d\.jsonl:2: 'text' holds half a surrogate pair"):
         check_text(second)
