@@ -205,7 +205,8 @@ def test_without_a_chosen_task_a_prompt_is_continued_as_it_is(project, llama):
     answer = base.predictor(memory, "merged").predict([prompt])[0]
     adapters.write_slot(base.network, merged_adapter(memory))
     given = base.tokenizer(prompt, return_tensors="pt")["input_ids"]
-    written = base.lm.model.generate(input_ids=given, max_new_tokens=10, do_sample=False)[0][given.shape[1] :]
+    written = base.lm.model.generate(input_ids=given, min_new_tokens=1, max_new_tokens=10, do_sample=False)[0]
+    written = written[given.shape[1] :]
     assert (answer.output, answer.task) == (base.encoder.decode(written), None)
 
 
@@ -253,7 +254,8 @@ def test_adapter_export_loads_with_peft_and_writes_what_predict_writes(project, 
     assert run("-C", project, "export", out, "--format", "adapter", "--task", "colours") == 0
     tensors = load_file(out / "adapter_model.safetensors")
     assert {name.split(".")[-2] for name in tensors} == {"lora_A", "lora_B"}
-    assert json.loads((out / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
+    modules = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert json.loads((out / "adapter_config.json").read_text())["target_modules"] == modules
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), out).eval()
     tokenizer = AutoTokenizer.from_pretrained(llama)
     prompt = "What colour is the leaf?"

@@ -19,7 +19,7 @@ def test_models_that_are_none(tmp_path, llama, lm_tables):
         backend.resolve_base(BaseConfig(model="nowhere/at/all"), offline=True)
     with pytest.raises(ModelError, match=r"org/name is not cached and --offline is set"):
         backend.resolve_base(BaseConfig(model="org/name"), offline=True)
-    with pytest.raises(ModelError, match=r"neither config\.json nor a GGUF file"):
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
         backend.resolve_base(BaseConfig(model=str(tmp_path)), offline=True)
     with pytest.raises(ModelError, match="not a model"):
         backend.resolve_base(BaseConfig(model=str(lm_tables / "moods.jsonl")), offline=True)

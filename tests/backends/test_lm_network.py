@@ -1,5 +1,7 @@
 """What a language model computes the short way is what it computes the long way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_lm import (
@@ -7,10 +9,12 @@ from tiny_lm import (
     save_model,
 )
 from treelora_backends.causal_lm.answers import Answerer, Manner
+from treelora_backends.causal_lm.backend import CausalLmBackend
 from treelora_backends.causal_lm.batches import collate, pad
 from treelora_backends.causal_lm.network.network import LmNetwork
 
 from treelora_cli.backend import adapters
+from treelora_cli.backend.registry import defaults_on
 from treelora_cli.backend.values import DataRequest, Memory
 from treelora_cli.config import TrainConfig
 from treelora_cli.data.examples import TextExample
@@ -65,7 +69,7 @@ def test_generation_in_a_padded_batch_equals_one_by_one(family, request):
 
 
 def test_last_blocks_only_and_no_gradient_below(llama, lm_tables):
-    base = load(llama, blocks=1)
+    base = load(llama, blocks=1, targets="auto")
     assert base.layers == ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
     inside = []
     base.lm.blocks[0].register_forward_hook(lambda _m, _i, out: inside.append(out))
@@ -184,3 +188,23 @@ def test_bfloat16_base_learns_in_float32(llama):
     base = load(llama, dtype="bfloat16")
     assert base.lm.model.lm_head.weight.dtype == torch.bfloat16
     assert all(up.dtype == torch.float32 for _, up in adapters.slot_parameters(base.network, base.layers))
+
+
+@pytest.mark.parametrize(("depth", "adapted"), [(1, 1), (4, 1), (5, 2)])
+def test_unless_told_all_linear_layers_of_the_last_quarter_are_adapted(tmp_path, depth, adapted):
+    model = save_model(tmp_path / "llama", "llama", depth=depth)
+    base = load(model, blocks=None)
+    inner = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    held = [".".join(layer.split(".")[2:]) for layer in base.layers]
+    names = [f"self_attn.{name}" for name in inner[:4]] + [f"mlp.{name}" for name in inner[4:]]
+    last = range(depth - adapted, depth)
+    assert held == [f"{index}.{name}" for index in last for name in names]
+    halves = load(model, blocks=None, targets="auto").layers
+    assert {int(layer.split(".")[2]) for layer in halves} == set(range(depth - (depth + 1) // 2, depth))
+
+
+@pytest.mark.parametrize(("width", "rate"), [(64, 5e-3), (576, 5e-3), (896, 3.6e-3), (2048, 1.9e-3), (4096, 1.1e-3)])
+def test_a_wider_model_learns_at_a_lower_rate(width, rate):
+    backend = CausalLmBackend()
+    assert defaults_on(backend, {"width": width}).train.lr == pytest.approx(rate)
+    assert replace(defaults_on(backend, {"width": width}), train=backend.defaults().train) == backend.defaults()

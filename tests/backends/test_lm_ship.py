@@ -175,7 +175,8 @@ def test_a_gguf_base_is_written_with_its_adapted_weights(cli: Cli, packed: Path,
     changed = [one.name for one, two in zip(before.tensors, after.tensors, strict=True) if not same(one, two)]
     adapter = load_file(packed / "tasks/001-moods/adapter_model.safetensors")
     assert len(changed) == len(adapter) // 2 > 0
-    assert all(name.endswith(("attn_q.weight", "attn_v.weight")) for name in changed)
+    linear = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    assert {name.split(".")[-2] for name in changed} == set(linear)
     kept = {name: field.contents() for name, field in before.fields.items() if not name.startswith("GGUF.")}
     assert {name: field.contents() for name, field in after.fields.items() if name in kept} == kept
     assert (out / "Modelfile").read_text().splitlines()[1] == "FROM ./model.gguf"
@@ -250,6 +251,8 @@ def test_a_file_that_holds_something_else_fails_the_check(
 # -- adapters by others' rules ----------------------------------------------------------------------------
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+"""What vLLM takes an adapter for in a Llama: each of them, or the fused layer that it becomes a part of."""
 """vLLM's choices of ``--max-lora-rank``."""
 
 
@@ -264,7 +267,7 @@ def test_adapters_meet_vllms_rules(cli: Cli, texts: Path, tmp_path: Path) -> Non
     assert config["modules_to_save"] is None and config.get("use_dora") in (None, False)
     assert config["bias"] == "none" and not config.get("rank_pattern") and not config.get("alpha_pattern")
     assert isinstance(config["target_modules"], list)
-    assert all(name.split(".")[-1] in ("q_proj", "k_proj", "v_proj", "o_proj") for name in config["target_modules"])
+    assert {name.split(".")[-1] for name in config["target_modules"]} == _VLLM_MODULES
     tensors = load_file(out / "adapter_model.safetensors")
     for name, tensor in tensors.items():
         parts = name.split(".")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,19 @@ def parameters_of(toy: Toy) -> list[Tensor]:
     return [toy.down.detach().clone(), toy.up.detach().clone(), toy.bias.detach().clone()]
 
 
-def treelora_of(toy: Toy, *, reg: float = 0.5, update: str = "penalty") -> TreeLora:
-    """The method over three earlier tasks, with adapters of their own; the new task is like the second."""
+def treelora_of(
+    toy: Toy,
+    *,
+    reg: float = 0.5,
+    update: str = "penalty",
+    start: str = "nearest",
+    warm: bool = True,
+    losses: Mapping[float, float] = MappingProxyType({}),
+) -> TreeLora:
+    """The method over three earlier tasks, with adapters of their own; the new task is like the second.
+
+    ``losses`` are the new task's under adapters, by their down matrices' value: the second's is 2, a fresh one's 10.
+    """
     rows = np.eye(3, 8, dtype=np.float32)[:, None, :]
     tree = build_tree(rows, 3)
     queries = rows[1][None].repeat(4, axis=0)
@@ -113,14 +125,25 @@ def treelora_of(toy: Toy, *, reg: float = 0.5, update: str = "penalty") -> TreeL
     def earlier(index: int) -> AdapterWeights:
         return AdapterWeights(("x",), (torch.full((2, 3), index + 1.0),), (torch.full((4, 2), -1.0 - index),), 1.0)
 
-    config = resolve(Config(train=TrainConfig(reg=reg, update=update)), Config(), Config())
-    past = Past(tree, queries, earlier)
+    config = resolve(Config(train=TrainConfig(reg=reg, update=update, warm_start=start)), Config(), Config())
+    past = Past(tree, queries, earlier, lambda start: losses[float(start.down[0][0, 0])])
     method = TreeLora()
+    fresh = earlier(9)
     start = method.begin(
-        TaskContext(3, nn.Module(), ("x",), toy.slot, 1.0, earlier(9), lambda _: iter(()), 5, config, past=past)
+        TaskContext(3, nn.Module(), ("x",), toy.slot, 1.0, fresh, lambda _: iter(()), 5, config, past=past)
     )
-    assert torch.equal(start.up[0], earlier(1).up[0])
+    assert torch.equal(start.up[0], (earlier(1) if warm else fresh).up[0])
+    assert (method.found().nearest, method.found().parent) == (1, 1 if warm else None)
     return method
+
+
+@pytest.mark.parametrize(("start", "warm"), [("nearest", True), ("better", False), ("none", False)])
+@pytest.mark.parametrize("loss", [1.0, 1.5])
+def test_an_adapter_under_which_the_first_batches_lose_no_less_is_no_better_start(
+    start: str, warm: bool, loss: float
+) -> None:
+    treelora_of(Toy(), start=start, warm=warm, losses={2.0: loss, 10.0: 1.0})
+    treelora_of(Toy(), start=start, warm=start != "none", losses={2.0: 0.9, 10.0: 1.0})
 
 
 # -- a step by hand ---------------------------------------------------------------------------------------

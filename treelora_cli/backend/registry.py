@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,12 @@ def load_backend(name: str) -> Backend:
             f" that is not registered. Set its 'name' to '{name}'."
         )
     return candidate
+
+
+def defaults_on(backend: Backend, facts: Mapping[str, Any]) -> Config:
+    """Return a backend's defaults on a loaded base of these facts."""
+    own: Callable[[Mapping[str, Any]], Config] | None = getattr(backend, "defaults_on", None)
+    return backend.defaults() if own is None else own(facts)
 
 
 def missing_members(thing: object, protocol: type[Any], without: tuple[str, ...] = ()) -> list[str]:

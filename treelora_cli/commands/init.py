@@ -30,7 +30,9 @@ def init(
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
     dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
-    targets: Annotated[str | None, typer.Option(help="auto, all-linear or module names, comma-separated.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="auto, all-linear, last-quarter or module names, comma-separated.")
+    ] = None,
     blocks: Annotated[int | None, typer.Option(help="Adapt only the last so many blocks; 0 for all.")] = None,
     tree_depth: Annotated[int | None, typer.Option(help="Greatest depth of the tree.")] = None,
     head_width: Annotated[int | None, typer.Option(help="Random features of the shared image head.")] = None,

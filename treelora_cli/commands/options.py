@@ -21,7 +21,7 @@ Epochs = Annotated[int | None, typer.Option(help="Passes over the task's data.")
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
 BatchSize = Annotated[int | None, typer.Option(help="Examples per step, over all processes.")]
 Reg = Annotated[float | None, typer.Option(help="Lambda of eq. 3: pull towards the similar task; 0 for none.")]
-WarmStart = Annotated[str | None, typer.Option(help="Where a new adapter starts: nearest, latest or none.")]
+WarmStart = Annotated[str | None, typer.Option(help="Where a new adapter starts: nearest, better, latest or none.")]
 Search = Annotated[str | None, typer.Option(help="How similar tasks are found: lcb, cold, flat, exhaustive or random.")]
 Branch = Annotated[str | None, typer.Option(help="Which tasks share an adapter: auto, first, always or never.")]
 Update = Annotated[str | None, typer.Option(help="Eq. 3 as a subgradient term or a proximal step: penalty or prox.")]

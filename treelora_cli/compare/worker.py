@@ -29,12 +29,21 @@ import torch
 from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic, precision_beside
-from treelora_cli.backend.registry import load_backend
+from treelora_cli.backend.registry import defaults_on, load_backend
 from treelora_cli.backend.runtime import Runtime, Silent, open_runtime, peak_bytes
 from treelora_cli.backend.values import Memory
 from treelora_cli.compare.results import write_result
 from treelora_cli.compare.runs import Run
-from treelora_cli.config import AdapterConfig, Config, TrainConfig, TreeConfig, load_config, overlay, resolve
+from treelora_cli.config import (
+    LAST_QUARTER,
+    AdapterConfig,
+    Config,
+    TrainConfig,
+    TreeConfig,
+    load_config,
+    overlay,
+    resolve,
+)
 from treelora_cli.errors import UsageError
 from treelora_cli.learning.evaluation import HeldOut
 from treelora_cli.learning.gate import untouched_score, watch_request
@@ -240,6 +249,8 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
     config = dataclasses.replace(config, base=held_in(backend, resolved, runtime))
     tasks = plan_stream(request)
     base = load_base(backend, config, runtime)
+    settled = contender_config(run, resolve(run.flags, recipe, defaults_on(backend, base.facts)), head)
+    config = dataclasses.replace(settled, base=config.base)
     watch = MemoryWatch(runtime)
     watch.start()
     contest = Contest(base, base.contender(head, config), entry.make(), config, len(tasks), runtime)
@@ -267,15 +278,21 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
 
 
 def contender_config(run: Run, config: Config, head: str) -> Config:
-    """Return a contender's settings: its row's own over its paper's over the recipe's; all blocks unless told."""
+    """Return a contender's settings: its row's own over its paper's over the recipe's.
+
+    Unless told, all blocks are adapted, and what contenders' papers adapt of them: the inputs of attention.
+    """
     entry = load_method(run.variant.method)
     own = run.variant.settings
     config = overlay(own, overlay(entry.settings, config))
     assert config.train.lr is not None
     lr = config.train.lr if own.train.lr is not None else config.train.lr * entry.lr_share.get(head, 1.0)
     blocks = 0 if config.adapter.blocks is None else config.adapter.blocks
+    targets = "auto" if config.adapter.targets == LAST_QUARTER else config.adapter.targets
     alone = TreeConfig(branch="never")  # which layers are adapted is otherwise the branches' choice
-    return overlay(Config(adapter=AdapterConfig(blocks=blocks), train=TrainConfig(lr=lr), tree=alone), config)
+    return overlay(
+        Config(adapter=AdapterConfig(blocks=blocks, targets=targets), train=TrainConfig(lr=lr), tree=alone), config
+    )
 
 
 # -- the process -----------------------------------------------------------------------------------

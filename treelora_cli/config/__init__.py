@@ -3,6 +3,7 @@
 from treelora_cli.config.by_name import from_flags
 from treelora_cli.config.config import (
     DEFAULTS,
+    LAST_QUARTER,
     AdapterConfig,
     BaseConfig,
     Config,
@@ -20,6 +21,7 @@ from treelora_cli.config.yaml_file import load_config, parse_config, to_yaml
 
 __all__ = [
     "DEFAULTS",
+    "LAST_QUARTER",
     "AdapterConfig",
     "BaseConfig",
     "Config",

@@ -26,6 +26,10 @@ class BaseConfig:
     dtype: str | None = setting(None, "type the base is held in", choices=("float32", "bfloat16", "float16", "nf4"))
 
 
+LAST_QUARTER = "last-quarter"
+"""Targets: every linear layer, of the last quarter of the blocks unless ``blocks`` says how many."""
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """Shape and place of each task's LoRA adapter."""
@@ -33,7 +37,11 @@ class AdapterConfig:
     rank: int | None = setting(None, "LoRA rank r", low=1, high=1024)
     alpha: float | None = setting(None, "LoRA alpha; updates are scaled by alpha / rank", low=0)
     dropout: float | None = setting(None, "LoRA dropout probability", low=0, high=0.95)
-    targets: str | None = setting(None, "'auto', 'all-linear' or comma-separated module names")
+    targets: str | None = setting(
+        None,
+        "'auto', 'all-linear', 'last-quarter' (all linear layers of the last quarter of a language model's blocks)"
+        " or comma-separated module names",
+    )
     blocks: int | None = setting(
         None,
         "adapt only the last so many blocks; 0: all; none: the backend's choice",
@@ -115,7 +123,12 @@ class TrainConfig:
     weight_decay: float | None = setting(None, "AdamW weight decay", low=0)
     reg: float | None = setting(None, "lambda of eq. 3: pull towards the similar task", low=0)
     update: str | None = setting(None, "eq. 3 as a subgradient term or a proximal step", choices=("penalty", "prox"))
-    warm_start: str | None = setting(None, "where a new adapter starts", choices=("nearest", "latest", "none"))
+    warm_start: str | None = setting(
+        None,
+        "where a new adapter starts: at the most similar task's, the latest's or none; better: at the most similar"
+        " task's where the new one's first batches lose less under it than under none",
+        choices=("nearest", "better", "latest", "none"),
+    )
     max_length: int | None = setting(None, "longest input, in tokens", low=8)
     prompt_tail: int | None = setting(
         None,

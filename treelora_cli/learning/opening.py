@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.backend.contract import Backend, Base
-from treelora_cli.backend.registry import backend_for, check_settings, load_backend, require
+from treelora_cli.backend.registry import backend_for, check_settings, defaults_on, load_backend, require
 from treelora_cli.backend.runtime import Runtime
 from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resolve, to_yaml
 from treelora_cli.config.by_name import given_settings
@@ -47,6 +47,8 @@ def make_project(root: Path, flags: Config, recipe_text: str | None, source: str
     resolved = held_in(backend, backend.resolve_base(config.base, offline=runtime.offline), runtime)
     config = dataclasses.replace(config, backend=backend.name, base=resolved)
     base = load_base(backend, config, runtime)
+    settled = resolve(flags, recipe, defaults_on(backend, base.facts))
+    config = dataclasses.replace(settled, backend=backend.name, base=resolved)
     record = {
         "fingerprint": base.fingerprint,
         "layers": list(base.layers),
@@ -71,8 +73,9 @@ def project_config(project: Project, flags: Config) -> Config:
     _refuse_fixed(project, flags)
     written = project.config()
     backend = load_backend(project.state.backend)
-    config = resolve(flags, overlay(written, _fixed_config(project.fixed)), backend.defaults())
     recorded = project.state.base
+    defaults = defaults_on(backend, recorded["facts"])
+    config = resolve(flags, overlay(written, _fixed_config(project.fixed)), defaults)
     unchanged = dataclasses.asdict(written.base) == recorded["given"]
     base = BaseConfig(**recorded["resolved"]) if unchanged else config.base
     if config.method_settings:

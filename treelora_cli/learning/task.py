@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from treelora_cli.methods.base import Method, TaskContext
     from treelora_cli.project.unfinished import Step
 
+_COMPARED = 4
+"""Mini-batches on which an earlier adapter and none are compared as starts."""
+
 
 @dataclass(frozen=True)
 class TaskReport:
@@ -223,7 +226,13 @@ def train_task(new: NewTask, clock: Clock, *, resume: bool) -> Trained:
     probe = probe_task(new, session, context)
     clock.lap("probe")
     earlier = new.memory.tasks
-    context = replace(context, past=Past(new.tree, probe.queries, lambda index: earlier[index].adapter()))
+    past = Past(
+        new.tree,
+        probe.queries,
+        lambda index: earlier[index].adapter(),
+        lambda start: _loss_from(new, session, start),
+    )
+    context = replace(context, past=past)
     plan = None
     if new.config.tree.branch != "never":
         plan = BranchPlan(new.config, new.name, new.memory)
@@ -314,6 +323,16 @@ def probe_task(new: NewTask, session: TaskSession, context: TaskContext) -> Prob
     batches = runtime.concatenate(accumulator.batches.to(runtime.device)).cpu()
     mean = runtime.sum(accumulator.signature().to(runtime.device)).cpu()
     return Probe(batches.numpy(), torch.nn.functional.normalize(mean, dim=-1).numpy())
+
+
+def _loss_from(new: NewTask, session: TaskSession, start: adapters.AdapterWeights) -> float:
+    """Return the mean loss of the probe's first mini-batches, over all processes, under an adapter."""
+    runtime = new.runtime
+    adapters.write_slot(new.base.network, start)
+    with torch.no_grad():
+        losses = torch.stack(list(session.probe_losses(-(-_COMPARED // runtime.accelerator.num_processes))))
+    sums = runtime.sum(torch.stack([losses.sum(), losses.new_tensor(float(len(losses)))]))
+    return float(sums[0] / sums[1])
 
 
 def _identity(new: NewTask) -> dict[str, Any]:

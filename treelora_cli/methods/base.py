@@ -50,11 +50,13 @@ class Past:
         tree: Over the earlier tasks, in order of arrival; ``None`` for the first task.
         queries: Sketched mini-batch gradients of the new task at the reference point, (n, D, m).
         adapter: Returns earlier task ``i``'s adapter.
+        loss_from: Returns the new task's mean loss over a few mini-batches, the same at every call, under an adapter.
     """
 
     tree: Tree | None
     queries: np.ndarray[Any, Any]
     adapter: Callable[[int], AdapterWeights]
+    loss_from: Callable[[AdapterWeights], float]
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,14 @@ class TreeLora(Unprotected):
             self.bandit.begin_with(queries)
         for index in range(self._steps_before):
             self.bandit.step(queries[index % len(queries)])
-        self._parent = self._warm_start(self.past.tree.task_count, self.bandit)
-        return task.fresh if self._parent is None else self.past.adapter(self._parent)
+        parent = self._warm_start(self.past.tree.task_count, self.bandit)
+        if parent is None:
+            return task.fresh
+        start = self.past.adapter(parent)
+        if settings.warm_start == "better" and self.past.loss_from(start) >= self.past.loss_from(task.fresh):
+            return task.fresh
+        self._parent = parent
+        return start
 
     @property
     def _steps_before(self) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -35,7 +35,7 @@ from treelora_backends.causal_lm.task import LmTask, read_lm_task
 from treelora_backends.kept import Keeping, planned
 from treelora_cli.backend import adapters
 from treelora_cli.backend.fingerprint import hash_parameters, identity
-from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig
+from treelora_cli.config import LAST_QUARTER, AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig
 from treelora_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from treelora_cli.backend.values import DataRequest, ExportCheck, ExportOptions, Memory
 
 _UNKNOWN_CONTEXT = 2048
+_RATE, _RATE_WIDTH = 5e-3, 576
+"""Learning rate, and the width of the model for which it measured best (recipes/RESULTS.md); wider ones take less."""
 _SAMPLE = "The answer is 42: Größe, 今天, naïve?\n<end>"
 
 
@@ -59,11 +61,21 @@ class CausalLmBackend:
         """Return the paper's rank, scale and depth, and what measured best for the rest."""
         return Config(
             inference="routed",
-            adapter=AdapterConfig(rank=8, alpha=32.0, dropout=0.0),
+            adapter=AdapterConfig(rank=8, alpha=32.0, dropout=0.0, targets=LAST_QUARTER),
             tree=TreeConfig(depth=64, probe_batches=8),
-            train=TrainConfig(epochs=2, lr=2e-3, batch_size=4, reg=0.02),
+            train=TrainConfig(epochs=2, lr=_RATE, batch_size=4, reg=0.0, warm_start="better", clip=1.0),
             head=HeadConfig(width=512),
         )
+
+    def defaults_on(self, facts: Mapping[str, Any]) -> Config:
+        """Return the defaults with a rate that falls with the model's width, as measured for LoRA on Llama models.
+
+        Source: J. Schulman and Thinking Machines Lab, "LoRA Without Regret", 2025: the best rate is proportional to
+        width ** -0.775. The rate at the width of SmolLM2-135M is this project's measurement, see ``_RATE``.
+        """
+        defaults = self.defaults()
+        share = min(1.0, (_RATE_WIDTH / int(facts["width"])) ** 0.775)
+        return replace(defaults, train=replace(defaults.train, lr=float(f"{_RATE * share:.2g}")))
 
     def recognises(self, model: str) -> bool:
         """Tell a language model by its GGUF file or ``config.json``, without loading anything."""

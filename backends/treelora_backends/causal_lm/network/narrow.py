@@ -6,7 +6,6 @@ computed: exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,17 +17,9 @@ from treelora_backends.standing_in import standing_in
 _NAMES = ("mlp", "feed_forward", "ffn")
 
 
-def feed_forward(block: nn.Module, layers: Sequence[nn.Module]) -> nn.Module | None:
-    """Return a block's feed-forward layer; ``None`` where there is none by a known name.
-
-    Args:
-        block: The block.
-        layers: Adapted modules; a feed-forward layer that holds one learns at every position and is left out.
-    """
-    adapted = {id(layer) for layer in layers}
-    found = next((getattr(block, name) for name in _NAMES if hasattr(block, name)), None)
-    holds = found is not None and any(id(inner) in adapted for inner in found.modules())
-    return None if holds else found
+def feed_forward(block: nn.Module) -> nn.Module | None:
+    """Return a block's feed-forward layer; ``None`` where there is none by a known name."""
+    return next((getattr(block, name) for name in _NAMES if hasattr(block, name)), None)
 
 
 def narrowed(layer: nn.Module, rows: Tensor, columns: Tensor) -> AbstractContextManager[None]:

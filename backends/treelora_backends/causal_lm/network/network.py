@@ -70,7 +70,7 @@ class LmNetwork:
         if self.cut and not self._skips_exactly():
             self.cut = 0
         self._narrow: nn.Module | None = None
-        self._narrow = self._narrowable([model.get_submodule(layer) for layer in layers])
+        self._narrow = self._narrowable()
         self.divides = self._divides_exactly()
 
     @property
@@ -188,9 +188,12 @@ class LmNetwork:
             return nullcontext()
         return narrowed(self._narrow, labelled.rows, labelled.columns)
 
-    def _narrowable(self, layers: Sequence[nn.Module]) -> nn.Module | None:
-        """Return the last block's feed-forward layer; ``None`` when the loss is another through it narrowed."""
-        found = feed_forward(self.blocks[-1], layers)
+    def _narrowable(self) -> nn.Module | None:
+        """Return the last block's feed-forward layer; ``None`` when the loss is another through it narrowed.
+
+        Adapters in it get their whole gradient: what it gives where no label is predicted reaches no loss.
+        """
+        found = feed_forward(self.blocks[-1])
         if found is None:
             return None
         labelled = self._trial()
