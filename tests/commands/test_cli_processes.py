@@ -23,6 +23,7 @@ from conftest import (
     run_python,
     tree_hash,
 )
+from tiny_lm import save_model, write_tables
 
 NAMES = [name for name, _ in STREAM]
 _SCORE = """
@@ -242,6 +243,30 @@ def test_two_processes_learn_one_task_together(cli: Cli, project: Path, tmp_path
     assert [one["score"] for one in alone.json["tasks"].values()] == pytest.approx(
         [one["score"] for one in document["scores"].values()], abs=0.07
     )
+
+
+@pytest.mark.slow
+def test_two_processes_learn_texts_together_and_refuse_to_divide_the_base(cli: Cli, tmp_path: Path) -> None:
+    model, project = save_model(tmp_path / "llama", "llama", depth=4), tmp_path / "texts"
+    write_tables(tmp_path)
+    made = cli("init", project, "--backend", "causal-lm", "--model", model, "--device", "cpu")
+    assert made.code == 0, made.err
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = [*launch, "treelora_cli", "-C", str(project), "train-task", str(tmp_path / "colours.jsonl"), "--json"]
+
+    def run(**more: str) -> subprocess.CompletedProcess[str]:
+        environment = child_environment(ACCELERATE_USE_CPU="true", **more)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+    refused = run(ACCELERATE_USE_FSDP="true")
+    assert refused.returncode != 0
+    assert refused.stderr.count("Error: accelerate's configuration asks for FSDP; treelora does not divide") >= 1
+    assert "exitcode  : 2" in refused.stderr
+    done = run()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((project / "tasks/001-colours/task.json").read_text())["processes"] == 2
+    alone = cli("-C", project, "eval", "--json", "--device", "cpu")
+    assert alone.json["tasks"]["colours"]["score"] == json.loads(done.stdout)["scores"]["colours"]["score"]
 
 
 @pytest.mark.slow
