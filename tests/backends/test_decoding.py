@@ -141,6 +141,7 @@ def test_answers_in_bf16_multiply_with_weights_that_are_cast_once(base, monkeypa
     layer = base.lm.blocks[0].self_attn.o_proj if hasattr(base.lm.blocks[0], "self_attn") else None
     if layer is None:
         pytest.skip("gpt2's layers are Conv1D, which autocast casts")
+    layer = layer.base_layer
     seen = []
     layer.register_forward_hook(lambda module, _i, out: seen.append(("forward" in vars(module), out.dtype)))
     Answerer(base.lm, base.encoder, base.runtime).answers(examples, Manner("plain", (), False, 6), 64)

@@ -91,7 +91,7 @@ def test_weights_changed_after_init(
     )
     check_error(cli("-C", root, "train-task", data / "warm", "--device", "cpu"), 3, line)
     own.unlink()
-    line = r"own\.safetensors not found\. Pass --weights FILE\.safetensors\."
+    line = r"own\.safetensors, this project's base, not found\. Put it back, or write where it lies now into "
     check_error(cli("-C", root, "train-task", data / "warm", "--device", "cpu"), 5, line)
     assert tree_hash(root) == before
 
