@@ -22,6 +22,11 @@ def without_config(folder: Path) -> ModelError:
     return ModelError(f"{folder} holds no config.json: no model that timm or transformers saved.")
 
 
+def no_safetensors(what: str) -> ModelError:
+    """Return the error for weights that would have to be unpickled."""
+    return ModelError(f"{what}: only .safetensors weights are read, nothing is ever unpickled. Convert it first.")
+
+
 def refuse_without_weights(folder: Path) -> None:
     """Raise ``ModelError`` when a directory holds no safetensors; pickles are not read in their place."""
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
@@ -29,10 +34,7 @@ def refuse_without_weights(folder: Path) -> None:
         return
     pickled = next((name for name in names if name.endswith(_PICKLES)), None)
     if pickled is not None:
-        raise ModelError(
-            f"{folder} holds {pickled}: only .safetensors weights are read, nothing is ever unpickled."
-            " Convert it first."
-        )
+        raise no_safetensors(f"{folder} holds {pickled}")
     raise ModelError(f"{folder} holds no weights: no .safetensors file beside its config.json.")
 
 
@@ -41,5 +43,5 @@ def refuse_file(path: Path) -> None:
     if path.suffix == ".safetensors":
         raise ModelError(f"{path} holds weights alone: give the architecture, too: --model NAME --weights {path}")
     if path.suffix in _PICKLES:
-        raise ModelError(f"{path}: only .safetensors weights are read, nothing is ever unpickled. Convert it first.")
+        raise no_safetensors(str(path))
     raise ModelError(f"{path} is a file and no model. Give a directory with config.json, or a name and --weights FILE.")

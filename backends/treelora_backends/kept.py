@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treelora_cli.backend.runtime import wait_for
 from treelora_cli.errors import ResourceError
 
 T = TypeVar("T")
@@ -142,8 +143,7 @@ class KeptRows:
         """Return the time, in seconds, at which the device has done its work; ``None`` where that decides nothing."""
         if not self._weighs:
             return None
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         return time.perf_counter()
 
     def write(self, places: Tensor, rows: Tensor, began: float | None = None) -> None:

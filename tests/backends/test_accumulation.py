@@ -46,8 +46,9 @@ def of_contender(base: Any, config: Any) -> Any:
     return PlainSession(base, [unbalanced()], config, 0, nn.Linear(32, 2), torch.tensor([0, 1]))
 
 
-def image_gradients(weights: Path, opened_as: Any, parts: int) -> tuple[Any, list[Tensor]]:
-    base, config = load(weights, batch_size=12 // parts, accumulate=parts, **HOW)
+def with_a_classifier(weights: Path, opened_as: Any, **train: Any) -> tuple[Any, list[Tensor]]:
+    """Return a session of two views whose classifier has drawn weights, and all that it trains."""
+    base, config = load(weights, **train)
     config = replace(config, head=replace(config.head, views=2))
     session = opened_as(base, config)
     layer = session.head if opened_as is of_project else session.layer
@@ -55,7 +56,12 @@ def image_gradients(weights: Path, opened_as: Any, parts: int) -> tuple[Any, lis
         layer.weight.copy_(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)))
         layer.bias.zero_()
     trained = [part for pair in adapters.slot_parameters(base.network, base.layers) for part in pair]
-    return session, list(torch.autograd.grad(session.loss(BATCH), [*trained, *session.parameters()]))
+    return session, [*trained, *session.parameters()]
+
+
+def image_gradients(weights: Path, opened_as: Any, parts: int) -> tuple[Any, list[Tensor]]:
+    session, trained = with_a_classifier(weights, opened_as, batch_size=12 // parts, accumulate=parts, **HOW)
+    return session, list(torch.autograd.grad(session.loss(BATCH), trained))
 
 
 @pytest.mark.parametrize("opened_as", [of_project, of_contender])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_accumulation import BATCH, of_contender, of_project, texts
+from test_accumulation import BATCH, of_contender, of_project, texts, with_a_classifier
 from test_vit_prompts import load
 from tiny_lm import assert_same, gradients, opened, tiny_models
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from treelora_backends.causal_lm.contenders import PlainLmSession
 from treelora_backends.compiled import Compilation, Compiled
 from treelora_backends.vit.contenders.prompts import PromptSession
 
-from treelora_cli.backend import adapters
 from treelora_cli.backend.values import DataRequest, Memory
 from treelora_cli.errors import UsageError
 
@@ -54,18 +53,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def image_gradients(weights: Path, opened_as: Any, mode: str) -> list[Tensor]:
-    base, config = load(weights, batch_size=13, compile=mode)
-    config = replace(config, head=replace(config.head, views=2))
-    session = opened_as(base, config)
-    layer = session.head if opened_as is of_project else session.layer
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)))
-        layer.bias.zero_()
-    trained = [part for pair in adapters.slot_parameters(base.network, base.layers) for part in pair]
+    session, trained = with_a_classifier(weights, opened_as, batch_size=13, compile=mode)
     loss = session.loss(BATCH)
     again = session.loss(BATCH)
     assert torch.equal(loss, again)
-    return [loss.detach(), *torch.autograd.grad(loss, [*trained, *session.parameters()])]
+    return [loss.detach(), *torch.autograd.grad(loss, trained)]
 
 
 @pytest.mark.parametrize("opened_as", [of_project, of_contender])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from treelora_cli.backend.runtime import wait_for
 from treelora_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -135,10 +136,7 @@ def _share_of_time(one: Callable[[], float], other: Callable[[], float], clear: 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Return how long ``work`` takes."""
-    import torch
-
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(device)
     return time.perf_counter() - start

@@ -30,7 +30,7 @@ from treelora_cli import seeds
 from treelora_cli.backend import adapters
 from treelora_cli.backend.arithmetic import choose_arithmetic, precision_beside
 from treelora_cli.backend.registry import defaults_on, load_backend
-from treelora_cli.backend.runtime import Runtime, Silent, open_runtime, peak_bytes
+from treelora_cli.backend.runtime import Runtime, Silent, open_runtime, peak_bytes, wait_for
 from treelora_cli.backend.values import Memory
 from treelora_cli.compare.results import write_result
 from treelora_cli.compare.runs import Run
@@ -226,16 +226,12 @@ class Contest:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Add the time of what is inside to ``name``; queued work on an accelerator is waited for."""
-        self._wait()
+        wait_for(self.runtime.device)
         started, cpu_started = time.perf_counter(), time.process_time()
         yield
-        self._wait()
+        wait_for(self.runtime.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - cpu_started
-
-    def _wait(self) -> None:
-        if self.runtime.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from treelora_backends.directories import refuse_file, refuse_without_weights
+from treelora_backends.directories import no_safetensors, refuse_file, refuse_without_weights
 from treelora_backends.own_code import refuse_own_code, refuse_pointers
 from treelora_cli.backend.fingerprint import all_finite, whole_numbers
 from treelora_cli.config import BaseConfig, Config
@@ -37,7 +37,7 @@ def existing_weights(path: Path) -> Path:
     if not path.is_file():
         raise ModelError(f"{path} not found. Pass --weights FILE.safetensors.")
     if path.suffix != ".safetensors":
-        raise ModelError(f"{path}: only .safetensors weights are read, nothing is ever unpickled. Convert it first.")
+        raise no_safetensors(str(path))
     return lasting(path)
 
 
