@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -164,25 +167,41 @@ def files_of(model: str) -> list[Path]:
 
 @contextmanager
 def gguf_read_once() -> Iterator[None]:
-    """Parse a GGUF file once; transformers does so for configuration, tokenizer and weights, seconds each time."""
+    """Parse a GGUF file once; transformers does so for configuration, tokenizer and weights, seconds each time.
+
+    The table of its tensors' names is made once, too, where transformers makes it for each module.
+    """
     if importlib.util.find_spec("gguf") is None:
         yield
         return
     gguf: Any = importlib.import_module("gguf")
-    original, known = gguf.GGUFReader, dict[str, Any]()
+    legacy: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    open_file, load = gguf.GGUFReader, legacy.load_gguf_checkpoint
+    opened, parsed = functools.cache(open_file), functools.cache(load)
 
     def reader(path: Any, mode: str = "r") -> Any:
-        if mode != "r":
-            return original(path, mode)
-        if str(path) not in known:
-            known[str(path)] = original(path)
-        return known[str(path)]
+        return opened(os.path.realpath(path)) if mode == "r" else open_file(path, mode)
 
-    gguf.GGUFReader = reader
+    def checkpoint(path: Any, return_tensors: bool = False, **options: Any) -> Any:
+        if return_tensors:
+            return load(path, return_tensors=True, **options)
+        return copy.deepcopy(parsed(os.path.realpath(path)))  # whoever asked may change it
+
+    with ExitStack() as stack:
+        stack.enter_context(_in_place(gguf, "GGUFReader", reader))
+        stack.enter_context(_in_place(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)))
+        stack.enter_context(_in_place(legacy, "load_gguf_checkpoint", checkpoint))
+        yield
+
+
+@contextmanager
+def _in_place(module: Any, name: str, stand: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, stand)
     try:
         yield
     finally:
-        gguf.GGUFReader = original
+        setattr(module, name, original)
 
 
 def load_tokenizer(base: BaseConfig, *, offline: bool) -> Any:
