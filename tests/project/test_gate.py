@@ -63,11 +63,16 @@ def learned(cli: Cli, root: Path, data: Path, *options: object) -> Result:
     return cli("-C", root, "train-task", data / "warm", "--device", "cpu", "--precision", "fp32", *options)
 
 
+def scores_shown(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("│ warm")]
+
+
 def test_refused_then_accepted_is_the_same_as_committed(
     cli: Cli, empty_project: Path, data: Path, tmp_path: Path
 ) -> None:
     free = shutil.copytree(empty_project, tmp_path / "free")
     before = {name: value for name, value in tree_hash(empty_project).items() if not name.startswith(".treelora")}
+    direct = learned(cli, free, data).out
     done = learned(cli, empty_project, data, "--fail-under", "100", "--max-forgetting", "0")
     check_error(done, 7, r"Task 'warm' is learned but not committed: OP [\d.]+ is below fail_under 100\. Accept it")
     after = {name: value for name, value in tree_hash(empty_project).items() if not name.startswith(".treelora")}
@@ -78,9 +83,9 @@ def test_refused_then_accepted_is_the_same_as_committed(
     assert "OP" in status["waiting"]["reason"]
     shown = cli("-C", empty_project, "status").out
     assert "Learned but not committed: 'warm'" in shown and "Next: treelora train-task --accept, or --drop" in shown
-    accepted = cli("--json", "-C", empty_project, "train-task", "--accept").json
-    assert (accepted["task"], accepted["accepted"]) == ("warm", True)
-    assert learned(cli, free, data).code == 0
+    accepted = cli("-C", empty_project, "train-task", "--accept").out
+    assert accepted.startswith("Task 'warm' is committed.\n")
+    assert scores_shown(accepted) == scores_shown(direct) != []
     assert learned_hashes(empty_project) == learned_hashes(free)
     assert Project.open(empty_project).damage() == {}
     assert cli("--json", "-C", empty_project, "status").json["waiting"] is None
@@ -128,7 +133,8 @@ def test_a_stream_stops_there_and_goes_on(cli: Cli, weights: Path, data: Path, t
     again = ["run", recipe, root, "--resume", "--device", "cpu"]
     assert cli("run", recipe, root, "--device", "cpu", "--task-under", "100").code == 7
     assert cli("-C", root, *again).code == 7, "nothing is decided yet"
-    assert cli("-C", root, "train-task", "--accept").code == 0
+    accepted = cli("--json", "-C", root, "train-task", "--accept").json
+    assert (accepted["task"], accepted["accepted"]) == ("warm", True)
     assert cli(*again).code == 7, "the gate that a stream began with is its project's setting"
     assert cli("-C", root, "train-task", "--drop").code == 0
     assert cli(*again, "--task-under", "0").code == 0

@@ -160,7 +160,7 @@ def train_task(
 
 def _decide(session: Session, *, accept: bool) -> None:
     """Accept or drop the task that waits."""
-    from treelora_cli.views.scores import standing_table
+    from treelora_cli.views.scores import standing_table, watch_table
 
     project = session.project()
     if not accept:
@@ -172,7 +172,14 @@ def _decide(session: Session, *, accept: bool) -> None:
         project = project.accept()
     name, matrix = project.state.tasks[-1].name, project.matrix()
     document = {"task": name, "accepted": True, "op": matrix.overall(), "forgetting": matrix.forgetting()}
-    session.output.result(document, f"Task '{name}' is committed.", standing_table(matrix.standing(), {}))
+    routed = {task: one.routed_to(task) for task, one in project.answers().items()}
+    watch = project.watch()
+    session.output.result(
+        document,
+        f"Task '{name}' is committed.",
+        standing_table(matrix.standing(), routed),
+        *([watch_table(watch)] if watch else []),
+    )
 
 
 def _interrupted(

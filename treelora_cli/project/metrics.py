@@ -37,6 +37,11 @@ class TaskAnswers:
     routes: Mapping[str, int]
     familiar: tuple[float, ...] = ()
 
+    def routed_to(self, task: str) -> float | None:
+        """Return the share of the examples that this task answered; ``None`` where nothing routes."""
+        total = sum(self.routes.values())
+        return self.routes.get(task, 0) / total if total else None
+
 
 def answers_document(answers: Mapping[str, TaskAnswers]) -> dict[str, Any]:
     """Return what the file holds: of each right answer the most frequent given ones."""
