@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,14 @@ from treelora_backends.directories import without_config
 from treelora_backends.kept import Keeping, planned
 from treelora_backends.vit.augment import Augment
 from treelora_backends.vit.export import check_export, write_adapter, write_merged
-from treelora_backends.vit.images import LIKE_THEMSELVES, ImageTask, Preprocessing, make_preprocessing, read_image_task
+from treelora_backends.vit.images import (
+    LIKE_THEMSELVES,
+    ImageTask,
+    Preprocessing,
+    images_at_once,
+    make_preprocessing,
+    read_image_task,
+)
 from treelora_backends.vit.loaded import LoadedVit
 from treelora_backends.vit.loading import check_model_name, choose_layers, create_vit, existing_weights, files_of
 from treelora_backends.vit.onnx_export import OnnxExport
@@ -110,14 +118,17 @@ class VitBase(LoadedVit):
 
     def read_task(self, request: DataRequest) -> ImageTask:
         """Find and decode a task's images."""
-        return read_image_task(request, self.preprocessing, self.runtime.reporter)
+        overlaps = self.runtime.device.type != "cpu"  # there decoding has every processor, and so has computing
+        return read_image_task(request, self.preprocessing, self.runtime.reporter, ahead=overlaps)
 
     def session(self, task: TaskData, memory: Memory, config: Config) -> VitSession:
         """Open a task for learning."""
         return VitSession(self, cast("ImageTask", task), memory, config)
 
     def kept_plan(self, task: TaskData, config: Config) -> dict[str, Any]:
-        """Return place and size of the activations that learning the task would keep."""
+        """Return place and size of the activations that learning the task would keep; every image must be readable."""
+        for pictures in (cast("ImageTask", task).train, cast("ImageTask", task).test):
+            deque(pictures.pixels.split(images_at_once(self.runtime.device)), maxlen=0)
         assert config.head.views is not None
         with torch.no_grad():
             image = torch.zeros(1, 3, *self.preprocessing.size, device=self.runtime.device)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from treelora_backends.vit.decoding import Pixels
 from treelora_backends.vit.images import ImageTask
 from treelora_backends.vit.single import SingleNetwork, latest_head
 from treelora_backends.vit.trunk import fill_classifier
@@ -212,7 +213,7 @@ def check_export(
 
 
 def _compare(
-    base: LoadedVit, here: nn.Module, there: nn.Module, pixels: Tensor, dtype: torch.dtype
+    base: LoadedVit, here: nn.Module, there: nn.Module, pixels: Pixels, dtype: torch.dtype
 ) -> tuple[float, float, Tensor, Tensor]:
     """Return the largest logit difference, the largest logit and both networks' answers, on the CPU."""
     largest, scale, ours, theirs = 0.0, 0.0, [], []

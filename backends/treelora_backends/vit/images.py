@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treelora_backends.vit.decoding import Pixels, PixelsAhead, allocated, in_threads
 from treelora_cli.backend.runtime import Reporter
 from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.held_out import content_hash, same_examples
@@ -24,7 +22,6 @@ from treelora_cli.data.paths import shown
 from treelora_cli.data.pixels import open_image
 from treelora_cli.errors import DataError, UsageError
 
-_IN_MEMORY_BYTES = 2 * 1024**3
 _CHUNK = 256
 _DARK = 16
 
@@ -112,12 +109,12 @@ class Pictures:
     """Decoded images.
 
     Attributes:
-        pixels: (N, 3, H, W) bytes, in memory or in a temporary file.
+        pixels: (N, 3, H, W) bytes, in memory or in a temporary file, or decoded as they are asked for.
         labels: Index into the task's label names, (N,) int64.
         hashes: Content hash of each image and its label.
     """
 
-    pixels: Tensor
+    pixels: Pixels
     labels: Tensor
     hashes: tuple[str, ...] = ()
 
@@ -194,8 +191,17 @@ def in_parts(
     return [partial(share, part) for part in parts]
 
 
-def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter: Reporter) -> ImageTask:
+def read_image_task(
+    request: DataRequest, preprocessing: Preprocessing, reporter: Reporter, *, ahead: bool = False
+) -> ImageTask:
     """Find and decode a task's images.
+
+    Args:
+        request: Where they lie.
+        preprocessing: The model's.
+        reporter: Shows the progress.
+        ahead: Decode while a device works: files are read now, decoded when they are asked for, and bad ones
+            found then. Not with ``skip_bad``, which has to know them all.
 
     Raises:
         DataError: Missing or unreadable images; without ``skip_bad`` the first bad one is named.
@@ -203,23 +209,16 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
     if request.metric not in (None, "accuracy"):
         raise DataError(f"Metric '{request.metric}' does not fit images; they are scored by accuracy.")
     listing = list_images(request)
-    digest = hashlib.sha256()
-    bad: list[str] = []
+    reading = _Reading(listing.labels, preprocessing, request.skip_bad, ahead and not request.skip_bad, reporter)
     learned: dict[bytes, ImageItem] = {}
     scored: dict[bytes, ImageItem] = {}
-    twice: list[str] = []
-
-    def decode(items: Sequence[ImageItem], what: str, contents: dict[bytes, ImageItem]) -> Pictures:
-        seen = partial(_note_content, contents, twice)
-        return _decode(items, listing.labels, preprocessing, request.skip_bad, digest, bad, reporter, what, seen)
-
     empty = Pictures(torch.zeros(0, 3, *preprocessing.size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
-    train = empty if request.test_only else decode(listing.train, "Reading images", learned)
-    test = decode(listing.test, "Reading held-out images", scored)
+    train = empty if request.test_only else reading.pictures(listing.train, "Reading images", learned)
+    test = reading.pictures(listing.test, "Reading held-out images", scored)
     notes = listing.notes
-    if bad:
+    if bad := reading.bad:
         notes = (*notes, f"{len(bad)} unreadable images were skipped, such as {bad[0]}.")
-    if twice:
+    if twice := reading.twice:
         notes = (*notes, f"{len(twice)} images are in two classes, such as {twice[0]}.")
     if shared := len(learned.keys() & scored.keys()):
         notes = (*notes, same_examples(shared, len(test), "images"))
@@ -232,7 +231,7 @@ def read_image_task(request: DataRequest, preprocessing: Preprocessing, reporter
         if listing.train
         else ""
     )
-    digits = digest.hexdigest()
+    digits = reading.digest.hexdigest()
     return ImageTask(listing.labels, train, test, digits, notes, sample, listing.change, numbered=listing.numbered)
 
 
@@ -245,68 +244,83 @@ def _note_content(contents: dict[bytes, ImageItem], twice: list[str], content: b
 
 def _refuse_dark(request: DataRequest, train: Pictures) -> None:
     """Raise ``DataError`` when no pixel of any image is brighter than a few of 255: numbers of classes or of 4 bits."""
-    brightest = int(train.pixels.max()) if len(train) else 255
-    if brightest <= _DARK:
-        raise DataError(
-            f"{request.path}: the brightest pixel of all {len(train)} images is {brightest} of 255; such numbers are no"
-            " brightness (masks, or fewer bits). Scale them to 0 to 255."
-        )
+    if not len(train):
+        return
+    brightest = 0
+    for start in range(0, len(train), _FEWEST):
+        brightest = max(brightest, int(train.pixels[start : start + _FEWEST].max()))
+        if brightest > _DARK:
+            return  # the others need not be looked at, nor decoded yet
+    raise DataError(
+        f"{request.path}: the brightest pixel of all {len(train)} images is {brightest} of 255; such numbers are no"
+        " brightness (masks, or fewer bits). Scale them to 0 to 255."
+    )
 
 
-def _decode(
-    items: Sequence[ImageItem],
-    labels: Sequence[str],
-    preprocessing: Preprocessing,
-    skip_bad: bool,
-    digest: Any,
-    bad: list[str],
-    reporter: Reporter,
-    what: str,
-    seen: Callable[[bytes, ImageItem], None],
-) -> Pictures:
-    shape = (len(items), 3, *preprocessing.size)
-    pixels = _allocate(shape)
-    index_of = {label: index for index, label in enumerate(labels)}
+class _Reading:
+    """Reads a task's images, and notes what is said of them all.
 
-    one = partial(_decoded, preprocessing=preprocessing, skip_bad=skip_bad)
-    kept: list[int] = []
-    hashes: list[str] = []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        starts = range(0, len(items), _CHUNK)
-        for start in reporter.track(starts, what, len(starts)):
-            chunk = items[start : start + _CHUNK]
-            for item, (content, own, picture) in zip(chunk, pool.map(one, chunk), strict=True):
-                if picture is None:
-                    bad.append(item.name)
+    Attributes:
+        digest: Over labels and contents, SHA-256.
+        bad: Names of images that are left out.
+        twice: Of images that are in two classes, with both.
+    """
+
+    def __init__(
+        self, labels: Sequence[str], preprocessing: Preprocessing, skip_bad: bool, ahead: bool, reporter: Reporter
+    ) -> None:
+        self._index_of = {label: index for index, label in enumerate(labels)}
+        self._preprocessing, self._skip_bad = preprocessing, skip_bad
+        self._ahead, self._reporter = ahead, reporter
+        self.digest = hashlib.sha256()
+        self.bad: list[str] = []
+        self.twice: list[str] = []
+
+    def pictures(self, items: Sequence[ImageItem], what: str, contents: dict[bytes, ImageItem]) -> Pictures:
+        """Read images; ``contents`` takes each by the hash of its file."""
+        pixels = None if self._ahead else allocated((len(items), 3, *self._preprocessing.size))
+        kept: list[int] = []
+        hashes: list[str] = []
+        read = in_threads(self._read, items)
+        for start in self._reporter.track(range(0, len(items), _CHUNK), what, -(-len(items) // _CHUNK)):
+            for item, (content, own, picture) in zip(items[start : start + _CHUNK], read, strict=False):
+                if picture is None and not self._ahead:
+                    self.bad.append(item.name)
                     continue
-                digest.update(item.label.encode() + b"\0" + content)
-                seen(content, item)
-                pixels[len(kept)] = picture
-                kept.append(index_of[item.label])
+                self.digest.update(item.label.encode() + b"\0" + content)
+                _note_content(contents, self.twice, content, item)
+                if pixels is not None:
+                    pixels[len(kept)] = picture
+                kept.append(self._index_of[item.label])
                 hashes.append(own)
-    return Pictures(torch.from_numpy(pixels[: len(kept)]), torch.tensor(kept, dtype=torch.int64), tuple(hashes))
+        labels = torch.tensor(kept, dtype=torch.int64)
+        if pixels is not None:
+            return Pictures(torch.from_numpy(pixels[: len(kept)]), labels, tuple(hashes))
+        later = PixelsAhead(len(items), self._preprocessing.size, lambda place: self._pixels_of(items[place]))
+        return Pictures(later, labels, tuple(hashes))
+
+    def _read(self, item: ImageItem) -> tuple[bytes, str, Any]:
+        """Return a file's digest, its identity with its label, and its pixels: ``None`` where out or for later."""
+        data = _bytes_of(item)
+        own, content = content_hash(item.label, data), hashlib.sha256(data).digest()
+        if self._ahead:
+            return content, own, None
+        try:
+            return content, own, self._preprocessing.to_pixels(data, item.name)
+        except DataError:
+            if not self._skip_bad:
+                raise
+            return b"", "", None
+
+    def _pixels_of(self, item: ImageItem) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return self._preprocessing.to_pixels(_bytes_of(item), item.name)
 
 
-def _decoded(item: ImageItem, preprocessing: Preprocessing, skip_bad: bool) -> tuple[bytes, str, Any]:
-    """Return a file's digest, its identity with its label, and its pixels: ``None`` where they are left out."""
+def _bytes_of(item: ImageItem) -> bytes:
     try:
-        data = item.read()
+        return item.read()
     except OSError as error:
         raise DataError(f"{item.name} cannot be read: {error.strerror}.") from error
-    try:
-        own = content_hash(item.label, data)
-        return hashlib.sha256(data).digest(), own, preprocessing.to_pixels(data, item.name)
-    except DataError:
-        if not skip_bad:
-            raise
-        return b"", "", None
-
-
-def _allocate(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    if int(np.prod(shape)) <= _IN_MEMORY_BYTES:
-        return np.empty(shape, dtype=np.uint8)
-    # an unnamed file vanishes with the process, however it ends
-    return np.memmap(tempfile.TemporaryFile(), dtype=np.uint8, mode="w+", shape=shape)
 
 
 _FEWEST, _MOST = 32, 256

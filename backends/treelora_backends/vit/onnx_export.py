@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from treelora_backends.vit.decoding import Pixels
 from treelora_backends.vit.export import merged_content, model_config
 from treelora_backends.vit.single import SingleNetwork
 from treelora_cli.backend.values import ExportCheck, ExportOptions, Memory
@@ -147,7 +148,7 @@ class OnnxExport:
             scores[name] = (float((ours == truth).float().mean()), float((theirs == truth).float().mean()))
         return ExportCheck(largest, _TOLERANCE * scale, scores)
 
-    def _compared(self, network: SingleNetwork, session: Any, pixels: Tensor) -> tuple[float, float, Tensor, Tensor]:
+    def _compared(self, network: SingleNetwork, session: Any, pixels: Pixels) -> tuple[float, float, Tensor, Tensor]:
         """Return the largest logit difference, the largest logit and both answers."""
         largest, scale, ours, theirs = 0.0, 0.0, [], []
         for chunk in pixels.split(_CHUNK):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from treelora_backends.vit.branch_answers import BranchAnswers, Seen
 from treelora_backends.vit.branching import SOLVED
+from treelora_backends.vit.decoding import Bytes, expect, in_threads
 from treelora_backends.vit.images import ImageTask, Pictures, filled, images_at_once
 from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_names, class_of_column, columns_of
 from treelora_backends.vit.single import SingleNetwork
@@ -120,6 +122,7 @@ class VitPredictor:
 
     def _shares(self, pictures: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
         own = torch.tensor(self.base.runtime.share(list(range(len(pictures)))), dtype=torch.int64)
+        expect(pictures.pixels, own)
         for rows in own.split(images_at_once(self.device)):
             yield pictures.pixels[rows].to(self.device), pictures.labels[rows].to(self.device)
 
@@ -134,10 +137,9 @@ class VitPredictor:
             raise DataError("This project's backend is vit: give image files. --messages and --system are for chats.")
         answers = []
         count = images_at_once(self.device)
-        for start in range(0, len(given), count):
-            chunk = [one if isinstance(one, Picture) else _read(one) for one in given[start : start + count]]
-            pixels = [self.base.preprocessing.to_pixels(one.data, one.name) for one in chunk]
-            images = torch.stack([torch.from_numpy(picture) for picture in pixels]).to(self.device)
+        pictures = in_threads(self._pixels_of, given, ahead=2 * count)
+        while chunk := [torch.from_numpy(picture) for picture in islice(pictures, count)]:
+            images = torch.stack(chunk).to(self.device)
             scores, asked, familiar = self.class_scores(self.base.preprocessing.normalise(images))
             likely = scores.softmax(dim=1).topk(min(OTHERS + 1, len(self.names)), dim=1)
             for row in range(len(chunk)):
@@ -147,6 +149,11 @@ class VitPredictor:
                 like = None if familiar is None else float(familiar[row])
                 answers.append(Prediction(best, task, sure, tuple(others), familiarity=like))
         return answers
+
+    def _pixels_of(self, given: str | Picture) -> Bytes:
+        """Return an image as the model sees it, (3, H, W)."""
+        one = given if isinstance(given, Picture) else _read(given)
+        return self.base.preprocessing.to_pixels(one.data, one.name)
 
     @torch.no_grad()
     def class_scores(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from treelora_backends.routed_files import check_loader, write_routed
 from treelora_backends.vit.branch_answers import BRANCHES_ASKED, BranchAnswers
+from treelora_backends.vit.decoding import Pixels
 from treelora_backends.vit.export import model_config, save_stock
 from treelora_backends.vit.images import images_at_once
 from treelora_backends.vit.predictor import ADAPTER_SHARE, ANCHOR_SHARPNESS, TASKS_ASKED, VitPredictor, tasks_asked
@@ -202,7 +203,7 @@ def _branches(base: LoadedVit, memory: Memory, places: Sequence[str]) -> tuple[d
 # -- check ----------------------------------------------------------------------------------------
 
 
-def _compared(ours: VitPredictor, theirs: Routed, pixels: Tensor) -> tuple[float, Tensor, Tensor]:
+def _compared(ours: VitPredictor, theirs: Routed, pixels: Pixels) -> tuple[float, Tensor, Tensor]:
     """Return the largest difference of a probability, and both answers, on the CPU."""
     largest, answers = 0.0, ([torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)])
     for chunk in pixels.split(images_at_once(ours.device)):

@@ -21,6 +21,7 @@ from treelora_backends.compiled import Compilation
 from treelora_backends.kept import Keeping, KeptRows, each_expected
 from treelora_backends.objective import Objective, class_weights, summed_in_parts
 from treelora_backends.vit.branching import SOLVED, Branching
+from treelora_backends.vit.decoding import expect
 from treelora_backends.vit.images import (
     LIKE_THEMSELVES,
     ImageTask,
@@ -125,6 +126,7 @@ class VitSession:
         pooled_sum = torch.zeros(len(self.task.labels), self.base.trunk.width, device=self.device)
         order = torch.randperm(len(self.own), generator=torch.Generator().manual_seed(self.seed))
         chunks = order.split(self.at_once)
+        expect(self.task.train.pixels, self.own[order])
         self.shared_head.open_task(len(self.task.labels), self.class_weights)
         with adapters.base_only(self.base.network):
             for rows in self.runtime.reporter.track(chunks, "Frozen pass", len(chunks)):
