@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from tiny_lm import assert_same, gradients, labelled_batch, load, opened, tiny_models
+from treelora_backends.causal_lm import session as session_module
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.network.tail import chosen_states, divide
 
@@ -126,8 +127,11 @@ def test_training_and_probing_use_the_tail_that_is_set(models, tail, tmp_path):
     assert asked == [tail, tail]
 
 
-def test_the_tail_is_short_where_a_head_answers_and_whole_where_the_adapter_does(models, tmp_path):
-    """A closed set that the words tell, one that nothing tells, and free answers; a given number holds for all."""
+def test_the_tail_is_short_where_a_head_answers_and_whole_where_the_adapter_does(models, tmp_path, monkeypatch):
+    """A closed set that the words tell, one that nothing tells, and free answers; a given number holds for all.
+
+    Where a device measures, only what a head answers is open to a choice.
+    """
     words = ["apple", "rose", "leaf", "frog"]
     moods = [("happy happy", "red"), ("sad sad", "green")]
     told = [
@@ -148,6 +152,10 @@ def test_the_tail_is_short_where_a_head_answers_and_whole_where_the_adapter_does
             )
             session.prepare()
             tails[name, given] = session.tail, bool(session._closed)
+            assert session.gradient_ways() == ()
+            with monkeypatch.context() as patch:
+                patch.setattr(session_module, "_MEASURED", ("cpu",))
+                assert len(session.gradient_ways()) == (2 if (name, given) == ("told", None) else 0)
     assert {name: found for (name, given), found in tails.items() if given is None} == {
         "told": (8, True), "untold": (0, False), "free": (0, False)
     }  # fmt: skip

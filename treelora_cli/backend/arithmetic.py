@@ -1,19 +1,20 @@
-"""Measure whether steps and passes are faster in fp32 or in bf16, and compute so."""
+"""Measure what is faster, fp32 or bf16, and one way of taking gradients or another, and compute so."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from treelora_cli.backend.runtime import wait_for
-from treelora_cli.errors import UsageError
+from treelora_cli.errors import UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
-    from treelora_cli.backend.contract import TaskSession
+    from treelora_cli.backend.contract import ChoosingSession, TaskSession
     from treelora_cli.backend.runtime import Runtime
 
 _WORTH_IT = 0.85
@@ -50,6 +51,51 @@ def choose_arithmetic(runtime: Runtime, wanted: str, session: TaskSession, train
     steps = measure_precision(runtime, lambda: session.try_step(trained))
     passes = measure_precision(runtime, session.try_forward)
     runtime.compute_as({"precision": steps, "forward_precision": passes})
+
+
+LEAST_STEPS = 100
+"""Steps of a task from which on a choice of gradients is measured: it takes about ten, and saves a third at most."""
+
+
+def choose_gradient(runtime: Runtime, session: ChoosingSession, trained: Sequence[torch.Tensor]) -> str:
+    """Have a session take gradients in the faster of its ways that fits the memory; returns it.
+
+    Each way meets the task's longest batch once, which shows whether it fits, and then a middling one, whose kernels
+    are chosen before the clock runs. With several processes the main one's measurement decides for all.
+    """
+    import torch
+
+    ways = session.gradient_ways()
+
+    def seconds(way: str, longest: bool) -> float:
+        session.take_gradient(way)
+        return _seconds(lambda: session.try_gradient(trained, longest=longest), runtime.device)
+
+    fitting = [way for way in ways if runtime.smallest(_fits(partial(seconds, way, True)))]
+    best, least = (fitting or ways)[0], 1.0
+    for way in fitting[1:]:
+        share = _share_of_time(partial(seconds, way, False), partial(seconds, fitting[0], False), clear=_CLEAR)
+        runtime.reporter.detail(f"Gradients: {way} takes {share:.2f} of the time of {fitting[0]}.")
+        if share < min(least, _WORTH_IT):
+            best, least = way, share
+    votes = runtime.concatenate(torch.tensor([ways.index(best)], device=runtime.device))
+    chosen = ways[int(votes[0])]
+    session.take_gradient(chosen)
+    return chosen
+
+
+def _fits(step: Callable[[], object]) -> bool:
+    """Return whether a step ends without running out of memory."""
+    import torch
+
+    try:
+        step()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 _BF16_UNITS_SINCE = (8, 0)

@@ -136,6 +136,20 @@ class StatefulSession(Protocol):
 
 
 @runtime_checkable
+class ChoosingSession(Protocol):
+    """A session whose gradient can be taken in more than one way: the device decides which is faster."""
+
+    def gradient_ways(self) -> tuple[str, ...]:
+        """Return the ways, after ``prepare``: first what is taken unless another is clearly faster; none: no choice."""
+
+    def take_gradient(self, way: str) -> None:
+        """Take every gradient in this way from now on."""
+
+    def try_gradient(self, parameters: Sequence[torch.Tensor], *, longest: bool) -> None:
+        """Compute gradients of ``parameters`` on one of the task's own batches, the longest or a middling one."""
+
+
+@runtime_checkable
 class BranchSession(Protocol):
     """A session that can share one adapter among tasks of a kind; the core asks for it where ``tree.branch`` does."""
 

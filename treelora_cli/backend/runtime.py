@@ -56,11 +56,13 @@ class Runtime:
     Attributes:
         precision: ``fp32`` or ``bf16``, where gradients are computed.
         forward_precision: The same where none are.
+        gradient: The way in which gradients are taken where this was measured, see ``ChoosingSession``.
     """
 
     accelerator: Accelerator
     precision: str = "fp32"
     forward_precision: str = "fp32"
+    gradient: str | None = None
     offline: bool = False
     reporter: Reporter = field(default_factory=Silent)
 
@@ -85,8 +87,9 @@ class Runtime:
 
     @property
     def arithmetic(self) -> dict[str, str]:
-        """Both precisions, by name."""
-        return {"precision": self.precision, "forward_precision": self.forward_precision}
+        """Both precisions, and the way of gradients where there was a choice, by name."""
+        precisions = {"precision": self.precision, "forward_precision": self.forward_precision}
+        return precisions if self.gradient is None else {**precisions, "gradient": self.gradient}
 
     def compute_as(self, record: Mapping[str, Any]) -> None:
         """Take the ``arithmetic`` of a record; older ones have one precision for all."""

@@ -144,10 +144,10 @@ def compute_as_recorded(project: Project, runtime: Runtime, *, exact: bool = Fal
     runtime.compute_as(record or {"precision": "fp32"})
 
 
-def recorded_arithmetic(project: Project, device: str) -> dict[str, Any] | None:
-    """Return the record of the last task that was learned on this kind of device, ``None`` where none was."""
+def recorded_arithmetic(project: Project, device: str, having: str = "precision") -> dict[str, Any] | None:
+    """Return the record of the last task learned on this kind of device that has a figure; ``None`` where none has."""
     records = (project.task_record(task.name) for task in reversed(project.state.tasks))
-    return next((record for record in records if record["device"] == device), None)
+    return next((record for record in records if record["device"] == device and having in record), None)
 
 
 def load_base(backend: Backend, config: Config, runtime: Runtime) -> Base:

@@ -22,8 +22,8 @@ import torch
 
 from treelora_cli.algorithm.signature import SignatureAccumulator, SketchSpec
 from treelora_cli.backend import adapters
-from treelora_cli.backend.arithmetic import choose_arithmetic, precision_beside
-from treelora_cli.backend.contract import Base, TaskData, TaskSession
+from treelora_cli.backend.arithmetic import LEAST_STEPS, choose_arithmetic, choose_gradient, precision_beside
+from treelora_cli.backend.contract import Base, ChoosingSession, TaskData, TaskSession
 from treelora_cli.backend.registry import check_honoured, require
 from treelora_cli.backend.runtime import Runtime, peak_bytes
 from treelora_cli.backend.values import DataRequest, Score
@@ -223,6 +223,7 @@ def train_task(new: NewTask, clock: Clock, *, resume: bool) -> Trained:
     _choose_arithmetic(new, session, context, resume=resume)
     session.prepare()
     clock.lap("frozen pass")
+    _choose_gradient(new, session, context, resume=resume)
     probe = probe_task(new, session, context)
     clock.lap("probe")
     earlier = new.memory.tasks
@@ -309,6 +310,26 @@ def _choose_arithmetic(new: NewTask, session: TaskSession, context: TaskContext,
         new.runtime.compute_as(last)
     else:
         choose_arithmetic(new.runtime, wanted, session, [up for _, up in context.slot])
+
+
+def _choose_gradient(new: NewTask, session: TaskSession, context: TaskContext, *, resume: bool) -> None:
+    """Take gradients as the task was begun, as the project does on this kind of device, or as a trial finds faster."""
+    new.runtime.gradient = None
+    ways = session.gradient_ways() if isinstance(session, ChoosingSession) else ()
+    if not ways:
+        return
+    assert isinstance(session, ChoosingSession) and new.config.train.epochs is not None
+    known = recorded_arithmetic(new.project, new.runtime.device.type, "gradient")
+    begun = new.project.checkpoint.facts() if resume else known
+    way = None if begun is None else begun.get("gradient")
+    if way in ways:
+        session.take_gradient(way)
+    elif resume or new.config.train.epochs * session.steps_per_epoch < LEAST_STEPS:
+        return
+    else:
+        way = choose_gradient(new.runtime, session, [up for _, up in context.slot])
+    new.runtime.gradient = way
+    new.runtime.reporter.detail(f"Gradients are taken {way}.")
 
 
 def probe_task(new: NewTask, session: TaskSession, context: TaskContext) -> Probe:

@@ -46,9 +46,14 @@ from treelora_cli.errors import DataError, UsageError
 if TYPE_CHECKING:
     from treelora_backends.causal_lm.loaded import LoadedLm
 
-_TAILS = {"cpu": 8}
+_TAIL = 8
 """Last tokens of a prompt through which gradients pass where nothing is said and frozen states answer: reading
-a text in two parts saves a CPU arithmetic, and costs a GPU twice the launches. Free answers are learned worse so."""
+a text in two parts saves arithmetic, and costs twice the launches. Free answers are learned worse so."""
+_ALWAYS_DIVIDED = ("cpu",)
+"""Where that is faster whatever the texts (recipes/RESULTS.md), so that results hang on no clock."""
+_MEASURED = ("cuda",)
+"""Where the first long task decides."""
+_WHOLE, _DIVIDED = "through whole texts", f"through the last {_TAIL} tokens of each prompt"
 _TOKENS_KEPT = {"cpu": 1024}
 _TOKENS_KEPT_ELSEWHERE = 16_384
 """Tokens whose activations are kept for the backward pass; of a larger batch one part follows the other."""
@@ -63,7 +68,9 @@ class LmSession(LmSteps):
         assert config.train.batch_size is not None and config.seed is not None
         told = config.train.prompt_tail
         self._tail_is_told = told is not None
-        self.tail = told if told is not None else _TAILS.get(base.lm.device.type, 0) if task.closed else 0
+        self._chooses = told is None and config.train.compile in (None, "none") and not config.train.grad_checkpointing
+        divided = task.closed and base.lm.device.type in _ALWAYS_DIVIDED
+        self.tail = told if told is not None else _TAIL if divided else 0
         self.task = task
         self.runtime = base.runtime
         self.own = self.runtime.share(list(range(task.train_size)))
@@ -189,6 +196,21 @@ class LmSession(LmSteps):
             if np.array_equal(ids[: len(given)], given):
                 found[place] = len(given)
         return found
+
+    def gradient_ways(self) -> tuple[str, ...]:
+        """Return the ways of taking gradients; none to choose from where one is told, needed or known to be best."""
+        measured = self.base.lm.device.type in _MEASURED and self.base.lm.divides
+        return (_WHOLE, _DIVIDED) if measured and self._chooses and self._closed else ()
+
+    def take_gradient(self, way: str) -> None:
+        """Take gradients through whole texts or the ends of prompts."""
+        self.tail = _TAIL if way == _DIVIDED else 0
+
+    def try_gradient(self, parameters: Sequence[Tensor], *, longest: bool) -> None:
+        """Compute the gradient on the longest of the first epoch's batches, or on a middling one."""
+        batches = sorted(super().batches(0), key=lambda places: max(self.lengths[place] for place in places))
+        loss = self.loss_of(batches[-1 if longest else len(batches) // 2], self.objective)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield language-model losses of mini-batches, without dropout."""
