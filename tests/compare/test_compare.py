@@ -178,6 +178,7 @@ def test_weights_given_to_the_command_reach_every_process(
         (["--methods", "treelora:regg=1"], 2, "unknown setting 'regg' (did you mean 'reg'?)"),
         (["--methods", "treelora:width=64"], 2, "'width' fits tree.width and head.width."),
         (["--methods", "treelora:reg"], 2, "expected treelora:KEY=VALUE."),
+        (["--methods", "treelora:reg=0,epochs=2"], 2, "'epochs=2' is no method. Colons divide a row's settings"),
         (["--methods", "treelora:epochs=many"], 2, "'train.epochs' needs int, got 'many'"),
         (["--methods", "treelora:search=rand"], 2, "'search' is one of lcb, cold, flat, exhaustive, random"),
         (["--methods", "seqlora:search=random"], 2, "'tree.search' means nothing to seqlora."),

@@ -62,6 +62,10 @@ def parse_variant(text: str) -> Variant:
         UsageError: Unknown method or key, a key that fits several settings, or a value out of range.
     """
     method, *pairs = text.strip().split(":")
+    if "=" in method:
+        raise UsageError(
+            f"--methods: '{text}' is no method. Colons divide a row's settings: METHOD:KEY=VALUE:KEY=VALUE."
+        )
     check_method(method)
     values: dict[str, Any] = {}
     for pair in pairs:
