@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -96,21 +98,77 @@ def test_integers_of_32_bits_need_a_range() -> None:
     assert grey(data, largest=140000) == [0, 127]
 
 
+def test_integers_of_32_bits_without_a_sign_reach_to_the_end_of_their_range() -> None:
+    signed, plain = (struct.pack("<HHIHH", 339, 3, 1, kind, 0) for kind in (2, 1))
+    data = encoded(np.array([[0, 2**31 - 1, -(2**31), -1]], np.int32)).replace(signed, plain)
+    assert grey(data, largest=2**32 - 1) == [0, 127, 127, 255]
+
+
+def test_a_declared_range_that_most_values_exceed_is_refused() -> None:
+    with pytest.raises(DataError, match=r"^x: most values lie above 1000, which the file declares as the largest\.$"):
+        open_image(encoded(TWELVE_BITS, tiffinfo=tags(t281=1000)), "x")
+
+
 def test_a_pgm_declares_its_range() -> None:
     body = np.array([0, 2048, 4095], ">u2").tobytes()
     assert grey(b"P5 3 1 4095\n" + body) == [0, 127, 255]
 
 
-def test_white_may_be_zero() -> None:
-    data = encoded(np.array([[0, 65535]], np.uint16), tiffinfo=tags(t262=0))
-    assert grey(data) == [255, 0]
+@pytest.mark.parametrize("values", [np.array([[0, 65535]], np.uint16), np.array([[0.0, 1.0]], np.float32)])
+def test_white_may_be_zero(values: Any) -> None:
+    assert grey(encoded(values, tiffinfo=tags(t262=0))) == [255, 0]
+
+
+def tiff_of_16_bit_colour(values: Any, colours: int, planar: int) -> bytes:
+    """Write a TIFF of one row of 16-bit samples, all of a pixel together (planar 1) or a plane each (2)."""
+    rows = np.asarray(values, "<u2")
+    body = (rows.T if planar == 2 else rows).tobytes()
+    samples, head = rows.shape[1], 8 + len(body)
+    counts = [len(body) // samples] * samples if planar == 2 else [len(body)]
+    starts = [8 + sum(counts[:place]) for place in range(len(counts))]
+    later: list[bytes] = []
+
+    def entry(tag: int, kind: int, numbers: list[int]) -> bytes:
+        form = "<" + ("H" if kind == 3 else "I") * len(numbers)
+        packed = struct.pack(form, *numbers)
+        if len(packed) > 4:
+            place = head + 2 + 12 * 10 + 4 + sum(map(len, later))
+            later.append(packed)
+            packed = struct.pack("<I", place)
+        return struct.pack("<HHI", tag, kind, len(numbers)) + packed.ljust(4, b"\0")
+
+    entries = [
+        entry(256, 3, [len(rows)]),
+        entry(257, 3, [1]),
+        entry(258, 3, [16] * samples),
+        entry(259, 3, [1]),
+        entry(262, 3, [colours]),
+        entry(273, 4, starts),
+        entry(277, 3, [samples]),
+        entry(278, 3, [1]),
+        entry(279, 4, counts),
+        entry(284, 3, [planar]),
+    ]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", head) + body + directory + b"".join(later)
+
+
+def test_planes_of_16_bit_colour_are_refused() -> None:
+    rows = [(65535, 0, 32768), (0, 65535, 0)]
+    together = np.asarray(open_image(tiff_of_16_bit_colour(rows, 2, 1), "x"))[0].tolist()
+    assert together == [[255, 0, 128], [0, 255, 0]]
+    with pytest.raises(DataError, match=r"^x: a TIFF of 16-bit colours that lie apart would be misread\."):
+        open_image(tiff_of_16_bit_colour(rows, 2, 2), "x")
+
+
+def test_inks_of_12_bits_in_16_are_refused() -> None:
+    inks = [(0, 4095, 0, 0), (4095, 0, 0, 0)]
+    with pytest.raises(DataError, match=r"^x: a colour image of 16 bits that uses a part of its range"):
+        open_image(tiff_of_16_bit_colour(inks, 5, 1), "x")
 
 
 def png_of_16_bit_colour(values: Any) -> bytes:
     """Write a PNG of one row of 16-bit RGB; Pillow cannot."""
-    import struct
-    import zlib
-
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -151,6 +209,7 @@ def test_eight_bits_with_a_sign_are_refused() -> None:
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "x.svg", "SVG, which is not read here"),
         (b"8BPS\0\1", "x.psd", "Photoshop, which is not read here"),
         (b"II*\0x", "x.NEF", "a camera's raw format, which is not read here"),
+        (b"II*\0x", "x.tif", "a damaged or unusual TIFF, which is not read here"),
         (
             b"version https://git-lfs.github.com/spec/v1\n",
             "x.png",

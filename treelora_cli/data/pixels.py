@@ -36,16 +36,21 @@ _HEIC = re.compile(rb".{4}ftyp(heic|heix|hevc|mif1|msf1)", re.DOTALL)
 _MAGIC_UNREADABLE = (
     (_HEIC, "HEIC"),
     (re.compile(rb"8BPS"), "Photoshop"),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), "a damaged or unusual TIFF"),
 )
 _MAGIC = re.compile(
     rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0\0\0\0|RIFF.{4}WEBP|II\*\0|MM\0\*|P[1-6][\s#]|\0\0\0\x0cjP  "
     rb"|.{4}ftyp(?:avif|heic|heix|hevc|mif1|msf1)",
     re.DOTALL,
 )
-_MAX_SAMPLE, _S_MAX_SAMPLE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _MIN_SAMPLE, _S_MIN_SAMPLE, _SIGN = (
-    *(281, 341, 258, 262, 270, 280, 340, 339),
+_MAX_SAMPLE, _S_MAX_SAMPLE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _MIN_SAMPLE, _S_MIN_SAMPLE, _SIGN, _PLANAR = (
+    *(281, 341, 258, 262, 270, 280, 340, 339, 284),
 )
-_SIGNED = 2
+_UNSIGNED, _SIGNED = 1, 2
+_APART = 2
+_BYTE = 8
+_TOO_BRIGHT = 0.5
+"""More values than this share beyond the declared range contradict it; fewer are what ImageJ shows as white."""
 _WHITE_IS_ZERO = 0
 _TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
 _NEAR_WHITE = 224
@@ -122,16 +127,15 @@ def open_image(data: bytes, name: str, largest: float | None = None) -> Any:
 
     try:
         with _opened(data) as opened:
-            _refuse_signs(opened, name)
+            _refuse_misread(opened, name)
             deep_colour = _is_deep_colour(opened)
             opened.load()
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith(("I", "F")):
                 image = _to_eight_bits(image, opened, name, largest)
-            image = _to_rgb(image)
             if deep_colour:
                 _check_deep_colour(image, opened, name, largest)
-            return image
+            return _to_rgb(image)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
@@ -167,16 +171,25 @@ def _kind_of(data: bytes, name: str) -> str:
     if data.startswith(LFS_POINTER):
         return "a pointer of Git LFS; fetch the files with git lfs pull"
     by_bytes = next((kind for magic, kind in _MAGIC_UNREADABLE if magic.match(data)), None)
-    kind = by_bytes or _UNREADABLE.get(Path(name).suffix.lower())
+    kind = _UNREADABLE.get(Path(name).suffix.lower()) or by_bytes
     if kind == "HEIC" and not _decodes_heic():
         return "HEIC; pip install pillow-heif, or convert it to PNG or JPEG"
     return f"{kind}, which is not read here; convert it to PNG or JPEG" if kind else "no known format"
 
 
-def _refuse_signs(opened: Any, name: str) -> None:
-    """Raise ``DataError`` for 8 bits with a sign, which Pillow takes for bits without: -1 would be white."""
-    if _tag(opened, _SIGN) == _SIGNED and not opened.mode.startswith(("I", "F")):
+def _refuse_misread(opened: Any, name: str) -> None:
+    """Raise ``DataError`` for what Pillow takes for something else.
+
+    These are 8 bits with a sign, where -1 would be white, and 16 bits of colours that lie apart, each byte of which
+    would be a pixel.
+    """
+    if opened.mode.startswith(("I", "F")):
+        return
+    if _tag(opened, _SIGN) == _SIGNED:
         raise DataError(f"{name}: 8-bit values with a sign would be read without it. Convert it to plain 8 bits.")
+    raw = any(tile[0] == "raw" for tile in opened.tile)
+    if raw and _tag(opened, _PLANAR) == _APART and (_tag(opened, _BITS) or 0) > _BYTE:
+        raise DataError(f"{name}: a TIFF of 16-bit colours that lie apart would be misread. Convert it to 8 bits.")
 
 
 def _first_line(error: Exception) -> str:
@@ -189,11 +202,13 @@ def _to_eight_bits(image: Any, opened: Any, name: str, largest: float | None) ->
     from PIL import Image
 
     values = np.asarray(image, dtype=np.float64)
+    if opened.format == "TIFF" and (_tag(opened, _SIGN) or _UNSIGNED) == _UNSIGNED:
+        values = np.where(values < 0, values + 2**32, values)  # Pillow gives the upper half of 32 bits a sign
     if not np.isfinite(values).all():
         raise DataError(f"{name}: pixel values that are not finite.{SKIP_BAD}")
     low, high = _range(opened, values, name, largest)
     scaled = ((values - low) / (high - low)).clip(0, 1)
-    if image.mode.startswith("I") and _tag(opened, _PHOTOMETRIC) == _WHITE_IS_ZERO:
+    if _tag(opened, _PHOTOMETRIC) == _WHITE_IS_ZERO:
         scaled = 1 - scaled  # Pillow turns these over in 8 bits only
     return Image.fromarray((scaled * 255).astype(np.uint8))
 
@@ -208,6 +223,8 @@ def _range(opened: Any, values: Any, name: str, largest: float | None) -> tuple[
         return 0.0, largest
     declared = _declared(opened)
     if declared is not None:
+        if (values > declared[1]).mean() > _TOO_BRIGHT:
+            raise DataError(f"{name}: most values lie above {declared[1]:g}, which the file declares as the largest.")
         return declared
     least, most = float(values.min(initial=0)), float(values.max(initial=0))
     if opened.mode.startswith("F"):
@@ -263,7 +280,7 @@ def _is_deep_colour(opened: Any) -> bool:
     """Return whether Pillow will drop the lower 8 of 16 bits of each colour."""
     if opened.mode.startswith("I"):
         return False
-    for tile in getattr(opened, "tile", []):
+    for tile in opened.tile:
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if any(isinstance(one, str) and ";16" in one for one in arguments):
             return True
@@ -273,7 +290,8 @@ def _is_deep_colour(opened: Any) -> bool:
 def _check_deep_colour(image: Any, opened: Any, name: str, largest: float | None) -> None:
     """Refuse a colour image of 16 bits that does not use them all: its upper 8 bits are near-black."""
     declared = (0.0, largest) if largest is not None else _declared(opened)
-    most = max(high for _, high in image.getextrema())
+    colours = zip(image.getbands(), image.getextrema(), strict=True)
+    most = max(high for band, (_, high) in colours if band not in ("A", "a", "X"))
     full = most >= 64 if declared is None else declared[1] >= 65535 * 0.99
     if not full:
         raise DataError(
