@@ -38,7 +38,7 @@ def seen(items: list[Any], root: Path) -> list[tuple[str, str]]:
 
 PARTS = {
     **dict.fromkeys(["train", "Train", "TRAINING", "training_set", "train2017", "trainset", "images_train"], "train"),
-    **dict.fromkeys(["train-images", "trainSet", "train-00000-of-00002", "trn"], "train"),
+    **dict.fromkeys(["train-images", "trainSet", "train-00000-of-00002", "trn", "trainval"], "train"),
     **dict.fromkeys(["test", "Testing", "test_data", "test-set", "imgs.test", "testset", "test1", "tst"], "test"),
     **dict.fromkeys(["val", "valid", "VALIDATION", "val2017", "valset", "dev", "holdout", "held-out", "eval"], "val"),
 }
@@ -157,6 +157,23 @@ def test_parts_inside_classes(tmp_path: Path) -> None:
     assert seen(found.train, root) == [("cat", "cat/train/1.png"), ("dog", "dog/train/1.png")]
     assert seen(found.test, root) == [("cat", "cat/test/2.png"), ("dog", "dog/test/4.png")]
     assert found.notes == ("Scored on the test part; the validation part (1 images) is unused.",)
+
+
+@pytest.mark.parametrize("form", ["{part}_{name}", "{name} - {part}", "{part}.{name}"])
+def test_parts_in_the_names_of_classes(tmp_path: Path, form: str) -> None:
+    spelled = {
+        (part, name): form.format(part=part, name=name) for part in ("train", "test") for name in ("red fox", "dog")
+    }
+    root = build(tmp_path / "d", *(f"{folder}/1.png" for folder in spelled.values()))
+    found = listed(root)
+    assert seen(found.train, root) == [(name, f"{spelled['train', name]}/1.png") for name in ("dog", "red fox")]
+    assert seen(found.test, root) == [(name, f"{spelled['test', name]}/1.png") for name in ("dog", "red fox")]
+    assert found.notes[0].endswith("the other folders likewise.")
+
+
+def test_classes_with_names_of_parts_in_them(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "test tube/1.png", "train track/1.png")
+    assert listed(root).labels == ("test tube", "train track")
 
 
 def test_a_validation_part_beside_a_test_part_is_said_to_be_unused(tmp_path: Path) -> None:

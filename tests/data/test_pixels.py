@@ -169,6 +169,7 @@ def test_inks_of_12_bits_in_16_are_refused() -> None:
 
 def png_of_16_bit_colour(values: Any) -> bytes:
     """Write a PNG of one row of 16-bit RGB; Pillow cannot."""
+
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 

@@ -6,6 +6,7 @@ laid out as                      read as
 ``CLASS/*``                      classes; files in folders below belong to the class
 ``train/CLASS``, ``test/CLASS``  parts of classes, by any name in ``data.names``
 ``CLASS/train``, ``CLASS/test``  the same, turned inside out
+``train_CLASS``, ``test_CLASS``  the same, in one name
 ``ANY/`` around one of these     the one inside
 ``train/CLASS``, ``test/*``      the part without class folders is left out and said
 ``images/*``, ``masks/*``        no classes
@@ -27,6 +28,7 @@ from treelora_cli.data.names import (
     one_spelling,
     part_of,
     parts_among,
+    parts_and_classes,
     says_about_pictures,
     says_files,
     says_no_class,
@@ -147,12 +149,24 @@ class _Reader:
         if len(folder.inner) == 1 and inside:
             self.passed.notes.append(f"{folder.path} holds one folder; read was {inside[0].path}.")
             return self.read(inside[0])
+        if named := parts_and_classes(inner.name for inner in folder.inner):
+            return self._read_named(folder, named)
         divided = [inner for inner in folder.inner if self._parts_in(inner)]
         if not divided:
             return Layout(self._classes(folder), [])
         if len(divided) == len(folder.inner) and not any(self._unfiled(inner).files for inner in divided):
             return self._turned(divided)
         raise self._ambiguous(folder, f"only a part of {divided[0].path} is in folders of parts. Name")
+
+    def _read_named(self, folder: Folder, named: Mapping[str, tuple[str, str]]) -> Layout:
+        """Read ``train_CLASS`` and ``test_CLASS``."""
+        found: dict[str, list[Labelled]] = {TRAIN: [], TEST: [], VAL: []}
+        for inner in folder.inner:
+            part, label = named[inner.name]
+            found[part] += [(label, file) for file in inner.all_files()]
+        name, (part, label) = next(iter(named.items()))
+        self.passed.notes.append(f"{name}/ is the part '{part}' of class '{label}', the other folders likewise.")
+        return self._with_held_out(found)
 
     @staticmethod
     def _unfiled(folder: Folder) -> Folder:

@@ -15,6 +15,7 @@ _PARTS = {
     **dict.fromkeys(("test", "testing", "tst"), TEST),
     **dict.fromkeys(("val", "valid", "validation", "validate", "eval", "evaluation", "dev", "holdout", "heldout"), VAL),
     "minival": VAL,
+    "trainval": TRAIN,
 }
 _FILLERS = {
     *("image", "images", "img", "imgs", "jpeg", "jpg", "png", "jpegimages", "picture", "pictures", "photo", "photos"),
@@ -40,6 +41,8 @@ _SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+([-_.][0-9a-f]+)?$", re.IGNORECASE)
 """``-00000-of-00002``, and the hash that may follow."""
 _SIZES = {"mini", "tiny", "small", "medium", "large", "big", "full", "lite", "subset"}
 """What a part is called beside its name where a dataset comes in several sizes."""
+_BETWEEN = "-_. "
+_SIGNS = re.compile(f"[{_BETWEEN}]+")
 _GLUED = ("dataset", "images", "image", "imgs", "data", "set", "split")
 
 
@@ -80,6 +83,24 @@ def part_of(name: str, beside: Container[str] = ()) -> str | None:
     words = [word for word in words if len(word) > 1] or words  # testA, train_x
     meant = [_PARTS.get(_unglued(word)) for word in words]
     return meant[0] if len(meant) == 1 else None
+
+
+def parts_and_classes(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return part and class by name where all names are of both, as ``train_cat`` and ``test_cat``; else nothing."""
+    found: dict[str, tuple[str, str]] = {}
+    for name in names:
+        first, last = _SIGNS.split(name)[0], _SIGNS.split(name)[-1]
+        if first == last:
+            return {}
+        if (part := part_of(first)) is not None:
+            found[name] = part, name.removeprefix(first).lstrip(_BETWEEN)
+        elif (part := part_of(last)) is not None:
+            found[name] = part, name.removesuffix(last).rstrip(_BETWEEN)
+        else:
+            return {}
+    learned = {label for part, label in found.values() if part == TRAIN}
+    held_out = {label for part, label in found.values() if part != TRAIN}
+    return found if held_out and held_out <= learned else {}
 
 
 def _unglued(word: str) -> str:
