@@ -168,3 +168,19 @@ def test_held_out_texts_that_are_learned_are_said(tmp_path: Path) -> None:
         (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
     told = list_texts(DataRequest(tmp_path)).notes
     assert told == ("1 of 2 held-out examples are training examples, too: what they score says little.",)
+
+
+def test_animations_are_said_and_links_that_lead_nowhere_are_unreadable(
+    cli: Cli, empty_project: Path, tmp_path: Path
+) -> None:
+    folder = make_images(tmp_path / "d", ["red", "blue"], test=1)
+    frames = [picture("red", index) for index in range(2)]
+    frames[0].save(folder / "train/red/turn.gif", save_all=True, append_images=frames[1:])
+    (folder / "train/red/gone.png").symlink_to("elsewhere.png")
+    train = ("-C", empty_project, "train-task", folder, "--dry-run", "--json", "--device", "cpu")
+    check_error(
+        cli(*train), 4, r".*train/red/gone\.png cannot be read: No such file or directory\. Mend it, or pass --sk"
+    )
+    told = "\n".join(cli(*train, "--skip-bad").json["notes"])
+    assert "1 unreadable images were skipped, such as " in told
+    assert "turn.gif; the first is taken." in told

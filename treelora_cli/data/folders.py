@@ -102,7 +102,7 @@ def _scan(path: Path, wanted: Callable[[Path], bool], passed: Passed, above: fro
                 inner.append(folder)
             else:
                 passed.empty.append(entry)
-        elif entry.is_file():
+        elif entry.is_file() or not entry.exists():  # a link that leads nowhere is an unreadable file
             if wanted(entry):
                 files.append(entry)
             else:

@@ -43,6 +43,7 @@ _MAGIC = re.compile(
     rb"|.{4}ftyp(?:avif|heic|heix|hevc|mif1|msf1)",
     re.DOTALL,
 )
+_MAY_HOLD_SEVERAL = re.compile(rb"GIF8|II[*+]\0|MM\0[*+]|RIFF.{4}WEBP|\x89PNG.{0,200}acTL|.{4}ftypavis", re.DOTALL)
 _MAX_SAMPLE, _S_MAX_SAMPLE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _MIN_SAMPLE, _S_MIN_SAMPLE, _SIGN, _PLANAR = (
     *(281, 341, 258, 262, 270, 280, 340, 339, 284),
 )
@@ -88,6 +89,17 @@ def pixels_of(data: bytes, name: str) -> int:
         return sys.maxsize
     except Exception as error:  # see ``open_image``
         raise DataError(f"{name}: unreadable or truncated image ({_reason(error, data, name)}).") from error
+
+
+def holds_several(data: bytes) -> bool:
+    """Return whether a file is an animation or has several pages; ``open_image`` takes the first."""
+    if not _MAY_HOLD_SEVERAL.match(data):
+        return False
+    try:
+        with _opened(data) as opened:
+            return bool(getattr(opened, "is_animated", False))
+    except Exception:  # see ``open_image``
+        return False
 
 
 def _opened(data: bytes) -> Any:

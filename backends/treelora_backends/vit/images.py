@@ -19,8 +19,8 @@ from treelora_cli.data.held_out import content_hash, same_examples
 from treelora_cli.data.images import list_images
 from treelora_cli.data.manifests import ImageItem
 from treelora_cli.data.paths import shown
-from treelora_cli.data.pixels import open_image
-from treelora_cli.errors import DataError, UsageError
+from treelora_cli.data.pixels import holds_several, open_image
+from treelora_cli.errors import SKIP_BAD, DataError, UsageError
 
 _CHUNK = 256
 _DARK = 16
@@ -220,6 +220,8 @@ def read_image_task(
         notes = (*notes, f"{len(bad)} unreadable images were skipped, such as {bad[0]}.")
     if twice := reading.twice:
         notes = (*notes, f"{len(twice)} images are in two classes, such as {twice[0]}.")
+    if several := reading.several:
+        notes = (*notes, f"{len(several)} files hold several pictures, such as {several[0]}; the first is taken.")
     if shared := len(learned.keys() & scored.keys()):
         notes = (*notes, same_examples(shared, len(test), "images"))
     if not request.test_only and len(train.labels.unique()) < len(listing.labels):
@@ -263,6 +265,7 @@ class _Reading:
     Attributes:
         digest: Over labels and contents, SHA-256.
         bad: Names of images that are left out.
+        several: Names of files that hold further pictures.
         twice: Of images that are in two classes, with both.
     """
 
@@ -274,6 +277,7 @@ class _Reading:
         self._ahead, self._reporter = ahead, reporter
         self.digest = hashlib.sha256()
         self.bad: list[str] = []
+        self.several: list[str] = []
         self.twice: list[str] = []
 
     def pictures(self, items: Sequence[ImageItem], what: str, contents: dict[bytes, ImageItem]) -> Pictures:
@@ -283,10 +287,13 @@ class _Reading:
         hashes: list[str] = []
         read = in_threads(self._read, items)
         for start in self._reporter.track(range(0, len(items), _CHUNK), what, -(-len(items) // _CHUNK)):
-            for item, (content, own, picture) in zip(items[start : start + _CHUNK], read, strict=False):
-                if picture is None and not self._ahead:
+            for item, found in zip(items[start : start + _CHUNK], read, strict=False):
+                if found is None:
                     self.bad.append(item.name)
                     continue
+                content, own, picture, several = found
+                if several:
+                    self.several.append(shown(item.name))
                 self.digest.update(item.label.encode() + b"\0" + content)
                 _note_content(contents, self.twice, content, item)
                 if pixels is not None:
@@ -299,18 +306,21 @@ class _Reading:
         later = PixelsAhead(len(items), self._preprocessing.size, lambda place: self._pixels_of(items[place]))
         return Pictures(later, labels, tuple(hashes))
 
-    def _read(self, item: ImageItem) -> tuple[bytes, str, Any]:
-        """Return a file's digest, its identity with its label, and its pixels: ``None`` where out or for later."""
-        data = _bytes_of(item)
-        own, content = content_hash(item.label, data), hashlib.sha256(data).digest()
-        if self._ahead:
-            return content, own, None
+    def _read(self, item: ImageItem) -> tuple[bytes, str, Any, bool] | None:
+        """Read an image; ``None`` for an unreadable one that is left out.
+
+        Returns:
+            The file's digest, its identity with its label, its pixels, or ``None`` for later, and whether it holds
+            several pictures.
+        """
         try:
-            return content, own, self._preprocessing.to_pixels(data, item.name)
+            data = _bytes_of(item)
+            pixels = None if self._ahead else self._preprocessing.to_pixels(data, item.name)
         except DataError:
             if not self._skip_bad:
                 raise
-            return b"", "", None
+            return None
+        return hashlib.sha256(data).digest(), content_hash(item.label, data), pixels, holds_several(data)
 
     def _pixels_of(self, item: ImageItem) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return self._preprocessing.to_pixels(_bytes_of(item), item.name)
@@ -320,7 +330,7 @@ def _bytes_of(item: ImageItem) -> bytes:
     try:
         return item.read()
     except OSError as error:
-        raise DataError(f"{item.name} cannot be read: {error.strerror}.") from error
+        raise DataError(f"{item.name} cannot be read: {error.strerror}.{SKIP_BAD}") from error
 
 
 _FEWEST, _MOST = 32, 256
