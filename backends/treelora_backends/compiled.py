@@ -17,6 +17,7 @@ from treelora_backends.standing_in import standing_in
 from treelora_cli.errors import UsageError, first_line, is_out_of_memory
 
 _COMPILER = "inductor"
+_AS_GRAPHS = "reduce-overhead"
 _MOST_GRAPHS = 256
 """Graphs of one kind of block, one for each shape and for whether its input has a gradient; torch stops at 8."""
 
@@ -74,6 +75,8 @@ class Compilation:
         """Return the context of a step."""
         if self.mode is None:
             return nullcontext()
+        if self.mode == _AS_GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the step before returned may be overwritten
         self._made = self._made or Compiled(self._modules(), self.mode)
         return self._made.used()
 

@@ -23,10 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gpu_parts import (
-    BYTES,
     SCRATCH,
     Bench,
     Table,
@@ -40,6 +38,7 @@ from gpu_parts import (
     word_tokenizer,
 )
 from gpu_steps import learn, output_layer, peft_steps, trainer_seconds, treelora_steps
+from gpu_texts import causal_lm, gradient
 from torch import Tensor, nn
 
 # -- sections --------------------------------------------------------------------------------------
@@ -54,7 +53,7 @@ def equal(bench: Bench) -> None:
     from treelora_cli.backend.values import DataRequest, Memory
     from treelora_cli.config import BaseConfig, Config, TrainConfig, resolve
 
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     data = texts(SCRATCH / "equal", 1, 24, (20, 60))
     found: dict[str, list[Any]] = {"vit": [], "causal-lm": []}
     for where in ("cpu", None):
@@ -169,123 +168,23 @@ def vit(bench: Bench) -> None:
     for name, task in tasks.items():
         object.__setattr__(base, "read_task", lambda _request, task=task: task)  # images that are in memory
         ours.append(learn(bench, "vit", base, project, SCRATCH / name, name.replace(" ", "-"), config)["training"])
-    treelora_steps(bench, "vit", base, tasks["task 1"], config, 3 * -(-5 * each // batch))
+    taking = partial(treelora_steps, bench, "vit", base, tasks["task 1"], config, 3 * -(-5 * each // batch))
+    bench.part("vit", f"treelora step, batch {batch}", 20, taking)
     del base, project
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["qkv", "attn.proj"])
     model = Classifier(get_peft_model(random_vit(bench), lora), 5).to(bench.device)
     workers = 0 if bench.dry else 12
     held = bench.allocated()
-    seconds = trainer_seconds(bench, model, Images(tasks["task 1"].train), None, batch, epochs, workers)
-    bench.table.row(
-        "vit",
-        f"Trainer, all blocks, batch {batch}, {workers} workers",
-        seconds=seconds,
-        peak_gib=bench.peak(held),
-        treelora_share=max(ours) / seconds,
-    )
+    what = f"Trainer, all blocks, batch {batch}, {workers} workers"
+    training = partial(trainer_seconds, bench, model, Images(tasks["task 1"].train), None, batch, epochs, workers)
+    seconds = bench.part("vit", what, 40, training)
+    if seconds is not None:
+        share = max(ours) / seconds
+        bench.table.row("vit", what, seconds=seconds, peak_gib=bench.peak(held), treelora_share=share)
     pixels, labels = tasks["task 1"].train.pixels.to(bench.device), tasks["task 1"].train.labels
     rows = [some for some in torch.randperm(len(labels)).split(batch) for _ in range(2)]
     made = [{"images": pixels[some.to(bench.device)].float() / 127.5 - 1, "labels": labels[some]} for some in rows]
     peft_steps(bench, "vit", model, made, 1e-3, batch)
-
-
-def causal_lm(bench: Bench, section: str, name: str, plans: tuple[tuple[int, bool], ...]) -> None:
-    """A Llama: 200 examples with prompts of about 700 tokens, 2 epochs, at batch sizes of 4 and 16."""
-    from peft import LoraConfig, get_peft_model
-    from treelora_backends.causal_lm.backend import CausalLmBackend
-
-    from treelora_cli.backend.values import DataRequest
-
-    count, prompt = (24, (20, 60)) if bench.dry else (200, (500, 900))
-    seconds, model = bench.timed(
-        lambda: random_llama(
-            "tiny" if bench.dry else name, bench.device, torch.float32 if bench.dry else torch.bfloat16
-        )
-    )
-    size = sum(one.numel() * one.element_size() for one in model.parameters()) / BYTES
-    bench.table.row(section, f"Llama {name}, random weights on the device", seconds=seconds, gib=size)
-    folder = Path(tempfile.mkdtemp(dir=SCRATCH))
-    files = [texts(folder / f"task-{seed}", seed, count, prompt) for seed in (1, 2)]
-    runtime, ours = bench.runtime(), {}
-    first = lm_config(bench, 4, epochs=2)
-    base = CausalLmBackend.around(model, word_tokenizer(), "0" * 64, first, runtime)
-    medians: dict[int, tuple[float, float]] = {}
-    rows: dict[int, list[Any]] = {}
-    for batch, whole in plans:
-        config = lm_config(bench, batch, epochs=2)
-        if whole:
-            project = new_project(base, CausalLmBackend(), config)
-            for number, path in enumerate(files, start=1):
-                found = learn(bench, section, base, project, path, f"task-{number}", config)
-                ours[batch] = found["training"]
-        task = base.read_task(DataRequest(files[0]))
-        median, peak, batches = treelora_steps(bench, section, base, task, config, 4 if bench.dry else 40)
-        medians[batch] = median, peak
-        rows[batch] = [[padded_rows([task.train[place] for place in places])] for places in batches]
-    scoring(bench, section, base, task)
-    plain = base.network.unload()
-    del base
-    lora = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(plain, lora)
-    data = [{"ids": np.concatenate([one.prompt, one.answer]), "prompt": len(one.prompt)} for one in task.train]
-    for batch, whole in plans:
-        seconds, peak = peft_steps(bench, section, model, [one for (one,) in rows[batch]], 1e-3, batch)
-        mine, my_peak = medians[batch]
-        bench.table.row(
-            section,
-            f"step, batch {batch}: treelora by plain peft",
-            time=mine / seconds,
-            peak=my_peak / peak if peak else 0.0,
-        )
-        if whole:
-            held = bench.allocated()
-            total = trainer_seconds(bench, model, data, collated, batch, 2)
-            share = ours[batch] / total
-            bench.table.row(
-                section,
-                f"Trainer, all blocks, batch {batch}, a task",
-                seconds=total,
-                peak_gib=bench.peak(held),
-                treelora_share=share,
-            )
-
-
-def padded_rows(examples: list[Any]) -> dict[str, Tensor]:
-    """A batch as the Trainer sees it: padded to its own longest text."""
-    return collated([{"ids": np.concatenate([one.prompt, one.answer]), "prompt": len(one.prompt)} for one in examples])
-
-
-def collated(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pad a batch on the right; labels are on the answers."""
-    width = max(len(row["ids"]) for row in rows)
-    ids = torch.ones(len(rows), width, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for place, row in enumerate(rows):
-        tokens = torch.from_numpy(np.asarray(row["ids"], dtype=np.int64))
-        ids[place, : len(tokens)], mask[place, : len(tokens)] = tokens, 1
-        labels[place, row["prompt"] : len(tokens)] = tokens[row["prompt"] :]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def scoring(bench: Bench, section: str, base: Any, task: Any) -> None:
-    """Show how long free answers to 32 prompts take; random weights never end one before the most tokens."""
-    from treelora_backends.causal_lm.answers import Answerer
-    from treelora_backends.causal_lm.memory import describe
-
-    try:
-        from treelora_backends.causal_lm.answers import Manner
-
-        base.network.eval()
-        answerer = Answerer(base.lm, base.encoder, base.runtime)
-        longest = int(describe(task)["answer.tokens"])
-        manner = Manner(task.style, task.labels, False, longest)
-        some = task.test[:32]
-        seconds, answers = bench.timed(lambda: answerer.answers(some, manner, base.context))
-        bench.table.row(
-            section, "free answers to held-out prompts", seconds=seconds, most_new=longest, answers=len(answers)
-        )
-    except (TypeError, AttributeError, ImportError) as error:  # the package's own parts, which may have moved
-        bench.table.row(section, "free answers to held-out prompts", failed=f"{type(error).__name__}: {error}")
 
 
 def compiled(bench: Bench) -> None:
@@ -314,7 +213,10 @@ def compiled(bench: Bench) -> None:
     for mode in ("none", "default", *([] if bench.dry else ["reduce-overhead"])):
         torch.compiler.reset()
         config = lm_config(bench, 4, epochs=2, compile=mode, prompt_tail=0)
-        treelora_steps(bench, "compiled", base, task, config, 8 if bench.dry else 24, f"train.compile {mode}")
+        steps = partial(treelora_steps, bench, "compiled", base, task, config, 8 if bench.dry else 24)
+        bench.part(
+            "compiled", f"train.compile {mode}", 60, lambda mode=mode, steps=steps: steps(f"train.compile {mode}")
+        )
 
 
 def startup(bench: Bench, section: str, name: str) -> None:
@@ -359,6 +261,7 @@ SECTIONS: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "lm7": (110, lambda bench: causal_lm(bench, "lm7", "7B", ((4, True), (16, False)))),
     "startup7": (90, lambda bench: startup(bench, "startup7", "7B")),
     "output": (20, output_layer),
+    "gradient": (20, gradient),
     "compiled": (90, compiled),
 }
 """Sections in the order of their importance, with the most seconds of each."""

@@ -12,12 +12,14 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomllib
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,6 +61,8 @@ class Table:
     def __init__(self, out: str | None) -> None:
         self.rows: list[dict[str, Any]] = []
         self.out = Path(out) / "gpu.json" if out else None
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
         self.started = time.perf_counter()
 
     def row(self, section: str, what: str, **values: Any) -> None:
@@ -77,18 +81,21 @@ class OutOfTimeError(Exception):
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise within, between two lines of Python, when the time is over."""
+    """Raise within, between two lines of Python, when the time is over, or that of a limit around this one."""
 
     def stop(*_arguments: object) -> None:
-        raise OutOfTimeError(f"out of time after {seconds:.0f} s")
+        raise OutOfTimeError(f"out of time after {time.perf_counter() - began:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(1.0, seconds))
+    began = time.perf_counter()
+    before, (outer, _) = signal.signal(signal.SIGALRM, stop), signal.getitimer(signal.ITIMER_REAL)
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, min(seconds, outer or seconds)))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if outer:
+            signal.setitimer(signal.ITIMER_REAL, max(0.1, outer - (time.perf_counter() - began)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +136,24 @@ class Bench:
         self.wait()
         return time.perf_counter() - start, found
 
+    def part(self, section: str, what: str, seconds: float, work: Callable[[], T]) -> T | None:
+        """Do a part of a section, whose failure or length leaves the rest of it; a dry run has ten times as long."""
+        try:
+            with limited(10 * seconds if self.dry else seconds):
+                return work()
+        except Exception as error:  # whatever it is, the other parts are worth having
+            traceback.print_exc()
+            self.table.row(section, what, failed=f"{type(error).__name__}: {str(error)[:200]}")
+        return None
+
     def runtime(self, device: str | None = None) -> Any:
-        """A runtime of treelora."""
+        """A runtime of treelora; transformers' Trainer may have left accelerate in another precision."""
+        from accelerate.state import AcceleratorState
+
         from treelora_cli.backend.runtime import Silent, open_runtime
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
         if device == "cpu":  # accelerate keeps one device for a process
             from types import SimpleNamespace

@@ -99,7 +99,7 @@ def treelora_steps(
     what = f"treelora step, batch {config.train.batch_size}" + (f", {how}" if how else "")
     median = shown_steps(bench, section, what, steps, peak)
     if not bench.dry:
-        busy_share(bench, section, trainer, session, median)
+        bench.part(section, "GPU busy", 20, lambda: busy_share(bench, section, trainer, session, median))
     return median, peak, batches
 
 
