@@ -283,20 +283,23 @@ def test_cost_of_a_step_grows_with_depth_not_with_the_number_of_tasks(tree_depth
 def test_the_ablations_cost_what_they_say() -> None:
     tree = build_tree(random_signatures(20), 3)
     queries = list(random_signatures(10, seed=1))
-    cost: dict[Search, int] = {"flat": 0, "exhaustive": 0, "random": 0}
+    cost: dict[Search, tuple[int, int]] = {"flat": (0, 0), "exhaustive": (0, 0), "random": (0, 0)}
     for search in cost:
         bandit = TreeBandit(tree, search=search)
         run(bandit, queries)
-        cost[search] = bandit.distance_computations
-    assert cost == {"flat": 30, "exhaustive": 600, "random": 30}
+        cost[search] = bandit.distance_computations, bandit.node_visits
+    assert cost == {"flat": (30, 600), "exhaustive": (600, 10 * 3 * 39), "random": (30, 0)}
 
 
 def test_random_search_is_uniform_and_selects_its_last_draw() -> None:
     tree = build_tree(random_signatures(4), 3)
     bandit = TreeBandit(tree, search="random", seed=np.random.default_rng(3))
-    picks = run(bandit, [tree.signatures[0]] * 400)
+    picks = run(bandit, [tree.signatures[1]] * 400)
     assert bandit.pulls().min() > 60
-    assert bandit.selected().tolist() == picks[-1]
+    assert bandit.selected().tolist() == picks[-1] != [1, 1, 1]
+    first, again, other = (TreeBandit(tree, search="random", **seed) for seed in ({}, {"seed": 0}, {"seed": 1}))
+    drawn = [run(bandit, [tree.signatures[0]] * 20) for bandit in (first, again, other)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_cached_bounds_choose_as_the_exact_ones_do() -> None:

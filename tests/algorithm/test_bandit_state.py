@@ -86,6 +86,7 @@ def test_malformed_arrays_are_refused(name: str, value: Any, message: str) -> No
         ({"width": "wide"}, "bandit width: unknown 'wide', expected one of observed, literal"),
         ({"search": []}, "bandit search: unknown"),
         ({"smoothness": "x"}, "bandit smoothness: expected 0 or more"),
+        ({"smoothness": float("inf")}, "bandit smoothness: expected 0 or more, got inf"),
         ({"step_count": -1}, "bandit step_count: expected an integer of 0 or more"),
         ({"rng": {"bit_generator": "none"}}, "bandit rng: not a generator's state"),
     ],

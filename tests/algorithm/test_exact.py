@@ -77,9 +77,10 @@ def test_search_nodes_that_are_no_tree_are_refused(children: list[list[int]]) ->
 
 
 def test_an_arm_with_exactly_a_quarter_of_the_most_pulls_counts() -> None:
-    values = _where_adequate(np.array([[1.0, 2.0, 3.0]]), np.array([[8, 2, 1]]))
+    values = _where_adequate(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), np.array([[8, 2, 1], [1, 1, 1]]))
     assert values[0, :2].tolist() == [1.0, 2.0]
     assert np.isnan(values[0, 2])
+    assert values[1].tolist() == [4.0, 5.0, 6.0]  # of its own layer's most
 
 
 def test_nearest_takes_the_mean_of_an_arm_that_was_pulled_once_as_it_is() -> None:
@@ -163,6 +164,27 @@ def test_first_pulls_choose_witnesses_as_before_the_first_step(value: float, pla
     bandit.begin_with(np.array([[[value]]], dtype=np.float32))
     node = next(node for node in bandit.tree.nodes if node.members == place)
     assert bandit._layers[0].witness[0] == node.index
+
+
+def test_of_equal_bounds_a_step_takes_the_first_child_and_a_nodes_own() -> None:
+    # the bounds of the first step are the means
+    node = next(node.index for node in build_tree(on_a_line(0, 0, 0.02), 1).nodes if node.members == (0, 1))
+    for begun, seen, witness in ((0.0, 0.0, node), (0.02, 5.0, node)):
+        bandit = TreeBandit(build_tree(on_a_line(0, 0, 0.02), 1))
+        bandit.begin_with(np.array([[[begun]]], dtype=np.float32))
+        bandit.step(np.array([[seen]], dtype=np.float32))  # the second time the third arm, which turns out far away
+        assert bandit._layers[0].witness[0] == witness
+    bandit = TreeBandit(build_tree(on_a_line(0, 1), 1))
+    bandit.begin_with(np.array([[[0.5]]], dtype=np.float32))
+    assert bandit.step(np.array([[0.5]], dtype=np.float32)) == [0]
+    assert bandit._layers[0].witness[0] == bandit.arms.children[0][0]
+
+
+def test_squares_of_an_arms_pulls_add_up() -> None:
+    bandit = TreeBandit(build_tree(on_a_line(0), 1))
+    for value in (0.0, 2.0, 4.0):
+        bandit.step(np.array([[value]], dtype=np.float32))
+    assert (bandit._layers[0].squares, bandit._layers[0].repeats) == (2.0, 2)  # distances 0, 1 and 2
 
 
 def test_first_pulls_give_every_node_the_witness_of_the_exact_bounds() -> None:

@@ -77,6 +77,7 @@ def test_what_is_wrong_with_all_nodes_is_named() -> None:
     without = records()
     del without[1]["layer"], without[1]["depth"]
     refused(without, "tree node 1: missing depth, layer")
+    refused(records((1, "more", 1), (1, "other", 2)), "tree node 1: unknown key more, other")
     refused([], "tree: no nodes, but 4 tasks")
     refused(
         records((0, "depth", 1), (1, "depth", 2), (2, "depth", 2)), "tree node 0: the root's depth is 1, expected 0"

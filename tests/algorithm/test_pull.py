@@ -90,6 +90,20 @@ def test_penalty_of_nothing_is_zero() -> None:
     assert float(zero) == 0.0
 
 
+def test_no_strength_is_no_pull_and_known_norms_are_taken_as_they_are() -> None:
+    current, target, loss = [[torch.tensor([1.0, 3.0])]], [[torch.tensor([2.0, 2.0])]], torch.tensor(8.0)
+    assert float(penalty(current, target, loss, strength=0.0, ramp=1.0)) == 0.0
+    assert float(penalty(current, target, loss, 0.5, 1.0, [torch.tensor(16.0)])) == 0.5 * 8 * 2 / 16
+
+
+def test_targets_lie_anywhere_and_the_term_lies_with_the_loss() -> None:
+    there = torch.device("meta")
+    ours, theirs = [[torch.ones(2, device=there)]], [[torch.zeros(2)]]
+    assert penalty(ours, theirs, torch.tensor(1.0, device=there), 0.5, 1.0).device == there
+    assert penalty(theirs, [[torch.ones(2)]], torch.tensor(1.0, device=there), 0.5, 1.0).device == there
+    assert deviation(ours[0], theirs[0]).device == there
+
+
 def test_ramp_is_linear_then_one() -> None:
     assert [ramp(step, 4) for step in (0, 1, 4, 9)] == [0.0, 0.25, 1.0, 1.0]
     with pytest.raises(ValueError, match="got -1 and 4"):

@@ -99,7 +99,7 @@ class TreeBandit:
         self.node_visits = 0
         self.arms = search_arms(tree) if arms is None else arms
         layers, nodes = tree.layer_count, self.arms.tasks.size
-        self._last = np.full(layers, -1, dtype=np.int64)
+        self._last = np.full(layers, -1)
         none = np.zeros((layers, nodes), dtype=np.int64)
         itself = np.tile(np.arange(nodes), (layers, 1))
         self._begin(none, np.zeros((layers, nodes)), itself, np.zeros(layers), np.zeros(layers, dtype=np.int64))
@@ -133,9 +133,9 @@ class TreeBandit:
         if queries.ndim != 3 or queries.shape[1:] != self.tree.signatures.shape[1:] or not len(queries):
             raise ValueError(f"queries: shape {queries.shape}, expected (n, {self.tree.signatures.shape[1:]})")
         found = distances_to_all(self.tree.signatures, queries)  # (n, T, D)
-        self.distance_computations += found.size
+        self.distance_computations = found.size
         for index, layer in enumerate(self._layers):
-            layer.begin_with(np.ascontiguousarray(found[:, :, index]), self.step_count + 1)
+            layer.begin_with(np.ascontiguousarray(found[:, :, index]), 1)
         self._last = np.asarray(self.mean_distances().argmin(axis=1))
 
     @property
@@ -254,7 +254,6 @@ class TreeBandit:
         relative = means - np.nanmean(means, axis=1, keepdims=True)
         total = pulls.sum(axis=0)  # (T,)
         score = np.nansum(relative * pulls, axis=0) / np.maximum(total, 1)
-        score = np.where(total > 0, score, np.nan)
         return int(np.nanargmin(_where_adequate(score[None], total[None])[0]))
 
     def state_arrays(self) -> dict[str, NDArray[np.generic]]:

@@ -50,7 +50,7 @@ def l1_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> Fl
     """
     width = first.shape[-1]
     gap = np.abs(first - second).sum(axis=-1, dtype=np.float64)  # (..., m) -> (...)
-    return np.asarray(gap / (2.0 * math.sqrt(width)), dtype=np.float64)
+    return np.asarray(gap / (2.0 * math.sqrt(width)))
 
 
 def spread_by_layer(signatures: Float32Array) -> FloatArray:
@@ -70,7 +70,7 @@ def spread_by_layer(signatures: Float32Array) -> FloatArray:
     if tasks <= 1:
         return np.zeros(layers)
     if tasks <= _CHUNK_ROWS:
-        mean = signatures.mean(axis=0, dtype=np.float64).astype(np.float32)  # (D, m)
+        mean = signatures.mean(axis=0, dtype=np.float64)  # (D, m)
         return _two_largest(distances_to_all(signatures, mean[None])[0])
     # Layer by layer, so that a large node needs no second copy of all its signatures.
     return np.array([_two_largest(distances_to_mean(signatures[:, layer])) for layer in range(layers)])
@@ -104,7 +104,7 @@ def nearest_neighbours(signatures: Float32Array) -> tuple[IntArray, FloatArray]:
         rows = np.arange(start, min(start + _CHUNK_ROWS, tasks))
         squared_l2 = squares - 2.0 * (flat[rows] @ flat.T)  # (rows, T), less a constant per row
         squared_l2[np.arange(rows.size), rows] = np.inf
-        close = np.sort(np.argpartition(squared_l2, keep - 1, axis=1)[:, :keep], axis=1)
+        close = np.sort(np.argpartition(squared_l2, keep - 1)[:, :keep])
         for row, candidates in zip(rows, close, strict=True):
             exact = l1_distance(signatures[row], signatures[candidates]).mean(axis=1)
             best = int(exact.argmin())

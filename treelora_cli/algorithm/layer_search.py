@@ -4,7 +4,7 @@ Symbols and rules as in ``bandit``. The own bound of a node is kept in two parts
 evaluates it with one product, `b_k = centre_k - scale reach_k` with `scale = 2 sigma sqrt(log t)`:
 
     centre_k = mu_k - delta_k     (-inf if n_k = 0)
-    reach_k  = 1 / sqrt(n_k)      (0 if n_k = 0)
+    reach_k  = 1 / sqrt(n_k)      (1 if n_k = 0)
 
 A walk touches a few dozen nodes, one after the other. For so few, a call into numpy costs more than
 the arithmetic, so the walk reads the arrays through memoryviews, in plain Python.
@@ -83,7 +83,7 @@ class LayerSearch:
         """Centre and reach of every node anew."""
         pulled = np.maximum(self.counts, 1)
         self._centre[:] = np.where(self.counts > 0, self.sums / pulled - self._slack, -np.inf)
-        self._reach[:] = np.where(self.counts > 0, 1.0 / np.sqrt(pulled), 0.0)
+        self._reach[:] = 1.0 / np.sqrt(pulled)
 
     def sigma(self) -> float:
         """Spread of one pull, in scaled distance; see ``TreeBandit.sigma``."""
