@@ -80,7 +80,7 @@ def test_errors_say_what_to_do(empty_project: Path, tmp_path: Path) -> None:
         project.predict(["x.png"])
     with pytest.raises(UsageError, match=r"'train.epoch' is no setting \(did you mean 'train.epochs'\?\)"):
         project.train_task("x", settings={"train.epoch": 1})
-    with pytest.raises(UsageError, match="--epochs"):
+    with pytest.raises(UsageError, match=r"^train\.epochs: 'epochs' must be between"):
         project.train_task("x", settings={"train.epochs": -1})
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         treelora_cli.nothing  # noqa: B018

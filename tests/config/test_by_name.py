@@ -13,7 +13,7 @@ from conftest import Cli, check_error
 from treelora_backends.vit.backend import VitBackend
 
 from treelora_cli.config import BaseConfig, Config, TrainConfig, from_flags, load_config
-from treelora_cli.config.by_name import add_set, given_settings, known_settings, parse_set
+from treelora_cli.config.by_name import add_set, from_names, given_settings, known_settings, parse_set
 from treelora_cli.config.fields import check_own, fixed_own, own_settings, setting
 from treelora_cli.errors import ConfigError, UsageError
 from treelora_cli.methods import treelora
@@ -47,7 +47,7 @@ def test_a_mapping_is_given_key_by_key() -> None:
         ("train.lrr=1", r"^--set train\.lrr=1: unknown setting 'train\.lrr' \(did you mean 'train\.lr'\?\)\. What a "),
         ("blocks=2", r"'blocks' fits adapter\.blocks and head\.blocks\. Write one of them\."),
         ("train.lr=fast", r"--set train\.lr=fast: 'train\.lr' needs float, got 'fast'\."),
-        ("epochs=-1", r"'epochs' must be between 0 and 10000; got -1\."),
+        ("epochs=-1", r"^--set epochs=-1: 'epochs' must be between 0 and 10000; got -1\."),
         ("train.epochs=[", r"--set train\.epochs=\[: not a number, word or list\."),
         ("stream.data=x", r"unknown setting 'stream\.data'"),
         (
@@ -60,6 +60,13 @@ def test_a_mapping_is_given_key_by_key() -> None:
 def test_a_pair_that_cannot_be_used_is_refused(pair: str, line: str) -> None:
     with pytest.raises(UsageError, match=line):
         parse_set([pair])
+
+
+def test_a_value_out_of_range_is_named_as_it_was_given() -> None:
+    with pytest.raises(UsageError, match=r"^train\.lr: 'lr' must be at least 0; got -1\.$"):
+        from_names({"train.lr": -1})
+    with pytest.raises(UsageError, match=r"^--lr: 'lr' must be at least 0; got -1\.$"):
+        from_flags(train__lr=-1)
 
 
 def test_one_setting_given_twice_is_refused() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,10 @@ from treelora_cli.commands import options
 from treelora_cli.commands.context import session_of
 from treelora_cli.commands.run import run_and_report, show_stream
 from treelora_cli.errors import CheckError, UsageError
+
+if TYPE_CHECKING:
+    from treelora_cli.backend.values import ExportCheck
+    from treelora_cli.learning.export import ExportReport
 
 
 def demo(
@@ -32,7 +36,6 @@ def demo(
     from treelora_cli.learning.recipes import shipped_recipes
     from treelora_cli.learning.stream import StreamRequest
     from treelora_cli.project.store import write_file
-    from treelora_cli.views.scores import percent
     from treelora_cli.views.task_tree import tree_document, tree_view
 
     session = session_of(context)
@@ -51,25 +54,31 @@ def demo(
     assert tree is not None and export.check is not None
     names = [task.name for task in project.state.tasks]
     layers = project.state.base["layers"]
-    merged = sum(there for _, there in export.check.scores.values()) / max(1, len(export.check.scores))
-    own = sum(export.project.values()) / max(1, len(export.project))
+    line, document = _exported(out, export, export.check)
     show_stream(
         session,
         project,
         reports,
         tree_view(tree, names, layers, None),
-        f"Merged export {out}: reloaded with timm, largest logit difference"
-        f" {export.check.largest_difference:.1e}, mean score {percent(merged)}"
-        f" (the project, {export.inference}: {percent(own)}).",
+        line,
         f"Load with: {export.load_with}",
         f"Look around: treelora -C {project.root} status | eval | inspect-tree --bandit",
         tree=tree_document(tree, names, layers),
-        export={
-            "out": str(out),
-            "largest_logit_difference": export.check.largest_difference,
-            "score": merged,
-            "passed": export.check.passed,
-        },
+        export=document,
     )
     if not export.check.passed:
         raise CheckError("The reloaded export differs from the model in memory.")
+
+
+def _exported(out: Path, export: ExportReport, check: ExportCheck) -> tuple[str, dict[str, Any]]:
+    """Say how near the reloaded export is, in a line and as a document."""
+    from treelora_cli.views.scores import percent
+
+    merged = sum(there for _, there in check.scores.values()) / max(1, len(check.scores))
+    own = sum(export.project.values()) / max(1, len(export.project))
+    difference = check.largest_difference
+    line = (
+        f"Merged export {out}: reloaded with timm, largest logit difference {difference:.1e},"
+        f" mean score {percent(merged)} (the project, {export.inference}: {percent(own)})."
+    )
+    return line, {"out": str(out), "largest_logit_difference": difference, "score": merged, "passed": check.passed}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treelora_cli.commands import options
 from treelora_cli.commands.context import session_of
 from treelora_cli.errors import CheckError
+
+if TYPE_CHECKING:
+    from treelora_cli.learning.export import ExportReport
 
 
 def export(
@@ -30,15 +33,20 @@ def export(
     """
     from treelora_cli.backend.values import ExportOptions
     from treelora_cli.learning.export import ExportRequest
-    from treelora_cli.views.scores import percent
 
     session = session_of(context)
     request = ExportRequest(out, export_format, task, ExportOptions(dtype, max_shard), verify, force, limit)
     report = session.opened(device).write_export(request)
+    session.output.result(_document(out, report), *_lines(out, report), f"Load with: {report.load_with}")
+    if report.check is not None and not report.check.passed:
+        raise CheckError(f"The reloaded export differs from the model in memory. It stays in {out} for inspection.")
+
+
+def _document(out: Path, report: ExportReport) -> dict[str, Any]:
     check = report.check
-    document = {
+    return {
         "out": str(out),
-        "format": export_format,
+        "format": report.kind,
         "task": report.task,
         "files": report.files,
         "largest_logit_difference": None if check is None else check.largest_difference,
@@ -53,6 +61,13 @@ def export(
         "advice": report.advice,
         "load_with": report.load_with,
     }
+
+
+def _lines(out: Path, report: ExportReport) -> list[str]:
+    """Return what was written, how near it is, and each task's score beside the project's."""
+    from treelora_cli.views.scores import percent
+
+    check = report.check
     lines = [f"Wrote {out}: {', '.join(report.files)}"]
     if check is not None:
         lines.append(
@@ -65,6 +80,4 @@ def export(
         ]
     if report.advice:
         lines.append(report.advice)
-    session.output.result(document, *lines, f"Load with: {report.load_with}")
-    if check is not None and not check.passed:
-        raise CheckError(f"The reloaded export differs from the model in memory. It stays in {out} for inspection.")
+    return lines

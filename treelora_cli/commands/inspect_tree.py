@@ -49,16 +49,7 @@ def inspect_tree(
             views.append(task_tree.distance_table(tree, names, layer, layers))
     if as_json and layer is not None:
         document["layer"] = {"name": layers[layer], "distances": task_tree.distances(tree, layer).tolist()}
-    merged = project.fixed["tree.branch"] == "never"
-    shared = [f"{task.name} uses {task.adapter}" for task in project.state.tasks if task.adapter != task.directory]
-    if shared and merged:
-        views.append("Merged adapters: " + "; ".join(shared))
-    branches = None if merged else _branches(project, names)
-    if branches is not None:
-        document["branches"] = branches
-        views.insert(0, task_tree.branch_view(branches))
-        kinds = task_tree.kind_table(branches)
-        views += [*([] if kinds is None else [kinds]), branches["reason"]]
+    _add_shared(project, names, document, views)
     if bandit:
         facts, view = _bandit(project)
         document["bandit"] = facts
@@ -66,6 +57,23 @@ def inspect_tree(
     session.output.result(document, *views)
     if svg is not None:
         _write_svg(svg, views)
+
+
+def _add_shared(project: Project, names: list[str], document: dict[str, Any], views: list[RenderableType]) -> None:
+    """Add which tasks share an adapter: those that the budget merged, or the branches."""
+    from treelora_cli.views import task_tree
+
+    if project.fixed["tree.branch"] == "never":
+        shared = [f"{task.name} uses {task.adapter}" for task in project.state.tasks if task.adapter != task.directory]
+        if shared:
+            views.append("Merged adapters: " + "; ".join(shared))
+        return
+    branches = _branches(project, names)
+    if branches is not None:
+        document["branches"] = branches
+        views.insert(0, task_tree.branch_view(branches))
+        kinds = task_tree.kind_table(branches)
+        views += [*([] if kinds is None else [kinds]), branches["reason"]]
 
 
 def _branches(project: Project, names: list[str]) -> dict[str, Any] | None:

@@ -27,13 +27,19 @@ def from_flags(**sections: Any) -> Config:
     Raises:
         ConfigError: A value is out of range; the message names the option.
     """
+    options = {name: f"--{name.rpartition('__')[2].replace('_', '-')}" for name in sections}
+    return _checked(sections, options)
+
+
+def _checked(values: Mapping[str, Any], places: Mapping[str, str]) -> Config:
+    """Check values and put them in their sections; by name, as ``from_flags`` takes them, and where each was given."""
     hints = typing.get_type_hints(Config)
     kinds = {name: cast("type[Any]", kind) for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     nested: dict[str, dict[str, Any]] = {}
     top: dict[str, Any] = {}
-    for name, value in sections.items():
+    for name, value in values.items():
         section, _, key = name.rpartition("__")
-        check_range(kinds[section] if section else Config, key, value, f"--{key.replace('_', '-')}")
+        check_range(kinds[section] if section else Config, key, value, places[name])
         (nested.setdefault(section, {}) if section else top)[key] = value
     top |= {name: kinds[name](**values) for name, values in nested.items()}
     return Config(**top)
@@ -49,7 +55,8 @@ def from_names(values: Mapping[str, Any]) -> Config:
     for name in values:
         if name not in known:
             raise UsageError(f"'{name}' is no setting{suggest(name, known)}. List them: treelora settings")
-    return from_flags(**{name.replace(".", "__"): value for name, value in values.items()})
+    flags = {name.replace(".", "__"): name for name in values}
+    return _checked({flag: values[name] for flag, name in flags.items()}, flags)
 
 
 def parse_set(pairs: Sequence[str] | None, option: str = "--set") -> Config:
@@ -59,6 +66,7 @@ def parse_set(pairs: Sequence[str] | None, option: str = "--set") -> Config:
         UsageError: Not a pair, an unknown key, a key that fits several settings, or a value out of range.
     """
     values: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for pair in pairs or ():
         key, equals, text = pair.partition("=")
         where = f"{option} {pair}"
@@ -67,13 +75,14 @@ def parse_set(pairs: Sequence[str] | None, option: str = "--set") -> Config:
         name, inner, kind = _named(key, where)
         value = _value(text, where)
         flag = name.replace(".", "__")
+        places[flag] = where
         if inner:
             values.setdefault(flag, {})[inner] = value
         elif flag in values:
             raise UsageError(f"{where}: '{name}' is given twice.")
         else:
             values[flag] = coerce(kind, value, name, where)
-    return from_flags(**values)
+    return _checked(values, places)
 
 
 def add_set(flags: Config, pairs: Sequence[str] | None) -> Config:

@@ -159,13 +159,7 @@ def heat_map(
     left, top = 168.0, 24.0 + 6 * longest
     width = left + max(cell * len(columns) + 6 + 3 * longest, _SCALE)
     drawing = Drawing(name, title, description, width, top + cell * len(rows) + 54)
-    every = max(1, math.ceil(13 / cell))
-    for index, label in enumerate(rows):
-        if index % every == 0:
-            drawing.text(left - 8, top + cell * (index + 0.5) + 4, short(label), anchor="end")
-    for index, label in enumerate(columns):
-        if index % every == 0:
-            drawing.text(left + cell * (index + 0.5) + 4, top - 8, short(label, 16), turn=-60)
+    _name_cells(drawing, (left, top), cell, rows, columns)
     if len(rows) * len(columns) > _TIPS:
         _fill_by_colour(drawing, (left, top), cell, [[None if v is None else v / high for v in row] for row in values])
         values = ()
@@ -180,6 +174,20 @@ def heat_map(
                 drawing.text_in_cell(*place, cell, f"{value:.0f}", "#fff" if value / high > 0.55 else "#10233f")
     _scale(drawing, left, top + cell * len(rows) + 22, high, unit)
     return drawing
+
+
+def _name_cells(
+    drawing: Drawing, corner: tuple[float, float], cell: float, rows: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Write the names of rows and columns, as many as there is room for."""
+    left, top = corner
+    every = max(1, math.ceil(13 / cell))
+    for index, label in enumerate(rows):
+        if index % every == 0:
+            drawing.text(left - 8, top + cell * (index + 0.5) + 4, short(label), anchor="end")
+    for index, label in enumerate(columns):
+        if index % every == 0:
+            drawing.text(left + cell * (index + 0.5) + 4, top - 8, short(label, 16), turn=-60)
 
 
 def _fill_by_colour(

@@ -241,17 +241,9 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
     refuse_own_code(source.name, offline=offline)
     refuse_pointers(source.name)
     refuse_kernels(base.model_args)
-    chosen = dtype or base.dtype or "float32"
     options: dict[str, Any] = {**source.options, "local_files_only": offline, **base.model_args}
     config = _checked_config(base, options)
-    if chosen == "nf4":
-        options |= _four_bits(device)
-    else:
-        options["dtype"] = getattr(torch, chosen)
-    if source.gguf:
-        options |= dequantized()
-    elif device.type == "cuda" and chosen != "nf4":
-        options["device_map"] = {"": torch.device("cuda", torch.cuda.current_device())}
+    options |= _held_as(dtype or base.dtype or "float32", device, gguf=source.gguf is not None)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name, output_loading_info=True, trust_remote_code=False, **options
@@ -268,6 +260,16 @@ def load_model(base: BaseConfig, device: torch.device, *, offline: bool, dtype: 
     if not all_finite(model):
         raise ModelError(f"{base.model} holds weights that are not finite.")
     return cast("nn.Module", model.eval())
+
+
+def _held_as(dtype: str, device: torch.device, *, gguf: bool) -> dict[str, Any]:
+    """Return what tells transformers the weights' type, and to put them on a GPU at once where that can be."""
+    options: dict[str, Any] = _four_bits(device) if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
+    if gguf:
+        return options | dequantized()
+    if device.type == "cuda" and dtype != "nf4":
+        options["device_map"] = {"": torch.device("cuda", torch.cuda.current_device())}
+    return options
 
 
 def _check_types(model: nn.Module, source: Source) -> None:

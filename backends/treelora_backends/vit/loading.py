@@ -92,19 +92,9 @@ def create_vit(base: BaseConfig, *, offline: bool) -> nn.Module:
     """
     import timm
 
-    name = str(base.model)
-    if name == "embedded":
-        name = f"local-dir:{EMBEDDED}"
-    elif Path(name).is_dir():
-        _refuse_foreign(Path(name))
-        if base.weights is None:
-            refuse_without_weights(Path(name))
-        name = f"local-dir:{name}"
-    elif "/" in name:
-        name = f"hf-hub:{name}"
-    from_source = base.weights is None
+    name = _timm_name(base)
     try:
-        vit = timm.create_model(name, pretrained=from_source, num_classes=0, **base.model_args)
+        vit = timm.create_model(name, pretrained=base.weights is None, num_classes=0, **base.model_args)
     except (TypeError, AssertionError, KeyError) as error:
         raise ModelError(f"{base.model}: --model-arg does not fit this architecture ({error}).") from error
     except RuntimeError as error:
@@ -126,6 +116,19 @@ def create_vit(base: BaseConfig, *, offline: bool) -> nn.Module:
         source = base.model if base.weights is None else Path(base.weights).name
         raise ModelError(f"{source} holds weights that are not finite.")
     return vit
+
+
+def _timm_name(base: BaseConfig) -> str:
+    """Return the model by the name under which timm finds its files."""
+    name = str(base.model)
+    if name == "embedded":
+        return f"local-dir:{EMBEDDED}"
+    if Path(name).is_dir():
+        _refuse_foreign(Path(name))
+        if base.weights is None:
+            refuse_without_weights(Path(name))
+        return f"local-dir:{name}"
+    return f"hf-hub:{name}" if "/" in name else name
 
 
 def _refuse_foreign(folder: Path) -> None:
