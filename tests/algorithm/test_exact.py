@@ -356,6 +356,7 @@ def test_half_precision_gradients_are_summed_in_single_precision(width: int) -> 
     assert torch.equal(sketch, sketch_layer(torch.ones(2000), SketchSpec(width), 0))
 
 
+@pytest.mark.slow  # torch imports its compiler for tensors without data
 def test_a_sketch_lies_on_the_device_of_its_gradient() -> None:
     there = torch.device("meta")
     for entries in (3, 12):

@@ -199,7 +199,7 @@ def test_a_fault_is_found_before_anything_is_trained(
     check_error(done, 2 if member == "name" else 7, line)
 
 
-@pytest.mark.parametrize("merged", ["solved", "mean"])
+@pytest.mark.parametrize("merged", ["solved", pytest.param("mean", marks=pytest.mark.slow)])
 def test_the_image_backend_meets_the_contract(cli: Cli, weights: Path, tmp_path: Path, merged: str) -> None:
     folder = make_images(tmp_path / "d", ["red", "blue", "green"], train=6, test=3)
     more = [f"base.model={MODEL}", f"base.weights={weights}", "head.width=64", f"head.merged={merged}"]

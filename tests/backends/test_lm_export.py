@@ -32,7 +32,7 @@ def learned(cli: Cli, root: Path, model: Path, data: Path, dtype: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize("own", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("own", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_base_of_any_type_is_exported(cli: Cli, llama: Path, moods: Path, tmp_path: Path, own: str) -> None:
     root = learned(cli, tmp_path / "p", llama, moods, own)
     for written in ("float32", "bfloat16"):
