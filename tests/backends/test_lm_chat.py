@@ -141,6 +141,24 @@ def test_what_a_template_leaves_out_is_said(tmp_path):
     assert read_lm_task(DataRequest(plain, held_out=0.0), encoder_of(deaf), Silent()).notes == ()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": "<think>\nhm\n</think>\n\nyes"},
+        {"content": "yes", "reasoning": "hm"},
+        {"content": "yes", "thinking": "hm"},
+    ],
+)
+def test_thoughts_that_a_template_leaves_out_are_said(tmp_path, said):
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", **said}]}
+    path = written(tmp_path / "d.jsonl", record, record)
+    deaf = TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1].strip()")
+    both = TEMPLATE.replace("m['content']", "m.reasoning_content ~ m.thinking ~ m['content']")
+    notes = {t: read_lm_task(DataRequest(path, held_out=0.0), encoder_of(t), Silent()).notes for t in (deaf, both)}
+    line = "The chat template leaves out the thoughts before an answer: they are not learned."
+    assert (line in notes[deaf], line in notes[both]) == (True, False)
+
+
 @pytest.mark.parametrize("question", ["Hi", "Ho"])
 def test_a_system_prompt_in_the_last_message_is_read_and_the_message_not_learned(question):
     encoder = encoder_of(MISTRAL, "[INST]", "[/INST]")
@@ -208,6 +226,16 @@ def test_what_stands_before_every_answer_is_no_part_of_the_answer():
     written = encoder.tokenizer("<think>\n\n</think>\n\nParis")["input_ids"]
     assert encoder.decode(written, "chat") == "Paris"
     assert encoder.body(chat("Hi", "Paris")) == "Paris"
+
+
+def test_a_channel_before_every_answer_is_no_part_of_the_answer():
+    channel = TEMPLATE.replace(
+        "{{ m['content'] }}", "{% if m.role == 'assistant' %}<|to|>final{% endif %}<|:|>{{ m.content }}"
+    )
+    encoder = encoder_of(channel, "<|to|>", "<|:|>")
+    prompt, learned = parts(encoder, chat("Hi", "Paris"))
+    assert (prompt, learned) == ("<|user|><|:|>Hi<|end|><|assistant|>", ["<|to|>final<|:|>Paris<|end|>"])
+    assert encoder.decode(encoder.encode(chat("Hi", "Paris"), "chat", ()).answer.tolist(), "chat") == "Paris"
 
 
 @pytest.mark.parametrize("template", [GEMMA, R1.replace("{% else %}", "{% elif m.role == 'assistant' %}"), LLAMA2])

@@ -30,6 +30,8 @@ _EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 _WHO, _WHAT = ("role", "from", "speaker", "type"), ("content", "value", "text", "parts")
 """What a message calls who speaks and what is said, the likeliest first."""
 _CALLS = "function_call"
+_REASONING = "reasoning"
+"""What some servers call ``reasoning_content``."""
 _SWITCHES = ("train", "loss", "train_on_turn")
 """What other tools call the weight of a message."""
 
@@ -141,6 +143,8 @@ def _turn(message: Mapping[str, Any], where: str) -> Turn:
     if not content.strip() and isinstance(message.get("refusal"), str):
         content = message["refusal"]
     more = {key: message[key] for key in _EXTRA if message.get(key) not in (None, "", [])}
+    if "reasoning_content" not in more and isinstance(message.get(_REASONING), str):
+        more["reasoning_content"] = message[_REASONING]
     if "tool_calls" not in more and isinstance(message.get(_CALLS), dict):
         more["tool_calls"] = [{"type": "function", "function": message[_CALLS]}]
     if _CALLS in (message.get("role"), message.get("from")) and (calls := _written_calls(content)):

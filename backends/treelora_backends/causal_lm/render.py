@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -278,13 +279,19 @@ class Encoder:
     def decode(self, ids: Sequence[int], style: str = "plain") -> str:
         """Return generated ids as text, without what the template writes before every answer."""
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        opening = self.template.form.opening.strip() if style == "chat" else ""
+        opening = self._shown_opening if style == "chat" else ""
         if opening and text.lstrip().startswith(opening):
             text = text.lstrip()[len(opening) :]
         if style == "chat":
             return text.strip()
         text = _BLANK_LINES.sub("", text).rstrip()
         return text[1:] if text[:1] == " " and not text[1:2].isspace() else text  # the space between prompt and answer
+
+    @cached_property
+    def _shown_opening(self) -> str:
+        """What decoding leaves of the text that the template writes before every answer."""
+        ids = self._tokens(self.template.form.opening, special=False)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def body(self, example: TextExample) -> str:
         """Return a chat's answer as it is compared with what is generated."""

@@ -261,7 +261,8 @@ class Routed:
         end = next((place for place, one in enumerate(written) if one in ends), len(written))
         text = str(self.tokenizer.decode(written[:end], skip_special_tokens=True))
         if manner["style"] == "chat":
-            opening = self.config["opening"].strip()
+            before = self._tokens(self.config["opening"], special=False)
+            opening = str(self.tokenizer.decode(before, skip_special_tokens=True)).strip()
             bare = text.lstrip()
             return (bare[len(opening) :] if opening and bare.startswith(opening) else text).strip()
         text = _BLANK_LINES.sub("", text).rstrip()

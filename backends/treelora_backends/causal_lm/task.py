@@ -238,6 +238,8 @@ def _template_notes(listing: TextListing, records: int, encoder: Encoder) -> lis
     silent = sorted(set().union(*(encoder.template.left_out(one) for one in examples)))
     if silent:
         notes.append(f"The chat template leaves out what stands in {', '.join(silent)}: the model does not read it.")
+    if any(map(encoder.template.drops_thoughts, examples)):
+        notes.append("The chat template leaves out the thoughts before an answer: they are not learned.")
     if records and len(listing.train) > records:
         notes.append(f"{records} chats are learned as {len(listing.train)} examples, one for each answer.")
     return notes

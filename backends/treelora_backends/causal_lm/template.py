@@ -21,6 +21,9 @@ from treelora_cli.errors import DataError
 _ANSWER = "Treelora7answer"
 _SYSTEM = "Treelora7system"
 _USER = "Hello"
+_THOUGHT_BEGINS, _THOUGHT_ENDS = "<think>", "</think>"
+_THOUGHTS = ("reasoning_content", "thinking")
+"""What messages call thoughts that stand beside their content."""
 _CLOCK = re.compile(r"\bstrftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -157,11 +160,21 @@ class ChatTemplate:
             return set()
         asked, piece = self.written(example.messages, example.tools)
         written = asked + piece.text
-        turns = [turn for turn in self.adapted(example.messages)[:-1] if "</think>" not in turn.content]
+        turns = [turn for turn in self.adapted(example.messages)[:-1] if _THOUGHT_ENDS not in turn.content]
         silent = {turn.role for turn in turns if turn.content.strip() not in written}
         silently, said = self.written(example.messages, "")
         deaf = bool(example.tools) and written == silently + said.text
         return silent | ({"tools"} if deaf else set())
+
+    def drops_thoughts(self, example: TextExample) -> bool:
+        """Return whether the template writes an answer without the thoughts that stand before it."""
+        last = example.messages[-1]
+        fields = last.fields()
+        thoughts = [fields.get(name) for name in _THOUGHTS]
+        before, mark, _ = last.content.partition(_THOUGHT_ENDS)
+        thoughts.append(before.rpartition(_THOUGHT_BEGINS)[2] if mark else "")
+        said = [one.strip() for one in thoughts if isinstance(one, str) and one.strip()]
+        return bool(said) and not any(one in self.written(example.messages, example.tools)[1].text for one in said)
 
     def finished(self, turns: Sequence[Turn], tools: str = "") -> str:
         """Return a chat that asks for nothing more."""
