@@ -255,9 +255,22 @@ def test_parts_of_a_message_and_weights(read):
 def test_text_that_is_not_used_is_named(read):
     record = {"instruction": "Sum up.", "input": "A b c.", "output": "Abc.", "id": 7, "topic": "abc"}
     _, _, notes = read(record, columns={"instruction": "prompt", "output": "answer"})
-    assert notes == ("Read: prompt, answer. Not used, though there is text in it: input, topic.",)
+    assert notes == (
+        "Read: prompt, answer. Not used, though there is text in it: input, topic. Without --map these are read:"
+        " instruction, input, output.",
+    )
     _, _, notes = read(record)
     assert notes == ("Read: instruction, input, output. Not used, though there is text in it: topic.",)
+    turns = [{"role": "user", "content": "a", "context": "b"}, {"role": "assistant", "content": "c", "id": "x"}]
+    assert read({"messages": turns})[2] == ("Read: messages. Not used, though there is text in it: messages.context.",)
+
+
+def test_a_system_prompt_that_says_nothing_is_none(read):
+    empty, turns = {"role": "system", "content": " "}, [("user", "a"), ("assistant", "b")]
+    one, _, _ = read({"messages": [empty, *({"role": role, "content": said} for role, said in turns)]})
+    assert [(turn.role, turn.content) for turn in one.messages] == turns
+    with pytest.raises(DataError, match=r"d\.jsonl:1: no message but an empty system prompt\."):
+        read({"messages": [empty, empty]})
 
 
 def test_the_hash_of_a_chat_with_its_systems_words_is_that_of_before(tmp_path):
@@ -302,11 +315,16 @@ def test_records_that_fit_no_shape_are_refused_with_their_line(read, record, mes
         read(record)
 
 
+CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+
 @pytest.mark.parametrize(
     ("record", "hint"),
     [
-        ({"dialog": [{"role": "user", "content": "x"}]}, "Try --map dialog=messages"),
-        ({"chosen": [{"from": "human", "value": "x"}], "rejected": []}, "Try --map chosen=messages"),
+        ({"dialog": CHAT, "other": CHAT}, "Try --map dialog=messages$"),
+        ({"input": CHAT[:1], "ideal": "y"}, "Try --map input=prompt --map ideal=completion$"),
+        ({"input": {"messages": CHAT[:1]}, "better": CHAT[1:]}, r"label or text\.$"),
+        ({"query": "x", "tools": '[{"name": "f"}]', "answers": "[]"}, "Try --map query=prompt --map answers=answer$"),
         ({"my prompt": "x", "answer": "y"}, "Try --map 'my prompt=prompt' --map answer=answer"),
     ],
 )

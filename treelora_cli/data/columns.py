@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from shlex import quote
-from typing import Any
 
 from treelora_cli.data.tables import Row, plain_name
 from treelora_cli.errors import DataError
@@ -41,7 +39,6 @@ _SPELLED = {
     **{plain_name(known): known for known in reversed(_KNOWN)},
 }
 """The known name of a column by its own without case and signs."""
-_FEW = 2
 
 
 def in_known_names(rows: Sequence[Row]) -> list[Row]:
@@ -81,44 +78,3 @@ def without_unwanted(rows: Sequence[Row], notes: list[str]) -> list[Row]:
     if len(kept) < len(rows):
         notes.append(f"{len(rows) - len(kept)} answers with label false are unwanted ones and were left out.")
     return kept
-
-
-def hint(rows: Sequence[Row]) -> str:
-    """Guess which columns are question and answer, or text and label."""
-    names = [str(name) for name in rows[0].values]
-    if len(names) < _FEW:
-        return "".join(f" Try --map {quote(f'{name}=text')}" for name in names)
-    if PREFERRED in names and "prompt" not in names:
-        return f" Try --map {PREFERRED}=text"
-    answers = ("label", *ANSWERS, "output", "target", *LABELS, "summary", "solution", "translation")
-    answer = next((name for name in answers if name in names), None)
-    recurring = _recurring(rows, names if answer is None else [answer])
-    label = recurring if answer in (None, "label", *LABELS) else None
-    answer = answer or label or names[1]
-    others = [name for name in names if name != answer]
-    longest = max(_length(rows, name) for name in others)
-    question = next((name for name in others if _length(rows, name) * _FEW >= longest), others[0])
-    wanted = ("text", "label") if label else ("prompt", "answer")
-    pairs = zip((question, answer), wanted, strict=True)
-    return " Try " + " ".join(f"--map {quote(f'{source}={name}')}" for source, name in pairs)
-
-
-def hint_of_records(value: dict[Any, Any], column: str) -> str:
-    """Guess which of the texts in a column of records, such as ``translation``, are question and answer."""
-    texts = [str(name) for name, one in value.items() if isinstance(one, str)]
-    if len(texts) < _FEW:
-        return ""
-    pairs = zip(texts, ("prompt", "answer"), strict=False)
-    return " Try " + " ".join(f"--map {quote(f'{column}.{name}={wanted}')}" for name, wanted in pairs)
-
-
-def _length(rows: Sequence[Row], name: str) -> int:
-    texts = [value for row in rows if isinstance(value := row.values.get(name), str)]
-    return sum(map(len, texts)) // len(rows)
-
-
-def _recurring(rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """Return the column whose values are the fewest, where they come back."""
-    counted = {name: len({str(row.values.get(name)) for row in rows}) for name in names}
-    several = {name: count for name, count in counted.items() if _FEW <= count <= len(rows) // _FEW}
-    return min(several, key=lambda name: several[name]) if several else None

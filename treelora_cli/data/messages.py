@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treelora_cli.backend.values import Turn
@@ -34,6 +34,7 @@ _REASONING = "reasoning"
 """What some servers call ``reasoning_content``."""
 _SWITCHES = ("train", "loss", "train_on_turn")
 """What other tools call the weight of a message."""
+_READ = {*_WHO, *_WHAT, *_EXTRA, *_SWITCHES, _CALLS, _REASONING, "weight", "refusal", "id"}
 
 
 def is_chat(value: Any) -> bool:
@@ -54,6 +55,15 @@ def _speaker(message: Mapping[str, Any]) -> Any:
 def _role(message: Mapping[str, Any]) -> str | None:
     named = _speaker(message)
     return _ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+
+
+def unread_keys(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what messages hold as text that is not read."""
+    return list(dict.fromkeys(key for one in messages for key in one if key not in _READ and _is_text(one[key])))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def system_text(value: Any, where: str) -> str:
@@ -93,7 +103,7 @@ def chat_of(row: Row, messages: Any, column: str) -> TextExample:
     messages = _turned(_from_json(messages, row, column))
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages) or len(messages) < 2:
         raise DataError(f"{row.where}: '{column}' is a list of two or more records with role and content.")
-    turns = [_turn(one, row.where) for one in messages]
+    turns = _turns(messages, row.where)
     system = system_text(row.values.get("system"), row.where)
     if system and turns[0].role != "system":
         turns.insert(0, Turn("system", system))
@@ -129,9 +139,21 @@ def read_messages(messages: Any, where: str) -> list[Turn]:
         messages = messages if column is None else messages[column]
     if not is_chat(messages):
         raise DataError(f"{where}: expected a list of messages with role and content.")
-    turns = [_turn(one, where) for one in messages]
+    turns = _turns(messages, where)
     if turns[-1].role in ("assistant", "system"):
         raise DataError(f"{where}: the last message is by '{turns[-1].role}'; there is nothing to answer.")
+    return turns
+
+
+def _turns(messages: Sequence[Mapping[str, Any]], where: str) -> list[Turn]:
+    """Read messages; a system prompt that says nothing is none.
+
+    Raises:
+        DataError: One is none, or empty, or there are no others.
+    """
+    turns = [turn for one in messages if (turn := _turn(one, where)).role != "system" or turn.content.strip()]
+    if not turns:
+        raise DataError(f"{where}: no message but an empty system prompt.")
     return turns
 
 
@@ -151,7 +173,7 @@ def _turn(message: Mapping[str, Any], where: str) -> Turn:
         content, more["tool_calls"] = "", calls
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], where)
-    if not content.strip() and "tool_calls" not in more and role != "tool":
+    if not content.strip() and "tool_calls" not in more and role not in ("tool", "system"):
         raise DataError(f"{where}: empty content of a message.")
     written = json.dumps(more, ensure_ascii=False) if more else ""
     return Turn(role, content, written, learned=_is_learned(message))

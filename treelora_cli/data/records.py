@@ -41,7 +41,7 @@ from treelora_cli.data.columns import (
     in_known_names,
 )
 from treelora_cli.data.examples import TextExample, chat_example
-from treelora_cli.data.messages import chat_of, ends_with_answer, is_chat, prompt_chat, system_text
+from treelora_cli.data.messages import chat_of, ends_with_answer, is_chat, prompt_chat, system_text, unread_keys
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import SKIP_BAD, DataError
 
@@ -131,9 +131,16 @@ def unused_text(rows: Sequence[Row], shape: Shape) -> list[str]:
     found: dict[str, None] = {}
     for row in rows[:_LOOKED_AT]:
         for name, value in row.values.items():
-            if name not in shape.used and (_holds_text(value) or (shape.style == "text" and value is not None)):
+            if name in shape.used:
+                found |= dict.fromkeys(_unread_in(name, value))
+            elif _holds_text(value) or (shape.style == "text" and value is not None):
                 found[str(name)] = None
     return list(found)
+
+
+def _unread_in(name: Any, value: Any) -> list[str]:
+    """Return what of a column's messages is not read, as ``messages.context``."""
+    return [f"{name}.{key}" for key in unread_keys(value)] if is_chat(value) else []
 
 
 def _holds_text(value: Any) -> bool:

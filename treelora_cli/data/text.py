@@ -9,11 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 
 from treelora_cli.backend.values import Change, DataRequest
-from treelora_cli.data.columns import hint, hint_of_records, without_unwanted
-from treelora_cli.data.delimited import lacks_head, recurring
+from treelora_cli.data.columns import without_unwanted
 from treelora_cli.data.examples import TextExample
 from treelora_cli.data.held_out import (
     OTHER_DATA,
@@ -23,6 +21,7 @@ from treelora_cli.data.held_out import (
     set_aside,
     set_aside_by_position,
 )
+from treelora_cli.data.hints import refuse_unknown
 from treelora_cli.data.labels import (
     Several,
     column_of_names,
@@ -33,12 +32,11 @@ from treelora_cli.data.labels import (
     refuse_quantities,
     refuse_several,
 )
-from treelora_cli.data.messages import is_chat
 from treelora_cli.data.names import one_spelling
 from treelora_cli.data.paths import paths_of
-from treelora_cli.data.records import NEED, Shape, shape_of, unfolded, unused_text
+from treelora_cli.data.records import Shape, shape_of, unfolded, unused_text
 from treelora_cli.data.tables import Row, check_text
-from treelora_cli.data.text_files import WRONG_KIND, read_parts
+from treelora_cli.data.text_files import read_parts
 from treelora_cli.data.text_scores import METRICS
 from treelora_cli.errors import DataError, skipped, suggest
 
@@ -100,7 +98,7 @@ def list_texts(request: DataRequest) -> TextListing:
         train_rows, test_rows = (_with_labels(rows, request, names, shape, column) for rows in (train_rows, test_rows))
         if names is None:
             train_rows, test_rows = _in_one_spelling(train_rows, test_rows, shape.label, notes)
-    notes += _unused(train_rows or test_rows, shape)
+    notes += _unused(train_rows or test_rows, shape, request.columns)
     labels = None if names is None else tuple((request.label_prefix or "") + name for name in names[1])
     train = _examples(train_rows, shape, labels, request, notes)
     test = _examples(test_rows, shape, labels, request, notes)
@@ -205,41 +203,27 @@ def _without(values: Mapping[str, object], column: str) -> dict[str, object]:
 def _shape(rows: Sequence[Row]) -> Shape:
     """Tell how records are read by the first one's columns."""
     found = shape_of(rows)
-    if found is not None:
-        return found
-    names = ", ".join(map(str, rows[0].values))
-    chats = [str(name) for name, value in rows[0].values.items() if is_chat(value) and {"role", "from"} & set(value[0])]
-    if chats:
-        raise DataError(f"Found {names}. {NEED} Try --map {quote(f'{chats[0]}=messages')}")
-    records = [(str(name), value) for name, value in rows[0].values.items() if isinstance(value, dict)]
-    if records or any(isinstance(value, bytes) for value in rows[0].values.values()):
-        advice = "".join(hint_of_records(value, name) for name, value in records[:1])
-        raise DataError(f"{rows[0].where}: Found {names}. {WRONG_KIND}{advice}")
-    if lacks_head([row.values for row in rows]):
-        raise DataError(
-            f"{rows[0].where.partition(':')[0]}: its first line seems to be a record ({names}). Where no line names the"
-            f" columns, count them: {_counted(rows)}"
-        )
-    raise DataError(f"Found {names}. {NEED}{hint(rows)}")
+    if found is None:
+        refuse_unknown(rows)
+    return found
 
 
-def _unused(rows: Sequence[Row], shape: Shape) -> list[str]:
-    """Return a line that names columns of text which are not used."""
+def _unused(rows: Sequence[Row], shape: Shape, columns: Mapping[str, str]) -> list[str]:
+    """Return a line that names columns of text which are not used, and whether they would be without ``--map``."""
     names = unused_text(rows, shape)
     used = [str(name) for name in rows[0].values if name in shape.used]
     if not names:
         return []
-    return [f"Read: {', '.join(used)}. Not used, though there is text in it: {', '.join(names)}."]
-
-
-def _counted(rows: Sequence[Row]) -> str:
-    """Guess what the columns of a table without a head are: one whose values come back holds labels."""
-    if len(rows[0].values) == 1:
-        return "--map 1=text"
-    label = recurring([row.values for row in rows])
-    if label is None:
-        return "--map 1=prompt --map 2=answer"
-    return f"--map {2 if label == 0 else 1}=text --map {label + 1}=label"
+    own = {name: source for source, name in columns.items()}
+    plain = [
+        replace(row, values={own.get(name, name): value for name, value in row.values.items()}) for row in rows[:1]
+    ]
+    better = shape_of(plain) if columns else None
+    more = ""
+    if better is not None and better.used & set(names):
+        read = ", ".join(str(name) for name in plain[0].values if name in better.used)
+        more = f" Without --map these are read: {read}."
+    return [f"Read: {', '.join(used)}. Not used, though there is text in it: {', '.join(names)}.{more}"]
 
 
 def _read(row: Row, shape: Shape) -> TextExample:
