@@ -24,7 +24,7 @@ from treelora_backends.vit.trunk import PLAIN_ATTENTION_TOKENS, Trunk
 
 from treelora_cli.backend import adapters
 from treelora_cli.backend.adapters import AdapterWeights
-from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, resolve
+from treelora_cli.config import AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig, resolve
 from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.learning.opening import open_base, project_config
 from treelora_cli.project import Project
@@ -413,3 +413,34 @@ def test_one_network_answers_in_float32_whatever_a_project_computes_in(learned_p
     full, *_ = predictor.class_scores(images)
     runtime.compute_as({"precision": "bf16"})
     assert torch.equal(predictor.class_scores(images)[0], full)
+
+
+@pytest.mark.parametrize(
+    ("said", "device", "batch", "rate"),
+    [
+        ({}, "cuda", 256, 0.02),
+        ({}, "cpu", 64, 0.005),
+        ({}, None, 64, 0.005),
+        ({"batch_size": 32}, "cuda", 32, 0.005),
+        ({"lr": 0.01}, "cuda", 64, 0.01),
+        ({"accumulate": 2}, "cuda", 64, 0.005),
+    ],
+)
+def test_a_gpu_takes_larger_batches_at_a_higher_rate_unless_one_of_them_is_said(
+    learned_project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, Any],
+    device: str | None,
+    batch: int,
+    rate: float,
+) -> None:
+    project = Project.open(learned_project)
+    monkeypatch.setattr(project, "config", Config)
+    train = project_config(project, Config(train=TrainConfig(**said)), device).train
+    assert (train.batch_size, train.lr) == (batch, pytest.approx(rate))
+
+
+def test_tasks_that_share_adapters_keep_the_small_batches_that_were_measured() -> None:
+    flags = Config(tree=TreeConfig(branch="auto"))
+    train = resolve(flags, Config(), VitBackend().defaults_on({"device": "cuda"})).train
+    assert (train.batch_size, train.lr) == (32, 0.001)

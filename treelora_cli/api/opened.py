@@ -114,4 +114,4 @@ class Opened:
     def _config(self, settings: Mapping[str, Any] | None = None) -> Config:
         from treelora_cli.learning.opening import project_config
 
-        return project_config(self._stored, from_names(settings or {}))
+        return project_config(self._stored, from_names(settings or {}), self.runtime.device.type)

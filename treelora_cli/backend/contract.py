@@ -299,7 +299,8 @@ class Backend(Protocol):
     A class attribute ``gpu_dtype`` names the type in which a new project's base is held on a GPU where the user says
     nothing; without it, and on a CPU, the backend's usual type. A method ``recognises(model)`` says that a model which
     the user named without a backend is of this family; without it, a project has to name the backend. A method
-    ``defaults_on(facts)`` returns ``defaults()`` as they are on a loaded base of these ``Base.facts``. A tuple
+    ``defaults_on(facts)`` returns ``defaults()`` as they are on a loaded base of these ``Base.facts``; where
+    ``train-task`` is told neither batch nor rate, they have the kind of ``device``, such as ``cuda``, too. A tuple
     ``honours`` names those of the settings in ``registry._OFF`` that its sessions act on; others are refused.
     """
 

@@ -145,8 +145,8 @@ def train_task(
         project.check_decided()
         if not (abandon or resume) and project.lock_holder() is None:  # else it is in training, which the lock says
             project.check_uninterrupted()
-    config = project_config(project, flags)
     runtime = session.runtime(device)
+    config = project_config(project, flags, runtime.device.type)
     if dry_run:
         _show_plan(session, open_base(project, config, runtime), request, chosen, config)
         return

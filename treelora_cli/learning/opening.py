@@ -68,13 +68,22 @@ def held_in(backend: Backend, base: BaseConfig, runtime: Runtime) -> BaseConfig:
     return dataclasses.replace(base, dtype=dtype)
 
 
-def project_config(project: Project, flags: Config) -> Config:
-    """Return the settings in force: flags over ``treelora.yaml`` over what the project was made with."""
+def project_config(project: Project, flags: Config, device: str | None = None) -> Config:
+    """Return the settings in force: flags over ``treelora.yaml`` over what the project was made with.
+
+    Args:
+        project: Whose settings.
+        flags: What the command line says.
+        device: Kind of device, whose defaults of batch and rate hold where neither is said; they go together.
+    """
     _refuse_fixed(project, flags)
     written = project.config()
     backend = load_backend(project.state.backend)
     recorded = project.state.base
-    defaults = defaults_on(backend, recorded["facts"])
+    said = overlay(flags, written).train
+    open_to_device = said.batch_size is None and said.lr is None and said.accumulate is None
+    facts = {**recorded["facts"], **({"device": device} if open_to_device else {})}
+    defaults = defaults_on(backend, facts)
     config = resolve(flags, overlay(written, _fixed_config(project.fixed)), defaults)
     unchanged = dataclasses.asdict(written.base) == recorded["given"]
     base = BaseConfig(**recorded["resolved"]) if unchanged else config.base

@@ -295,7 +295,8 @@ class Trainer:
             smaller = max(1, self.settings.batch_size // 2)
             raise ResourceError(
                 f"Out of memory at step {self.step + 1}; nothing was committed. Retry with --batch-size {smaller}"
-                f" --set train.accumulate={2 * self.settings.accumulate}, the same steps, or --grad-checkpointing."
+                f" --set train.accumulate={2 * self.settings.accumulate} --lr {self.settings.lr:g}, the same steps, or"
+                " --grad-checkpointing."
             ) from error
 
     def _take_step(self, batch: Any) -> Tensor:
