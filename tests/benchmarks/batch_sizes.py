@@ -2,7 +2,7 @@
 
     python tests/benchmarks/batch_sizes.py DATA [--classes 10] [--train 160] [--test 80]
 
-DATA is an image folder (``train/CLASS``, ``test/CLASS``). Its first classes, and the next, are tasks of their own, each
+DATA is an image folder (``train/CLASS``, ``test/CLASS``). Some of its classes, and others, are tasks of their own, each
 learned with two seeds, from the embedded ViT with the backend's defaults, at every batch size and rate.
 """
 
@@ -40,7 +40,9 @@ def main() -> None:
     """Read the options and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--classes", type=int, default=10, help="of a task")
+    parser.add_argument("--starts", default="0,10", help="where tasks begin among the names")
+    parser.add_argument("--names", help="classes, with commas; by default all, sorted")
     parser.add_argument("--train", type=int, default=160)
     parser.add_argument("--test", type=int, default=80)
     given = parser.parse_args()
@@ -48,9 +50,9 @@ def main() -> None:
     backend, runtime = VitBackend(), open_runtime("cpu", offline=True, reporter=Silent())
     config = resolve(Config(base=BaseConfig(model="embedded")), Config(), backend.defaults())
     base = backend.load(config, runtime)
-    names = sorted(one.name for one in (given.data / "train").iterdir())
+    names = given.names.split(",") if given.names else sorted(one.name for one in (given.data / "train").iterdir())
     found: dict[str, list[tuple[int, float, float]]] = {rule: [] for rule in RULES}
-    for start in (0, given.classes):
+    for start in map(int, given.starts.split(",")):
         classes = tuple(names[start : start + given.classes])
         task = base.read_task(DataRequest(given.data, classes=classes, train_limit=given.train, test_limit=given.test))
         for seed in (0, 1):
