@@ -37,6 +37,17 @@ def test_free_text_is_learned_from_its_second_token_on(encoder):
     assert encoder.tokenizer.decode([*encoded.prompt, *encoded.answer]) == "red green red<|end|>"
 
 
+def test_a_text_that_the_tokenizer_closes_has_one_end():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = small_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", 0)])
+    encoder = Encoder(tokenizer, 64, [0])
+    for style, one in (("text", TextExample("", "", "red green")), ("plain", TextExample("", "red", "green"))):
+        encoded = encoder.encode(one, style, ())
+        assert tokenizer.decode([*encoded.prompt, *encoded.answer]) == "red green<|end|>"
+
+
 def test_a_chat_without_template_is_written_out():
     tokenizer = small_tokenizer()
     text = Encoder(tokenizer, 64, [0]).prompt_text(TextExample("", "Hi", ""), "chat", ())

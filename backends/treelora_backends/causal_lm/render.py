@@ -200,7 +200,9 @@ class Encoder:
         return Encoded(_array(cut_middle(prompt, room)), _array(answer), cut, learned)
 
     def _encode_text(self, text: str) -> Encoded:
-        ids = [*self._tokens(text, special=True), *self.end_ids[:1]]
+        ids = self._tokens(text, special=True)
+        if not ids or ids[-1] not in self.end_ids:  # some tokenizers close every text
+            ids = [*ids, *self.end_ids[:1]]
         cut = "answer" if len(ids) > self.max_length else ""
         return Encoded(_array(ids[:1]), _array(ids[1 : self.max_length]), cut)
 
