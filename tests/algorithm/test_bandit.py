@@ -244,7 +244,7 @@ def test_finds_the_nearest_with_ever_fewer_bad_pulls_than_a_flat_search() -> Non
         for target in (5, 42 % tree.task_count, tree.task_count - 1):
             for search in tally:
                 bandit = TreeBandit(tree, search=search)
-                run(bandit, noisy_queries(tree.signatures[target], 200, 0.5, seed=target))
+                run(bandit, noisy_queries(tree.signatures[target], 400, 0.5, seed=target))
                 tally[search] += bad_pulls(bandit, target)
                 if search == "lcb":
                     assert (bandit.selected() == target).mean() >= 0.8
