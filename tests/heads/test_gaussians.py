@@ -76,6 +76,20 @@ def test_alignment_raises_the_class_that_training_favoured_less(scale: float | N
     assert torch.equal(head.weight, again.weight)
 
 
+def test_alignment_begins_at_the_head_and_does_not_depend_on_where_features_lie() -> None:
+    scale, place = torch.tensor([1.0, 10.0, 100.0]), torch.tensor([0.0, 50.0, -7.0])
+    plain = [Gaussian(normal(3, seed=one), torch.eye(3)) for one in range(2)]
+    moved = [Gaussian(one.mean * scale + place, scale[:, None] * one.root) for one in plain]
+    start = LinearHead(normal(2, 3), normal(2, seed=1))
+    there = LinearHead(start.weight / scale, start.bias - (start.weight / scale) @ place)
+    for epochs in (0, 3):
+        settings = AlignSettings(epochs=epochs, lr=0.1, logit_scale=None)
+        head, other = (align(one, two, range(2), settings, 0) for one, two in ((start, plain), (there, moved)))
+        assert torch.allclose(head.weight, start.weight) == (epochs == 0)
+        torch.testing.assert_close(other.weight * scale, head.weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(other.bias + other.weight @ place, head.bias, rtol=1e-3, atol=1e-4)
+
+
 def test_ridge_over_two_tasks_is_the_closed_form_on_all_examples() -> None:
     ridge = RandomRidge(5, WIDTH, seed=3, device=torch.device("cpu"))
     first, second = normal(60, 5), normal(90, 5, seed=1)
