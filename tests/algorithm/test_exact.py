@@ -371,3 +371,13 @@ def test_errors_of_a_stored_tree_name_the_tree() -> None:
     tree = build_tree(FOUR, 1)
     with pytest.raises(ValueError, match=r"^tree: .*more"):
         Tree.from_state({**tree.to_dict(), "more": 1}, tree.to_arrays())
+
+
+def test_a_tree_holds_single_precision_and_at_least_one_layer() -> None:
+    tree = build_tree(FOUR.astype(np.float64), 1)
+    assert tree.signatures.dtype == np.float32
+    assert build_tree(FOUR[:0], 1).tasks_at_build == 0
+    with pytest.raises(ValueError, match=r"^signatures: expected shape \(T, D, m\), got \(1, 0, 3\)$"):
+        build_tree(np.zeros((1, 0, 3)), 1)
+    with pytest.raises(ValueError, match=r"^tasks_at_build: expected an integer of 0 or more, got -1$"):
+        Tree.from_state({**tree.to_dict(), "tasks_at_build": -1}, tree.to_arrays())
