@@ -122,5 +122,13 @@ def test_the_penalty_is_the_one_of_least_error_on_examples_left_out(count: int) 
     assert best_penalty(expanded.float(), targets.float()) == min(errors, key=lambda one: errors[one])
 
 
+@pytest.mark.parametrize("scale", [1e-4, 0.1, 1.0])
+def test_the_penalty_goes_with_the_square_of_the_features(scale: float) -> None:
+    generator = torch.Generator().manual_seed(4)  # leaving out each of the six once, at scale 1, says 10
+    expanded = scale * torch.randn(6, 2, generator=generator)
+    targets = torch.randint(0, 2, (6, 1), generator=generator).float()
+    assert best_penalty(expanded, targets) == pytest.approx(10 * scale**2)
+
+
 def test_one_example_chooses_no_penalty() -> None:
     assert best_penalty(torch.ones(1, WIDTH), torch.ones(1, 1)) == 1.0
