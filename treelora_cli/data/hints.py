@@ -59,8 +59,9 @@ def _hint(rows: Sequence[Row]) -> str:
     if PREFERRED in names and "prompt" not in names:
         return f" Try --map {PREFERRED}=text"
     answer = next((name for name in ("label", *_PERHAPS_ANSWERS) if name in names), None)
-    recurring = _recurring(rows, names if answer is None else [answer])
-    label = recurring if answer in (None, "label", *LABELS) else None
+    label = None
+    if answer in (None, "label", *LABELS):
+        label = _of_fewest_values(rows, names if answer is None else [answer])
     answer = answer or label or names[1]
     others = [name for name in names if name != answer]
     longest = max(_length(rows, name) for name in others)
@@ -97,7 +98,7 @@ def _length(rows: Sequence[Row], name: str) -> int:
     return sum(map(len, texts)) // len(rows)
 
 
-def _recurring(rows: Sequence[Row], names: Sequence[str]) -> str | None:
+def _of_fewest_values(rows: Sequence[Row], names: Sequence[str]) -> str | None:
     """Return the column whose values are the fewest, where they come back."""
     counted = {name: len({str(row.values.get(name)) for row in rows}) for name in names}
     several = {name: count for name, count in counted.items() if _FEW <= count <= len(rows) // _FEW}
