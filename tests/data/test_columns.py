@@ -67,7 +67,7 @@ def test_capitals_are_asked_as_they_are_learned(tmp_path: Path) -> None:
 def test_of_preferences_the_chosen_answer_is_learned(tmp_path: Path) -> None:
     found = listed(tmp_path, {"prompt": "Hi", "chosen": "Ho", "rejected": "No"})
     assert pairs(found) == [("Hi", "Ho")]
-    assert found.notes == ("Read: prompt, chosen. Not used, though there is text in it: rejected.",)
+    assert found.notes == ()
 
 
 def test_of_chats_of_preferences_the_chosen_one_is_learned(tmp_path: Path) -> None:

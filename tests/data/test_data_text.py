@@ -169,7 +169,7 @@ def test_images_are_refused(tmp_path):
 
 def test_labels_json_must_be_a_list_of_names(olora):
     (olora / "labels.json").write_text('["Good", "Good"]')
-    with pytest.raises(DataError, match="expected a list of distinct label names"):
+    with pytest.raises(DataError, match="expected distinct names in their order, one a line or as a JSON list"):
         list_texts(DataRequest(olora))
 
 

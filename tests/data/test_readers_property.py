@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -88,6 +89,11 @@ def mangled(data: st.DataObject, whole: bytes) -> bytes:
     return bytes(changed)
 
 
+def without_marks(text: str) -> str:
+    """Leave out marks of byte order at the start of lines, as of files that were joined."""
+    return re.sub("(?<=[\r\n])\ufeff", "", text)
+
+
 # -- tables -------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +115,8 @@ def test_a_csv_is_read_as_the_library_reads_it(
     content = sink.getvalue().encode(encoding)
     path = folder / ("t.csv.gz" if packed else "t.csv")
     path.write_bytes(gzip.compress(content) if packed else content)
-    wanted = list(csv.DictReader(io.StringIO(sink.getvalue(), newline=""), delimiter=sign))
+    read = csv.DictReader(io.StringIO(without_marks(sink.getvalue()), newline=""), delimiter=sign)
+    wanted = [row for row in read if any(cell.strip() for cell in row.values())]
     found = outcome(lambda: [row.values for row in read_table(path, None, {})])
     if found is None:  # a head of one column does not tell what divides columns
         assert not wanted or len(names) == 1
@@ -127,14 +134,15 @@ def test_a_csv_without_a_head_is_read_from_its_first_line_on(
     csv.writer(sink, delimiter=sign, quoting=csv.QUOTE_ALL).writerows(rows)
     (folder / "h.csv").write_text(f"sep={sign}\n{sink.getvalue()}", encoding="utf-8", newline="")
     found = outcome(lambda: [row.values for row in read_table(folder / "h.csv", None, {"1": "first"})])
-    first = next((place for place, row in enumerate(rows) if any(cell.strip() for cell in row)), None)
-    if first is None:
+    rows = list(csv.reader(io.StringIO(without_marks(sink.getvalue()), newline=""), delimiter=sign))
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
+    if not rows:
         assert found is None, "nothing but blank lines"
-    elif "1" in [cell.strip() for cell in rows[first]]:
-        assert found is None or len(found) == len(rows) - first - 1, "a head of numbers"
+    elif "1" in [cell.strip() for cell in rows[0]]:
+        assert found is None or len(found) == len(rows) - 1, "a head of numbers"
     else:
         names = ["first", *(str(place) for place in range(2, width + 1))]
-        assert found == [dict(zip(names, row, strict=True)) for row in rows[first:]]
+        assert found == [dict(zip(names, row, strict=True)) for row in rows]
 
 
 @examples

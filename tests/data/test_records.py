@@ -26,6 +26,7 @@ def read(tmp_path):
     return listing
 
 
+CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 WORDS = [
     *("messages", "role", "content", "user", "assistant", "from", "value", "tool_calls", "function", "arguments"),
     *("function_call", "tools", "weight", "prompt", "answer", "instruction", "input", "output", "system", "history"),
@@ -51,7 +52,10 @@ SQUAD = {"text": ["Rome", "the city of Rome", "Rome"], "answer_start": [0, 4, 9]
             "B",
         ),
         ({"question": "Sky?", "choices": ["red", "blue"], "answer": 1}, "plain", "Sky?\nA. red\nB. blue", "B"),
+        ({"question": "Sky?", "choices": ["red", "blue"], "answer": "1"}, "plain", "Sky?\nA. red\nB. blue", "B"),
         ({"prompt": "Hi", "completion": "Ho"}, "plain", "Hi", "Ho"),
+        ({"question": "Hi", "chosen": "Ho", "rejected": "Na"}, "plain", "Hi", "Ho"),
+        ({"instruction": "Hi", "input": "you", "chosen": "Ho", "rejected": "Na"}, "plain", "Hi\n\nyou", "Ho"),
         (
             {"article": "It is blue.", "question": "Sky?", "options": ["red", "blue"], "answer": "B"},
             "plain",
@@ -76,6 +80,73 @@ def test_prompts_and_answers_by_name(read, record, style, prompt, answer):
     one, found, notes = read(record)
     assert (found, one.prompt, one.answer) == (style, prompt, answer)
     assert notes == ()
+
+
+@pytest.mark.parametrize("gap", ["nan", "NaN", "<NA>", "#N/A", " #REF! "])
+def test_what_spreadsheets_write_for_nothing_is_no_text(read, gap):
+    with pytest.raises(DataError, match=r"d\.jsonl:1: empty answer"):
+        read({"prompt": "a", "answer": gap})
+    assert read({"prompt": "a", "answer": f"{gap}s"})[0].answer == f"{gap}s"
+    assert read({"prompt": "a", "answer": "null"})[0].answer == "null"  # what some code prints
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"human": "a", "assistant": "b"}, {"human": "c", "assistant": "d"}],
+        [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}],
+        ["a", "b", "c", "d"],
+    ],
+)
+def test_pairs_and_texts_by_turns_are_chats(read, turns):
+    one, style, _ = read({"conversations": turns})
+    assert style == "chat"
+    assert one.turns == (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
+    assert one.answer == "d"
+
+
+def test_an_odd_number_of_texts_is_no_chat(read):
+    with pytest.raises(DataError, match="'conversations' is a list of two or more records with role and content"):
+        read({"conversations": ["a", "b", "c"]})
+
+
+@pytest.mark.parametrize(
+    ("column", "answer"),
+    [
+        ("chosen", {"from": "gpt", "value": "good"}),
+        ("completion", "good"),
+        ("response", [CHAT[1] | {"content": "good"}]),
+    ],
+)
+def test_an_answer_apart_from_its_chat_is_the_last_turn(read, column, answer):
+    one, style, _ = read({"conversations": [{"from": "human", "value": "Q"}], column: answer, "rejected": "bad"})
+    assert (style, one.turns, one.answer) == ("chat", (Turn("user", "Q"),), "good")
+
+
+@pytest.mark.parametrize(
+    ("record", "asked"),
+    [
+        ({"messages": CHAT}, "x"),
+        ({"instruction": "x", "output": "y"}, "x"),
+        ({"question": "x", "answer": "y"}, "x"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("mark", "good", "bad"), [("label", True, False), ("kto_tag", 1, 0), ("label", "true", "False")]
+)
+def test_answers_marked_as_unwanted_are_not_learned(read, record, asked, mark, good, bad):
+    bad_one = json.loads(json.dumps(record).replace('"y"', '"bad"'))
+    found, _, notes = read(bad_one | {mark: bad}, record | {mark: good}, bad_one | {mark: bad})
+    assert (found.prompt or found.turns[0].content, found.answer) == (asked, "y")
+    assert f"2 answers with {mark} false are unwanted ones and were left out." in notes
+
+
+def test_a_label_of_0_and_1_beside_answers_is_asked_about(read):
+    rows = [{"question": "x", "answer": answer, "label": label} for answer, label in (("y", 1), ("bad", 0))]
+    with pytest.raises(DataError, match=r"'label' is 0 or 1 beside answers.*--map label=kto_tag; .* --map label=other"):
+        read(*rows)
+    assert read(*rows[::-1], columns={"label": "kto_tag"})[0].answer == "y"
+    assert read(*rows[::-1], columns={"label": "other"})[0].answer == "bad"
 
 
 def test_several_answers_are_as_right_as_the_first(read):
@@ -315,9 +386,6 @@ def test_records_that_fit_no_shape_are_refused_with_their_line(read, record, mes
         read(record)
 
 
-CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-
-
 @pytest.mark.parametrize(
     ("record", "hint"),
     [
@@ -325,7 +393,23 @@ CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
         ({"input": CHAT[:1], "ideal": "y"}, "Try --map input=prompt --map ideal=completion$"),
         ({"input": {"messages": CHAT[:1]}, "better": CHAT[1:]}, r"label or text\.$"),
         ({"query": "x", "tools": '[{"name": "f"}]', "answers": "[]"}, "Try --map query=prompt --map answers=answer$"),
-        ({"my prompt": "x", "answer": "y"}, "Try --map 'my prompt=prompt' --map answer=answer"),
+        ({"my prompt": "x", "answer": "y"}, "Try --map 'my prompt=prompt'$"),
+        (
+            {"system": "SYSTEM: Be kind.", "chat": "USER: Hi\n\nASSISTANT: Ho <|endoftext|>"},
+            "'chat' holds whole dialogues; learn them as they stand with --map chat=text$",
+        ),
+        ({"topic": "x", "input": "[|Human|] Hi [|AI|] Ho"}, "with --map input=text$"),
+        ({"id": "7", "data": ["Hi", "Ho"]}, r"label or text\.$"),
+        ({"tokens": ["A", "b"], "ner_tags": [0, 1]}, r"label or text\.$"),
+        ({"qid": 1, "question": "Q", "response_j": "a", "response_k": "b"}, "--map question=prompt --map response_j=a"),
+        (
+            {"ind": 4, "ctx": "A b", "endings": ["c", "d"], "label": "1"},
+            "Try --map ctx=question --map endings=choices --map label=answer$",
+        ),
+        (
+            {"input": {"messages": CHAT[:1]}, "preferred_output": CHAT[1:], "non_preferred_output": CHAT[1:]},
+            "Try --map input.messages=prompt --map preferred_output=completion$",
+        ),
     ],
 )
 def test_the_hint_for_unknown_columns_can_be_typed(read, record, hint):

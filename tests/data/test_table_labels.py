@@ -15,6 +15,7 @@ from pyarrow import parquet
 from table_files import csv_with_labels, listed, png, rows, with_features, written
 
 from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.labels import label_notes
 from treelora_cli.data.text import list_texts
 from treelora_cli.errors import DataError
 
@@ -286,3 +287,27 @@ def test_bytes_that_are_no_text_are_no_label(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"image": [png(0)], "label": [b"\xff"]}), tmp_path / "d.parquet")
     with pytest.raises(DataError, match=r"^d\.parquet row 1: a label of bytes that are no text \(UTF-8\)"):
         listed(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        (("7", "007"), "Labels '007' and '7' are the same number, and two classes here."),
+        (("1.23457E+11", "dog"), "Label '1.23457E+11' is a number as a spreadsheet shortens it: several may have"),
+        (
+            ("1-Mar", "TP53"),
+            "Label '1-Mar' beside labels of other kinds: a spreadsheet may have made a date of a name.",
+        ),
+        (("Mar-01", "TP53"), "Label 'Mar-01' beside labels of other kinds"),
+    ],
+)
+def test_what_spreadsheets_do_to_labels_is_said(labels: tuple[str, ...], line: str) -> None:
+    (note,) = label_notes(labels)
+    assert note.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "labels", [("123456789012345678901", "123456789012345678902"), ("1-Mar", "2-Mar"), ("E", "1E")]
+)
+def test_labels_of_which_nothing_is_said(labels: tuple[str, ...]) -> None:
+    assert label_notes(labels) == []

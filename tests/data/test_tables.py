@@ -25,6 +25,22 @@ def test_columns_without_a_name_and_bytes_that_are_no_text(tmp_path: Path) -> No
         rows(written(tmp_path / "d.csv", "a,b\n1,2\0\n"))
 
 
+def test_rows_that_a_spreadsheet_leaves_empty_are_none(tmp_path: Path) -> None:
+    assert rows(written(tmp_path / "d.csv", "a,b\n1,2\n,\n3,4\n , \n")) == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+
+
+def test_a_tsv_without_a_tab_is_divided_by_what_it_holds(tmp_path: Path) -> None:
+    assert rows(written(tmp_path / "d.tsv", "a,b\n1,2\n")) == [{"a": "1", "b": "2"}]
+    assert rows(written(tmp_path / "d.tsv", "a,b\tc\n1,2\t3\n")) == [{"a,b": "1,2", "c": "3"}]
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.jsonl"])
+def test_marks_inside_joined_files_are_no_text(tmp_path: Path, name: str) -> None:
+    one = {"d.csv": "\ufeff1,2\n", "d.jsonl": '\ufeff{"a": "1", "b": "2"}\n'}[name]
+    head = "\ufeffa,b\n" if name == "d.csv" else ""
+    assert rows(written(tmp_path / name, head + one * 2)) == [{"a": "1", "b": "2"}] * 2
+
+
 @pytest.mark.parametrize(
     ("content", "texts"),
     [
@@ -166,6 +182,26 @@ def test_a_line_separator_inside_a_json_text_ends_no_line(tmp_path: Path) -> Non
 def test_bad_json_names_its_line(tmp_path: Path, content: str, line: str) -> None:
     with pytest.raises(DataError, match=line):
         rows(written(tmp_path / "d.jsonl", content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"a": [1, 3], "b": [2, 4]}',
+        '{"a": {"0": 1, "1": 3}, "b": {"0": 2, "1": 4}}',
+        '{"0": {"a": 1, "b": 2}, "1": {"a": 3, "b": 4}}',
+        '{"columns": ["a", "b"], "index": [0, 1], "data": [[1, 2], [3, 4]]}',
+        '{"tags": ["x"], "examples": [{"a": 1, "b": 2}, {"a": 3, "b": 4}]}',
+    ],
+)
+def test_a_table_in_one_document_however_it_is_written(tmp_path: Path, content: str) -> None:
+    assert rows(written(tmp_path / "d.json", content)) == [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
+
+
+@pytest.mark.parametrize("content", ['{"a": [1, 3], "b": [2]}', '{"a": {"x": 1}, "b": {"x": 2}}', '{"a": 1, "b": []}'])
+def test_a_document_that_is_no_table_is_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(DataError, match=r"d\.json: (expected a list of records|holds no examples)|holds no examples"):
+        rows(written(tmp_path / "d.json", content))
 
 
 def test_parts_in_one_document_are_told_apart(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ ASKED = (
 """Columns of a prompt and its answer that go by other names."""
 PREFERRED, REFUSED = "chosen", "rejected"
 """Columns of the better and the worse of two answers."""
+_ASKING = {"prompt", "instruction", "question", "query", "input"}
+_TRUTHS = {"true", "false", "0", "1"}
 _OTHERS = ("prompt", "instruction", "system", "history", "tools", "functions", "question", "answers", "answerKey")
 _KNOWN = dict.fromkeys(
     [
@@ -60,21 +62,28 @@ def has_text_alone(rows: Sequence[Row]) -> bool:
 
 
 def without_unwanted(rows: Sequence[Row], notes: list[str]) -> list[Row]:
-    """Leave out prompts whose answer is marked as unwanted by a truth value in ``label``, and say so.
+    """Leave out answers that are marked as unwanted ones by a truth value in ``label`` or ``kto_tag``, and say so.
 
     Raises:
-        DataError: There are no others.
+        DataError: There are no others, or ``label`` is 0 or 1 beside answers, which may mean that.
     """
     names = {name for row in rows for name in row.values}
-    if not ({"prompt", "label"} <= names and names & set(ANSWERS)):
+    answered = bool(names & _ASKING) and bool(names & {*ANSWERS, "output"})
+    mark = next((name for name in ("kto_tag", "label") if name in names), None)
+    if mark is None or not (answered or names & set(CHATS)):
         return list(rows)
-    labels = [row.values.get("label") for row in rows]
-    known = [label for label in labels if label is not None]
-    if not known or not all(isinstance(label, bool) or str(label).lower() in ("true", "false") for label in known):
+    labels = [str(row.values.get(mark)).lower() for row in rows]
+    known = {label for label, row in zip(labels, rows, strict=True) if row.values.get(mark) is not None}
+    if known == {"0", "1"} and mark == "label":
+        raise DataError(
+            f"{rows[0].where}: 'label' is 0 or 1 beside answers. If 0 marks those that are not to be learned, pass"
+            " --map label=kto_tag; if all are to be learned, --map label=other"
+        )
+    if not known or not known <= ({"true", "false"} if mark == "label" else _TRUTHS):
         return list(rows)
-    kept = [row for row, label in zip(rows, labels, strict=True) if str(label).lower() != "false"]
+    kept = [row for row, label in zip(rows, labels, strict=True) if label not in ("false", "0")]
     if not kept:
-        raise DataError(f"{rows[0].where}: by label all answers are unwanted; there is nothing to learn.")
+        raise DataError(f"{rows[0].where}: by {mark} all answers are unwanted; there is nothing to learn.")
     if len(kept) < len(rows):
-        notes.append(f"{len(rows) - len(kept)} answers with label false are unwanted ones and were left out.")
+        notes.append(f"{len(rows) - len(kept)} answers with {mark} false are unwanted ones and were left out.")
     return kept

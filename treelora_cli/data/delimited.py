@@ -39,12 +39,12 @@ def read_delimited(
     skipped = 0
     if named:
         text, skipped = text[named.end() :], 1
-    reader = _reader(text, named[1] if named else "\t" if tabs else _delimiter(text))
+    reader = _reader(text, named[1] if named else _delimiter(text, tabs))
     head: list[str] = []
     try:
         for fields in reader:
             line = reader.line_num + skipped
-            if not fields or (not head and not any(field.strip() for field in fields)):
+            if not any(field.strip() for field in fields):  # also rows that a spreadsheet leaves at the end
                 continue
             if not head and numbered.issubset(field.strip() for field in fields):
                 head = _head(fields, f"{name}:{line}")
@@ -118,8 +118,13 @@ def _head(fields: list[str], where: str) -> list[str]:
     return head
 
 
-def _delimiter(text: str) -> str:
-    """Return what divides the head: of several signs in it, that by which the first records are as long as it."""
+def _delimiter(text: str, tabs: bool) -> str:
+    """Return what divides the head: of several signs in it, that by which the first records are as long as it.
+
+    Tabs do where the file's name says so, and there is one.
+    """
+    if tabs and "\t" in text:
+        return "\t"
     found = [sign for sign in _DELIMITERS if sign in _first_line(text)]
     if len(found) < 2:
         return found[0] if found else ","

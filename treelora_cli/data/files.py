@@ -38,6 +38,8 @@ _FOREIGN = {
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """What stands in place of a file that Git LFS did not fetch."""
 _LINE = re.compile(r"\r\n|\n|\r")
+_MARK = re.compile("(?<=[\r\n])\ufeff")
+"""A mark of byte order at a line's start: files that have one were joined."""
 _FOREIGN_RUN = re.compile(rb"[\x80-\xff]{3,}")
 _FOREIGN_SHARE = 0.25
 """Windows-1252 is Western: its letters beyond ASCII stand alone or in pairs and are few."""
@@ -189,7 +191,7 @@ def decode(data: bytes, path: Path, notes: list[str], *, western: bool) -> str:
         raise DataError(f"{path}: not {wanted} text (byte {error.start}). Convert it to UTF-8.") from error
     if not encoding.startswith("utf-8"):
         notes.append(f"{path.name} was read as {encoding.upper().removesuffix('-LE').removesuffix('-BE')}.")
-    return text
+    return _MARK.sub("", text)
 
 
 def _by_zeros(data: bytes) -> str | None:

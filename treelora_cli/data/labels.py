@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Container, Sequence
 from datetime import date
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from treelora_cli.data.names import tidy_label
-from treelora_cli.data.paths import existing
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import SKIP_BAD, DataError
 
-_MISSING = {
-    *("", "nan", "-nan", "<na>", "null", "(null)", "nat", "\\n", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
-    *("#n/a", "#n/a n/a", "#na", "#null!", "#name?", "#ref!", "#value!", "#div/0!", "#num!"),
+_WRITTEN_GAPS = {
+    *("nan", "-nan", "<na>", "nat", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan", "#n/a", "#n/a n/a", "#na", "#null!"),
+    *("#name?", "#ref!", "#value!", "#div/0!", "#num!"),
 }
+"""What libraries and spreadsheets write for nothing, and nobody as a text."""
+_MISSING = {"", "null", "(null)", "\\n", *_WRITTEN_GAPS}
 _PERHAPS_MISSING = {"none", "na", "n/a", "-", "?"}
 """Missing among numbers; otherwise somebody's class."""
 _WHOLE_FLOAT = re.compile(r"-?\d+(\.0+|,0)")
 _NUMBER = re.compile(r"-?\d+(\.\d+|,\d)?")
 _FRACTION = re.compile(r"-?\d+[.,]0*[1-9]\d*")
+_DECIMAL = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d{1,3})?")
+_SHORTENED = re.compile(r"-?\d([.,]\d+)?E\+\d+")
+_MONTHS = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
+_DATED = re.compile(rf"\d{{1,2}}-({_MONTHS})|({_MONTHS})-\d{{2}}")
+"""Numbers and dates that a spreadsheet writes in place of ``123456789012`` and ``MARCH1``."""
 _SEVERAL = 2
 _NAMES = (
     "label_name",
@@ -60,6 +64,11 @@ def is_missing(value: Any) -> bool:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return True
     return isinstance(value, str) and value.strip().lower() in _MISSING
+
+
+def is_written_gap(text: str) -> bool:
+    """Return whether a whole text is what a library or a spreadsheet writes for nothing, as ``nan`` or ``#N/A``."""
+    return text.strip().lower() in _WRITTEN_GAPS
 
 
 def label_texts(rows: Sequence[Row], column: str) -> list[str | None]:
@@ -160,17 +169,22 @@ def _single_notes(labels: Sequence[str]) -> list[str]:
 
 
 def _number_notes(labels: Sequence[str]) -> list[str]:
-    """Return a line where one number is spelled in two ways, as 7 and 007."""
-    by_value: dict[float, list[str]] = {}
+    """Return lines where one number is spelled in two ways, as 7 and 007, or a spreadsheet spelled it."""
+    by_value: dict[Decimal, list[str]] = {}
     for label in sorted(set(labels)):
-        try:
-            by_value.setdefault(float(label), []).append(label)
-        except ValueError:
-            continue
+        if _DECIMAL.fullmatch(label):
+            by_value.setdefault(Decimal(label), []).append(label)
     twice = next((names for names in by_value.values() if len(names) > 1), None)
-    if twice is None:
-        return []
-    return [f"Labels '{twice[0]}' and '{twice[1]}' are the same number, and two classes here."]
+    short = next((label for label in sorted(set(labels)) if _SHORTENED.fullmatch(label)), None)
+    dated = sorted({label for label in labels if _DATED.fullmatch(label)})
+    lines = []
+    if twice is not None:
+        lines.append(f"Labels '{twice[0]}' and '{twice[1]}' are the same number, and two classes here.")
+    if short is not None:
+        lines.append(f"Label '{short}' is a number as a spreadsheet shortens it: several may have become one class.")
+    if dated and len(dated) < len(set(labels)):
+        lines.append(f"Label '{dated[0]}' beside labels of other kinds: a spreadsheet may have made a date of a name.")
+    return lines
 
 
 def _missing_notes(labels: Sequence[str]) -> list[str]:
@@ -214,52 +228,3 @@ def _several_notes(labels: Sequence[str]) -> list[str]:
 def are_numbers(labels: Sequence[str]) -> bool:
     """Return whether all labels are whole numbers, which mean something in their own file only."""
     return bool(labels) and all(re.fullmatch(r"-?\d+", label) for label in labels)
-
-
-def label_names(given: Path | None, data: Path) -> tuple[Path, tuple[str, ...]] | None:
-    """Return the file of label names and these in their order; ``None`` where there is none.
-
-    Args:
-        given: The user's file; ``labels.json`` beside the data, or in its folder, when ``None``.
-        data: Where the data lies.
-
-    Raises:
-        DataError: No such file, or no list of distinct names.
-    """
-    if given is not None:
-        source = existing(given)
-    else:
-        source = (data if data.is_dir() else data.parent) / "labels.json"
-        if not source.is_file():
-            return None
-    return source, _read_label_names(source)
-
-
-def _read_label_names(path: Path) -> tuple[str, ...]:
-    """Read class names in their order: a JSON list, or one a line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
-    except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{path}: no list of label names ({error}).") from error
-    valid = isinstance(names, list) and len(names) > 0
-    if not valid or not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) != len(names):
-        raise DataError(f"{path}: expected a list of distinct label names.")
-    return tuple(tidy_label(name) for name in names)
-
-
-def named(labels: Sequence[str | None], rows: Sequence[Row], names: Sequence[str], source: Path) -> list[str | None]:
-    """Replace whole numbers by the names at these places, counted from 0; names stay.
-
-    Raises:
-        DataError: A number beyond the names.
-    """
-    result: list[str | None] = []
-    for label, row in zip(labels, rows, strict=True):
-        if label is None or label in names or not re.fullmatch(r"-?\d{1,9}", label):
-            result.append(label)
-        elif 0 <= int(label) < len(names):
-            result.append(names[int(label)])
-        else:
-            raise DataError(f"{row.where}: label {label} is not among the {len(names)} names in {source}.")
-    return result

@@ -14,13 +14,12 @@ from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.divided import answered_part, divide_rows
 from treelora_cli.data.folders import Folder, Passed, scan
 from treelora_cli.data.inputs import PICTURES
+from treelora_cli.data.label_files import label_names, named, names_beside
 from treelora_cli.data.labels import (
     Several,
     column_of_names,
-    label_names,
     label_notes,
     label_texts,
-    named,
     refuse_quantities,
     refuse_several,
 )
@@ -141,6 +140,7 @@ class _Reader:
         if self.request.label_prefix is None:
             refuse_quantities(known, rows[0].where)
         self.notes += label_notes(known)
+        self.notes += names_beside(known, self.path) if self.names is None else []
         bad: list[str] = []
         items: dict[str, ImageItem] = {}
         repeated = 0

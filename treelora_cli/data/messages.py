@@ -29,6 +29,11 @@ _EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """What templates look for in a message beside role and content."""
 _WHO, _WHAT = ("role", "from", "speaker", "type"), ("content", "value", "text", "parts")
 """What a message calls who speaks and what is said, the likeliest first."""
+_PAIRED = (
+    ("human", "user", "input", "instruction", "question", "prompt", "query"),
+    ("assistant", "gpt", "bot", "model", "output", "answer", "response"),
+)
+"""Keys of question and answer where a record holds both."""
 _CALLS = "function_call"
 _REASONING = "reasoning"
 """What some servers call ``reasoning_content``."""
@@ -45,6 +50,11 @@ def is_chat(value: Any) -> bool:
 def ends_with_answer(value: Any) -> bool:
     """Return whether a value is a list of messages whose last is the assistant's."""
     return is_chat(value) and all(_role(one) for one in value) and _role(value[-1]) == "assistant"
+
+
+def waits_for_answer(value: Any) -> bool:
+    """Return whether a value is a list of messages of which the last is not the assistant's."""
+    return is_chat(value) and all(_role(one) for one in value) and _role(value[-1]) != "assistant"
 
 
 def _speaker(message: Mapping[str, Any]) -> Any:
@@ -80,18 +90,20 @@ def system_text(value: Any, where: str) -> str:
     raise DataError(f"{where}: 'system' is not text but {type(value).__name__}.")
 
 
-def prompt_chat(row: Row, answer: str) -> TextExample:
+def prompt_chat(row: Row, answer: str, asked: str = "prompt") -> TextExample:
     """Return a chat whose last messages are in a column of their own.
 
     Raises:
         DataError: They are no messages; names file and line.
     """
-    given, wanted = row.values.get("prompt"), row.values.get(answer)
+    given, wanted = row.values.get(asked), row.values.get(answer)
     if isinstance(wanted, str):
         wanted = [{"role": "assistant", "content": wanted}]
+    if isinstance(wanted, dict):
+        wanted = [wanted]
     if not is_chat(given) or not is_chat(wanted):
-        raise DataError(f"{row.where}: 'prompt' and '{answer}' are lists of messages with role and content.")
-    return chat_of(row, [*list(given or ()), *list(wanted or ())], "prompt")
+        raise DataError(f"{row.where}: '{asked}' and '{answer}' are lists of messages with role and content.")
+    return chat_of(row, [*list(given or ()), *list(wanted or ())], asked)
 
 
 def chat_of(row: Row, messages: Any, column: str) -> TextExample:
@@ -119,13 +131,35 @@ def chat_of(row: Row, messages: Any, column: str) -> TextExample:
 
 
 def _turned(messages: Any) -> Any:
-    """Return a record of lists, as ``datasets`` writes a list of records, as the list; others as they are."""
+    """Return messages as a list of records; what is none of these as it is.
+
+    ``datasets`` writes a record of lists. Others write a record for each pair of question and answer, or texts of the
+    user and the assistant by turns.
+    """
+    if isinstance(messages, list) and messages and all(isinstance(one, str) for one in messages):
+        return messages if len(messages) % 2 else _by_turns(messages)
+    if isinstance(messages, list) and messages and all(_pair(one) for one in messages):
+        return _by_turns([one[key] for one in messages for key in _pair(one)])
     if not isinstance(messages, dict) or not messages or not all(isinstance(one, list) for one in messages.values()):
         return messages
     columns = list(messages.values())
     if any(len(column) != len(columns[0]) for column in columns):
         return messages
     return [dict(zip(messages, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _pair(one: Any) -> tuple[str, ...]:
+    """Return the keys of question and answer in a record of both; nothing where it is a message or something else."""
+    if not isinstance(one, dict) or set(_WHO) & set(one):
+        return ()
+    keys = (next((key for key in wanted if key in one), "") for wanted in _PAIRED)
+    found = tuple(key for key in keys if key)
+    return found if len(found) == len(_PAIRED) else ()
+
+
+def _by_turns(texts: Sequence[Any]) -> list[dict[str, Any]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
 def read_messages(messages: Any, where: str) -> list[Turn]:

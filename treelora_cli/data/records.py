@@ -8,9 +8,11 @@ columns                                             what the model reads, and le
 ``prompt`` and ``completion`` as lists of messages  the same
 ``prompt`` and ``answer|completion|response``       the one, the other
 ``prompt`` and ``chosen``, ``rejected``             the prompt; the chosen answer
+``messages`` and ``answer|...|chosen`` apart        a chat that ends with the one answer
 ``instruction``, ``input``, ``output|response``     instruction, empty line, input; the output
 ``context|passage``, ``question``, ``answers``      passage, empty line, question; the first answer
 ``question``, ``choices``, ``answerKey|answer``     question and lettered choices; the letter
+``question``, ``A``, ``B``, ... ``answer``          the same
 ``question``, ``answer``                            the question; the answer
 ``premise``, ``hypothesis``, ``label``              both sentences, then the label names; the label
 ``sentence|text|review|...``, ``label|class|...``   the sentence, then the label names; the label
@@ -27,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from treelora_cli.backend.values import Turn
+from treelora_cli.data.choices import with_choices
 from treelora_cli.data.columns import (
     ANSWERS,
     ASKED,
@@ -41,7 +44,16 @@ from treelora_cli.data.columns import (
     in_known_names,
 )
 from treelora_cli.data.examples import TextExample, chat_example
-from treelora_cli.data.messages import chat_of, ends_with_answer, is_chat, prompt_chat, system_text, unread_keys
+from treelora_cli.data.labels import is_written_gap
+from treelora_cli.data.messages import (
+    chat_of,
+    ends_with_answer,
+    is_chat,
+    prompt_chat,
+    system_text,
+    unread_keys,
+    waits_for_answer,
+)
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import SKIP_BAD, DataError
 
@@ -97,7 +109,7 @@ def prompt_of(row: Row) -> str | None:
     Raises:
         DataError: A column holds something else than text; names file and line.
     """
-    row = in_known_names([row])[0]
+    row = with_choices(in_known_names([row]))[0]
     names = set(row.values)
     if "prompt" in names:
         return None
@@ -129,11 +141,12 @@ def unfolded(rows: Sequence[Row]) -> list[Row]:
 def unused_text(rows: Sequence[Row], shape: Shape) -> list[str]:
     """Return the columns that hold text, or lists of texts, and are not used; of free text every other column."""
     found: dict[str, None] = {}
+    worse = REFUSED if PREFERRED in shape.used else None  # left out on purpose
     for row in rows[:_LOOKED_AT]:
         for name, value in row.values.items():
             if name in shape.used:
                 found |= dict.fromkeys(_unread_in(name, value))
-            elif _holds_text(value) or (shape.style == "text" and value is not None):
+            elif name != worse and (_holds_text(value) or (shape.style == "text" and value is not None)):
                 found[str(name)] = None
     return list(found)
 
@@ -161,6 +174,9 @@ def _first(names: set[Any], wanted: Sequence[str]) -> str | None:
 def _as_chat(names: set[Any], rows: Sequence[Row]) -> Shape | None:
     column = _first(names, CHATS) or _chat_column(rows)
     beside = {"tools", "functions", "system"}
+    apart = _first(names, (*ANSWERS, PREFERRED))
+    if column is not None and apart is not None and waits_for_answer(rows[0].values.get(column)):
+        return Shape("chat", frozenset({column, apart, *beside}), lambda row: prompt_chat(row, apart, column))
     if column is not None:
         return Shape("chat", frozenset({column, *beside}), lambda row: chat_of(row, row.values.get(column), column))
     answer = _first(names, (*ANSWERS, PREFERRED))
@@ -197,7 +213,7 @@ def _as_asked(names: set[Any], rows: Sequence[Row]) -> Shape | None:
 
 
 def _as_instruction(names: set[Any], rows: Sequence[Row]) -> Shape | None:
-    answer = _first(names, ("output", *ANSWERS))
+    answer = _first(names, ("output", *ANSWERS, PREFERRED))
     if "instruction" not in names or answer is None:
         return None
     used = {"instruction", "input", "context", "system", "history", answer}
@@ -239,7 +255,7 @@ def _instruction_chat(row: Row, answer: str) -> TextExample:
 
 
 def _as_question(names: set[Any], _rows: Sequence[Row]) -> Shape | None:
-    answer = _first(names, ("answers", "answerKey", *ANSWERS))
+    answer = _first(names, ("answers", "answerKey", *ANSWERS, PREFERRED))
     if "question" not in names or answer is None:
         return None
     passage = _first(names, PASSAGES)
@@ -265,6 +281,8 @@ def _choice(row: Row, passage: str | None, column: str, answer: str) -> TextExam
     given = row.values.get(answer)
     if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(texts):
         given = letters[given]
+    if isinstance(given, str) and given.isdecimal() and given not in (*texts, *letters) and int(given) < len(texts):
+        given = letters[int(given)]
     if given in texts and given not in letters:
         given = letters[texts.index(given)]
     if given not in letters:
@@ -353,7 +371,7 @@ def text_of(row: Row, column: str) -> str:
         value = int(value) if math.isfinite(value) else None  # a column with gaps makes whole numbers floats
     if isinstance(value, bool | int | float):
         value = str(value)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value is None or (isinstance(value, str) and (not value.strip() or is_written_gap(value))):
         raise DataError(f"{row.where}: empty {column}.{SKIP_BAD}")
     if not isinstance(value, str):
         raise DataError(f"{row.where}: '{column}' is not text but {type(value).__name__}.")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.data.delimited import read_delimited
+from treelora_cli.data.documents import records_in
 from treelora_cli.data.files import decode, lines_of, read_bytes, refuse_archive, refuse_zeros, unpacked_name
 from treelora_cli.data.labelling_tools import refuse_tools_own
-from treelora_cli.data.names import part_of
 from treelora_cli.errors import DataError, first_line
 
 TABLE_SUFFIXES = {
@@ -220,20 +220,10 @@ def _read_json(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
     content = values[0][0] if values else None
     refuse_tools_own(content, path.name)
     if isinstance(content, dict):
-        content = _list_in(content)
+        content = records_in(content)
     if not isinstance(content, list):
         raise DataError(f"{path.name}: expected a list of records.")
     return (_record(value, f"{path.name} record {index + 1}") for index, value in enumerate(content))
-
-
-def _list_in(content: dict[str, Any]) -> Any:
-    """Return the one list in a document, or the lists of its parts as one with a column ``split``."""
-    lists = {name: value for name, value in content.items() if isinstance(value, list)}
-    if len(lists) == 1:
-        return next(iter(lists.values()))
-    if len(lists) > 1 and all(part_of(name) is not None for name in lists):
-        return [{**one, "split": name} if isinstance(one, dict) else one for name in lists for one in lists[name]]
-    return content
 
 
 def _json_values(text: str, name: str) -> list[tuple[Any, int]]:

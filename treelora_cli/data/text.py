@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treelora_cli.backend.values import Change, DataRequest
+from treelora_cli.data.choices import with_choices
 from treelora_cli.data.columns import without_unwanted
 from treelora_cli.data.examples import TextExample
 from treelora_cli.data.held_out import (
@@ -22,13 +23,12 @@ from treelora_cli.data.held_out import (
     set_aside_by_position,
 )
 from treelora_cli.data.hints import refuse_unknown
+from treelora_cli.data.label_files import Names, label_names, named, names_beside
 from treelora_cli.data.labels import (
     Several,
     column_of_names,
-    label_names,
     label_notes,
     label_texts,
-    named,
     refuse_quantities,
     refuse_several,
 )
@@ -87,7 +87,9 @@ def list_texts(request: DataRequest) -> TextListing:
     """
     path = paths_of(request)[0]
     notes: list[str] = []
-    train_rows, test_rows = (without_unwanted(unfolded(rows), notes) for rows in read_parts(request, notes))
+    train_rows, test_rows = (
+        with_choices(without_unwanted(unfolded(rows), notes)) for rows in read_parts(request, notes)
+    )
     if not train_rows and not test_rows:  # documents without questions
         raise DataError(f"{path.name} holds no examples.")
     shape = _shape(train_rows or test_rows)
@@ -99,7 +101,8 @@ def list_texts(request: DataRequest) -> TextListing:
         if names is None:
             train_rows, test_rows = _in_one_spelling(train_rows, test_rows, shape.label, notes)
     notes += _unused(train_rows or test_rows, shape, request.columns)
-    labels = None if names is None else tuple((request.label_prefix or "") + name for name in names[1])
+    prefix = request.label_prefix or ""
+    labels = None if names is None else tuple(prefix + name for _, name in sorted(names[1].items()))
     train = _examples(train_rows, shape, labels, request, notes)
     test = _examples(test_rows, shape, labels, request, notes)
     if labels is None:
@@ -108,6 +111,7 @@ def list_texts(request: DataRequest) -> TextListing:
         labels, train, test = _chosen(labels, train, test, request)
     if style == "labels":
         notes += label_notes([one.answer for one in train])
+        notes += names_beside(labels, path) if names is None else []
         _check_labels(labels, test)
     notes += _shared(train, test)
     metric = _metric(request.metric, style, labels, train or test)
@@ -159,7 +163,7 @@ def hash_of_text(one: TextExample) -> str:
 
 
 def _with_labels(
-    rows: list[Row], request: DataRequest, names: tuple[Path, tuple[str, ...]] | None, shape: Shape, column: str
+    rows: list[Row], request: DataRequest, names: tuple[Path, Names] | None, shape: Shape, column: str
 ) -> list[Row]:
     """Return rows whose labels are names: numbers are looked up, or written without ``.0``."""
     labels = label_texts(rows, column)
