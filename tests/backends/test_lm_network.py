@@ -10,7 +10,7 @@ from tiny_lm import (
 )
 from treelora_backends.causal_lm.answers import Answerer, Manner
 from treelora_backends.causal_lm.backend import CausalLmBackend
-from treelora_backends.causal_lm.batches import collate, pad
+from treelora_backends.causal_lm.batches import Batch, collate, pad
 from treelora_backends.causal_lm.network.network import LmNetwork
 
 from treelora_cli.backend import adapters
@@ -171,6 +171,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(llama, lm_tables):
         grads.append(torch.autograd.grad(session.loss([0, 1, 2]), ups))
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def test_what_frozen_states_tell_asks_for_no_gradient_under_gradient_checkpointing(llama, lm_tables):
+    base = load(llama, train=TrainConfig(grad_checkpointing=True))
+    base.session(base.read_task(DataRequest(lm_tables / "colours.jsonl")), Memory((), dict), base.config)
+    ids = torch.arange(6)[None]
+    reading = base.lm.read(Batch(ids, torch.ones_like(ids)))
+    assert not reading.embedded.requires_grad
+    assert not reading.features(torch.tensor([6])).requires_grad
 
 
 def test_a_large_batch_in_parts_gives_the_same_gradients(llama, lm_tables, monkeypatch):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import (
@@ -247,27 +249,37 @@ def test_two_processes_learn_one_task_together(cli: Cli, project: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_learn_texts_together_and_refuse_to_divide_the_base(cli: Cli, tmp_path: Path) -> None:
+def test_two_processes_learn_texts_together_with_a_whole_base_or_one_that_is_divided(cli: Cli, tmp_path: Path) -> None:
     model, project = save_model(tmp_path / "llama", "llama", depth=4), tmp_path / "texts"
     write_tables(tmp_path)
     made = cli("init", project, "--backend", "causal-lm", "--model", model, "--device", "cpu")
     assert made.code == 0, made.err
+    twin = Path(shutil.copytree(project, tmp_path / "twin"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command = [*launch, "treelora_cli", "-C", str(project), "train-task", str(tmp_path / "colours.jsonl"), "--json"]
 
-    def run(**more: str) -> subprocess.CompletedProcess[str]:
+    def learned(root: Path, *options: str, **more: str) -> tuple[Any, str]:
+        options = ("train-task", str(tmp_path / "colours.jsonl"), "--precision", "fp32", "--json", *options)
+        command = [*launch, "treelora_cli", "-C", str(root), *options]
         environment = child_environment(ACCELERATE_USE_CPU="true", **more)
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout), done.stderr
 
-    refused = run(ACCELERATE_USE_FSDP="true")
-    assert refused.returncode != 0
-    assert refused.stderr.count("Error: accelerate's configuration asks for FSDP; treelora does not divide") >= 1
-    assert "exitcode  : 2" in refused.stderr
-    done = run()
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((project / "tasks/001-colours/task.json").read_text())["processes"] == 2
+    whole, _ = learned(project)
+    divided, said = learned(twin, "-v", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    first = "tasks/001-colours/"
+    for name in ("adapter_model.safetensors", "head.safetensors", "signature.safetensors"):
+        assert (project / first / name).read_bytes() == (twin / first / name).read_bytes()
+    records = [json.loads((root / first / "task.json").read_text()) for root in (project, twin)]
+    assert [one["base_divided"] for one in records] == [False, True]
+    assert [one["processes"] for one in records] == [2, 2]
+    assert records[0]["last_loss"] == records[1]["last_loss"]
+    assert whole["scores"] == divided["scores"]
+    found = re.search(r"divided between processes: ([\d.]+) of ([\d.]+) MiB are held in each", said)
+    assert found is not None
+    assert float(found[2]) == pytest.approx(2 * float(found[1]), abs=0.02)
     alone = cli("-C", project, "eval", "--json", "--device", "cpu")
-    assert alone.json["tasks"]["colours"]["score"] == json.loads(done.stdout)["scores"]["colours"]["score"]
+    assert alone.json["tasks"]["colours"]["score"] == whole["scores"]["colours"]["score"]
 
 
 @pytest.mark.slow

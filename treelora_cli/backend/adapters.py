@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from treelora_cli import seeds
 from treelora_cli.backend.linear_slots import SLOT
+from treelora_cli.backend.shards import is_released
 from treelora_cli.errors import DamagedError, ModelError
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def fold_slot(network: nn.Module, layers: Sequence[str], scale: float) -> None:
     The sum is taken in float32 and rounded once to the weights' own type.
 
     Raises:
-        ModelError: A layer's weights are quantised, so that an update cannot be added to them.
+        ModelError: A layer's weights are quantised, or divided between processes: an update cannot be added to them.
     """
     weights = read_slot(network, layers, scale)
     with torch.no_grad():
@@ -208,6 +209,8 @@ def fold_slot(network: nn.Module, layers: Sequence[str], scale: float) -> None:
             base_weight = module.get_base_layer().weight
             if not base_weight.is_floating_point():
                 raise ModelError(f"Layer '{layer}' is quantised; this method needs weights of full precision.")
+            if is_released(base_weight):
+                raise ModelError("This method changes the base's weights, and processes hold them together (FSDP).")
             delta = weights.update(index).to(base_weight.device)
             transposed = module.fan_in_fan_out  # GPT-2's layers keep (in, out)
             base_weight.copy_(base_weight.float() + (delta.T if transposed else delta))

@@ -302,6 +302,7 @@ class Backend(Protocol):
     ``defaults_on(facts)`` returns ``defaults()`` as they are on a loaded base of these ``Base.facts``; where
     ``train-task`` is told neither batch nor rate, they have the kind of ``device``, such as ``cuda``, too. A tuple
     ``honours`` names those of the settings in ``registry._OFF`` that its sessions act on; others are refused.
+    ``divides_base = True`` says that ``load`` gives its blocks to ``runtime.shards`` where there are any.
     """
 
     name: str

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from treelora_cli.backend.shards import Shards
+
 
 T = TypeVar("T")
 
@@ -57,6 +59,7 @@ class Runtime:
         precision: ``fp32`` or ``bf16``, where gradients are computed.
         forward_precision: The same where none are.
         gradient: The way in which gradients are taken where this was measured, see ``ChoosingSession``.
+        shards: Holds the base's blocks where processes divide them between them.
     """
 
     accelerator: Accelerator
@@ -65,6 +68,7 @@ class Runtime:
     gradient: str | None = None
     offline: bool = False
     reporter: Reporter = field(default_factory=Silent)
+    shards: Shards | None = None
 
     @property
     def device(self) -> torch.device:
@@ -100,16 +104,26 @@ class Runtime:
         """Return this process's part of ``items``: of N processes every N-th, from its rank on."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
+    def meet(self) -> None:
+        """Wait, where processes hold a base together, until none of them needs a share of another any more."""
+        if self.shards is not None:
+            self.shards.meet()
+
+    def _alone(self) -> bool:
+        """Return whether there is one process; several meet here, before they exchange anything."""
+        self.meet()
+        return bool(self.accelerator.num_processes == 1)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of ``tensor`` over processes."""
-        if self.accelerator.num_processes == 1:
+        if self._alone():
             return tensor
         total = self.accelerator.reduce(tensor, reduction="sum")
         return total  # type: ignore[no-any-return]
 
     def smallest(self, count: int) -> int:
         """Return the least of all processes' counts."""
-        if self.accelerator.num_processes == 1:
+        if self._alone():
             return count
         import torch
 
@@ -117,14 +131,14 @@ class Runtime:
 
     def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the rows of all processes; every process gives equally many."""
-        if self.accelerator.num_processes == 1:
+        if self._alone():
             return tensor
         gathered = self.accelerator.gather(tensor.contiguous())
         return gathered  # type: ignore[no-any-return]
 
     def gather_json(self, items: list[Any]) -> list[Any]:
         """Return the items, of JSON's types, of all processes."""
-        if self.accelerator.num_processes == 1:
+        if self._alone():
             return items
         import json
 
@@ -140,7 +154,7 @@ class Runtime:
 
     def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the rows (n, F) of all processes, however many each has."""
-        if self.accelerator.num_processes == 1:
+        if self._alone():
             return tensor
         import torch
 
@@ -161,7 +175,9 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
 
-    _refuse_sharding()
+    from treelora_cli.backend.shards import FSDP, Shards, base_is_divided, hidden
+
+    divided = base_is_divided()
     kind = _present_kind(device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_processors()))
     _map_large_blocks()
@@ -169,32 +185,16 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
         os.environ.setdefault(name, "32")  # read when the first is compiled
     if kind != "cpu":
         _set_up_cuda(_numbered(device))
-    accelerator = Accelerator(  # the trainer knows its arithmetic and accumulation: a configuration's would come on top
-        cpu=kind == "cpu", mixed_precision="no", gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1)
-    )
-    return Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
-
-
-_SHARDED_BY = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
-}
-"""How ``accelerate launch`` hands on that the model is to be divided between processes."""
-
-
-def _refuse_sharding() -> None:
-    """Raise ``UsageError`` where accelerate is told to divide the base: each process would hold all of it anyway."""
-    asked = next((what for name, what in _SHARDED_BY.items() if os.environ.get(name, "").lower() in _TRUE), None)
-    if asked is not None:
-        raise UsageError(
-            f"accelerate's configuration asks for {asked}; treelora does not divide a base between processes. Choose"
-            " multi-GPU without it; a base that does not fit one card is held in 4 bits by init --dtype nf4."
+    with hidden(FSDP):  # blocks are divided by ``Shards``; accelerate itself would have them wrapped
+        accelerator = Accelerator(  # the trainer knows its arithmetic and accumulation: others would come on top
+            cpu=kind == "cpu",
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
-
-
-_TRUE = ("true", "1", "yes", "on")
+    runtime = Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
+    if divided and accelerator.num_processes > 1:
+        runtime.shards = Shards()
+    return runtime
 
 
 def _present_kind(device: str | None) -> str:

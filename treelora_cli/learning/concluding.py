@@ -172,6 +172,7 @@ def _record(new: NewTask, trained: Trained, clock: Clock) -> dict[str, Any]:
         "settings": {key: value for key, value in to_dict(new.config).items() if key != "stream"},
         **new.runtime.arithmetic,
         "processes": new.runtime.accelerator.num_processes,
+        "base_divided": new.runtime.shards is not None,
         "device": new.runtime.device.type,
         "steps": trained.report.steps,
         "last_loss": trained.report.last_loss,

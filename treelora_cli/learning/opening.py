@@ -164,10 +164,16 @@ def load_base(backend: Backend, config: Config, runtime: Runtime) -> Base:
 
     Raises:
         ConfigError: A model argument would run code.
+        UsageError: The base is to be divided between processes, and the backend cannot.
         ModelError: The weights would be unpickled, are missing, or do not fit.
     """
     check_own(getattr(backend, "own_settings", None), config.backend_settings, "backend_settings", backend.name)
     check_settings(backend, config)
+    if runtime.shards is not None and not getattr(backend, "divides_base", False):
+        raise UsageError(
+            f"accelerate's configuration asks for FSDP; bases of backend '{backend.name}' are not divided between"
+            " processes. Choose multi-GPU without it."
+        )
     refused = sorted(_RUNS_CODE & set(config.base.model_args))
     if refused:
         raise ConfigError(f"model argument '{refused[0]}' is not allowed: code that comes with a model is never run.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -25,6 +27,7 @@ from treelora_backends.causal_lm.loading import (
     resolve,
 )
 from treelora_backends.causal_lm.memory import clashes
+from treelora_backends.causal_lm.network.layers import blocks_of
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.predictor import LmPredictor
 from treelora_backends.causal_lm.render import Encoder
@@ -56,6 +59,7 @@ class CausalLmBackend:
     honours = ("train.accumulate", "train.label_smoothing", "train.class_weights", "train.compile")
     contender_heads = ("answer", "routed")
     gpu_dtype = "bfloat16"
+    divides_base = True
 
     def defaults(self) -> Config:
         """Return the paper's rank, scale and depth, and what measured best for the rest."""
@@ -87,42 +91,68 @@ class CausalLmBackend:
 
     def load(self, config: Config, runtime: Runtime) -> CausalLmBase:
         """Load the model and its tokenizer, and attach an adapter slot."""
-        with gguf_read_once():
-            model = load_model(config.base, runtime.device, offline=runtime.offline)
-            tokenizer = load_tokenizer(config.base, offline=runtime.offline)
-        _check_vocabulary(model, tokenizer, str(config.base.model))
-        fingerprint = identity(
-            files_of(str(config.base.model)), _loaded_as(config.base), lambda: hash_parameters(model)
-        )
-        return self.around(model, tokenizer, fingerprint, config, runtime)
+        if runtime.shards is not None and config.base.dtype == "nf4":
+            raise UsageError("--dtype nf4 does not go with FSDP. Leave one out.")
+        with nullcontext() if runtime.shards is None else runtime.shards.in_turn():
+            with gguf_read_once():
+                model = load_model(config.base, _loaded_to(runtime), offline=runtime.offline)
+                tokenizer = load_tokenizer(config.base, offline=runtime.offline)
+            _check_vocabulary(model, tokenizer, str(config.base.model))
+            measure = partial(hash_parameters, model)
+            fingerprint = identity(files_of(str(config.base.model)), _loaded_as(config.base), measure)
+            network, layers = _with_slot(model, config, runtime)
+        return _around(network, layers, tokenizer, fingerprint, config, runtime)
 
     @staticmethod
     def around(model: nn.Module, tokenizer: Any, fingerprint: str, config: Config, runtime: Runtime) -> CausalLmBase:
         """Attach an adapter slot to a model that is in memory."""
-        layers = choose_layers(model, str(config.base.model), config.adapter)
-        adapter = config.adapter
-        assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
-        rank, alpha, dropout = adapter.rank, adapter.alpha, adapter.dropout
-        network = adapters.attach(model, layers, rank=rank, alpha=alpha, dropout=dropout, task_type="CAUSAL_LM")
-        if config.base.dtype != "nf4":
-            network = network.to(runtime.device)
-        network.eval()
-        _check_adapters_act(network, model, layers)
-        lm = LmNetwork(model, layers, runtime.autocast)
-        encoder = _encoder(model, lm, tokenizer, config)
-        return CausalLmBase(
-            network=network,
-            layers=layers,
-            fingerprint=fingerprint,
-            tokenizer=tokenizer,
-            config=config,
-            runtime=runtime,
-            lm=lm,
-            context=_context_of(model),
-            encoder=encoder,
-            known_answers={},
-            features=FeatureReader(network, lm, encoder, runtime),
-        )
+        network, layers = _with_slot(model, config, runtime)
+        return _around(network, layers, tokenizer, fingerprint, config, runtime)
+
+
+def _loaded_to(runtime: Runtime) -> torch.device:
+    """Return where weights are put first: what is to be divided need not fit one GPU."""
+    return runtime.device if runtime.shards is None else torch.device("cpu")
+
+
+def _with_slot(model: nn.Module, config: Config, runtime: Runtime) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the model with an adapter slot, on its device, and the names of the adapted layers."""
+    layers = choose_layers(model, str(config.base.model), config.adapter)
+    adapter = config.adapter
+    assert adapter.rank is not None and adapter.alpha is not None and adapter.dropout is not None
+    rank, alpha, dropout = adapter.rank, adapter.alpha, adapter.dropout
+    network: nn.Module = adapters.attach(model, layers, rank=rank, alpha=alpha, dropout=dropout, task_type="CAUSAL_LM")
+    if runtime.shards is not None:
+        runtime.shards.divide(list(blocks_of(model)), runtime.device)
+        runtime.shards.place_rest(network, runtime.device)
+        held = f"{runtime.shards.own_bytes / 2**20:.2f} of {runtime.shards.all_bytes / 2**20:.2f} MiB"
+        runtime.reporter.detail(f"The base's blocks are divided between processes: {held} are held in each.")
+        return network, layers
+    return network if config.base.dtype == "nf4" else network.to(runtime.device), layers
+
+
+def _around(
+    network: nn.Module, layers: tuple[str, ...], tokenizer: Any, fingerprint: str, config: Config, runtime: Runtime
+) -> CausalLmBase:
+    """Return what can be done with a model that holds a slot."""
+    model = cast("Any", network).get_base_model()
+    network.eval()
+    _check_adapters_act(network, model, layers)
+    lm = LmNetwork(model, layers, runtime.autocast)
+    encoder = _encoder(model, lm, tokenizer, config)
+    return CausalLmBase(
+        network=network,
+        layers=layers,
+        fingerprint=fingerprint,
+        tokenizer=tokenizer,
+        config=config,
+        runtime=runtime,
+        lm=lm,
+        context=_context_of(model),
+        encoder=encoder,
+        known_answers={},
+        features=FeatureReader(network, lm, encoder, runtime),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +168,8 @@ class CausalLmBase(LoadedLm):
 
     def session(self, task: TaskData, memory: Memory, config: Config) -> LmSession:
         """Open a task for learning."""
+        if self.runtime.shards is not None and config.train.compile not in (None, "none"):
+            raise UsageError(f"train.compile {config.train.compile} does not go with FSDP. Leave one out.")
         for line in clashes(memory, cast("LmTask", task)):
             self.runtime.reporter.note(line)
         return LmSession(self, cast("LmTask", task), memory, config)
@@ -160,10 +192,12 @@ class CausalLmBase(LoadedLm):
 
     def export_merged(self, memory: Memory, out: Path, options: ExportOptions) -> None:
         """Write a directory that ``AutoModelForCausalLM.from_pretrained`` loads."""
+        self._refuse_divided()
         write_merged(self, memory, out, options)
 
     def export_adapter(self, memory: Memory, task: str, out: Path) -> None:
         """Write a directory that ``PeftModel.from_pretrained`` loads."""
+        self._refuse_divided()
         write_adapter(self, memory, task, out)
 
     def further_export(self, kind: str) -> FurtherExport:
@@ -172,11 +206,17 @@ class CausalLmBase(LoadedLm):
         Raises:
             UsageError: Language models have none such, or this base does not allow it.
         """
+        self._refuse_divided()
         if kind == "gguf":
             return GgufExport(self)
         if kind != "routed":
             raise UsageError(f"--format {kind} is for image models.")
         return RoutedExport(self)
+
+    def _refuse_divided(self) -> None:
+        """Raise ``UsageError`` where processes hold the base together: an export is written by one that has it all."""
+        if self.runtime.shards is not None:
+            raise UsageError("An export does not go with FSDP. Run it in one process: treelora export OUT --device cpu")
 
     def load_line(self, out: Path, task: str | None) -> str:
         """Return the line that loads an export."""

@@ -226,6 +226,7 @@ class LmPredictor:
                 answers = self.answerer.answers(some, manner, self.base.context)
                 answered = [Prediction(text, name, sure) for text, sure in answers]
             found |= dict(zip(rows, answered, strict=True))
+        self.base.runtime.meet()
         answers_in_order = [found[row] for row in range(len(examples))]
         if not routes:
             return answers_in_order

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from treelora_backends.standing_in import standing_in
 from treelora_cli.backend.runtime import Runtime
+from treelora_cli.backend.shards import is_released
 
 
 class HalfWeights:
@@ -61,6 +62,8 @@ class Passes:
 
 
 def _is_frozen(layer: nn.Linear) -> bool:
+    if is_released(layer.weight):
+        return False  # processes hold it together: a copy would hold it here as a whole
     return layer.weight.dtype == torch.float32 and not any(one.requires_grad for one in layer.parameters())
 
 

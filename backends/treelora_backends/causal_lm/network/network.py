@@ -296,7 +296,7 @@ class LmNetwork:
         finally:
             for hook in hooks:
                 hook.remove()
-        return embedded[0], seen
+        return embedded[0].detach(), seen  # under gradient checkpointing transformers has them ask for a gradient
 
     @torch.no_grad()
     def read(self, batch: Batch, *, to_cut: bool = False) -> Reading:
