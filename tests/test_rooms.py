@@ -27,7 +27,7 @@ ROOMS: dict[str, str] = {
     "heads": "backend.runtime seeds",
     "data": "backend errors",
     "methods": "algorithm backend config errors",
-    "project": "algorithm backend config errors score_matrix version",
+    "project": "algorithm backend config errors locations score_matrix version",
     "learning": "algorithm backend config data errors locations methods project score_matrix seeds version",
     "compare": "backend config errors learning methods score_matrix seeds version",
     "views": "algorithm backend compare errors project.metrics score_matrix",

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Cli, check_error, make_images, tree_hash
+from conftest import MODEL, MODEL_ARGS, Cli, check_error, make_images, tree_hash
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupting import stop_after
 
 from treelora_cli.backend.values import DataRequest, Recorded
 from treelora_cli.data.held_out import content_hash, find_recorded, set_aside, set_aside_by_position
@@ -309,3 +311,48 @@ def test_a_base_that_moved_is_named_in_the_settings(
         check_error(cli("-C", root, *command, "--device", "cpu"), 5, line)
     settings.write_text(settings.read_text().replace(str(gone), str(here)))
     assert evaluated(cli, root) == scores
+
+
+def test_a_project_that_moved_together_with_its_data_and_base(
+    cli: Cli, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    for name, classes, seed in (
+        ("one", ["red", "blue"], 0),
+        ("seen", ["red", "blue"], 50),
+        ("two", ["pink", "brown"], 0),
+    ):
+        make_images(work / name, classes, seed=seed)
+    (work / "one/test").rename(work / "held")
+    shutil.copy(weights, work / "w.safetensors")
+    monkeypatch.chdir(work)
+    arguments = [part for pair in MODEL_ARGS.items() for part in ("--model-arg", "=".join(map(str, pair)))]
+    options = ["--head-width", "64", "--rank", "4", "--targets", "qkv", "--blocks", "0"]
+    made = cli("init", "p", "--model", MODEL, "--weights", "w.safetensors", *arguments, *options, "--device", "cpu")
+    assert made.code == 0, made.err
+    assert cli("-C", "p", "train-task", "one/train", "--val", "held", "--name", "one", "--device", "cpu").code == 0
+    assert cli("-C", "p", "watch", "add", "seen", "seen/test", "--device", "cpu").code == 0
+    scores, watched = evaluated(cli, Path("p")), cli("-C", "p", "watch", "list").out
+    stop_after(cli, Path("p"), Path("two"), 3, of=4)
+    monkeypatch.chdir(tmp_path)
+    work.rename(tmp_path / "moved")
+    root = tmp_path / "moved/p"
+    assert evaluated(cli, root) == scores
+    assert cli("-C", root, "watch", "list").out == watched
+    assert cli("-C", root, "train-task", "--resume", "--device", "cpu").code == 0
+    record = json.loads((root / "tasks/002-two/task.json").read_text())["data"]
+    assert (record["path"], record["kept_in"]) == (str(tmp_path / "moved/two"), str(root))
+    assert cli("-C", root, "doctor").code == 0
+
+
+def test_other_data_at_the_place_that_moved_along_is_not_scored(
+    cli: Cli, stream: tuple[Path, Path], tmp_path: Path
+) -> None:
+    root, data = stream
+    away = tmp_path / "away"
+    away.mkdir()
+    shutil.copytree(root, away / root.name)
+    shutil.copytree(data / "warm", away / os.path.relpath(data / "cold", root.parent))
+    shutil.rmtree(data / "cold")
+    said = evaluated(cli, away / root.name)["not_scored"]["cold"]  # type: ignore[index]
+    assert said.startswith("16 of 16 held-out examples are gone or different since it was learned")

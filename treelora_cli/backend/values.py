@@ -90,6 +90,7 @@ class DataRequest:
         more: Further files or directories of the same task; ``path`` and these may be patterns (``part-*.jsonl``).
         label_prefix: Put before every class name; empty says that numbers mean what they meant in earlier tasks.
         label_names: File of class names, for labels that are numbers.
+        kept_in: Directory of the project that keeps this, then; data that moved along with it is found.
     """
 
     path: Path
@@ -110,6 +111,7 @@ class DataRequest:
     more: tuple[Path, ...] = ()
     label_prefix: str | None = None
     label_names: Path | None = None
+    kept_in: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``task.json`` keeps, so that ``eval`` finds the same held-out examples again."""
@@ -127,6 +129,7 @@ class DataRequest:
             "seed": self.seed,
             "split": self.split,
             **({} if self.known_as is None else {"known_as": str(self.known_as)}),
+            **({} if self.kept_in is None else {"kept_in": str(self.kept_in)}),
             "more": [str(path) for path in self.more],
             "label_prefix": self.label_prefix,
             "label_names": None if self.label_names is None else str(self.label_names),
@@ -140,8 +143,9 @@ class DataRequest:
             raise ValueError("split")
         values["path"] = Path(values["path"])
         values["val"] = None if values["val"] is None else Path(values["val"])
-        if values.get("known_as") is not None:
-            values["known_as"] = Path(values["known_as"])
+        for key in ("known_as", "kept_in"):
+            if values.get(key) is not None:
+                values[key] = Path(values[key])
         values["more"] = tuple(Path(path) for path in values.get("more", ()))
         names = values.get("label_names")
         values["label_names"] = None if names is None else Path(names)

@@ -10,7 +10,7 @@ import typer
 from treelora_cli.commands import options
 from treelora_cli.commands.context import Session, parse_pairs, session_of
 from treelora_cli.errors import DamagedError, DataError, ProjectError, UsageError
-from treelora_cli.locations import lasting
+from treelora_cli.locations import followed, lasting
 
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import Base, TaskData
@@ -197,8 +197,8 @@ def _interrupted(
     if name not in (None, facts["task"]):
         raise UsageError(f"The interrupted task is '{facts['task']}', not '{name}'.")
     try:
-        request = replace(DataRequest.from_json(facts["request"]), test_only=False)
-    except (KeyError, TypeError, ValueError) as error:
+        request = replace(DataRequest.from_json(followed(facts["request"], project.root)), test_only=False)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(".treelora/run/checkpoint.json is malformed. Train the task anew.") from error
     request = _still_there(request, data)
     check_request(request, about)

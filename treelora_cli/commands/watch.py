@@ -56,6 +56,7 @@ def add(
         metric=metric,
         test_limit=limit,
         seed=project.state.fixed["seed"],
+        kept_in=project.root.absolute(),
     )
     runtime = session.runtime(device)
     with session.writer(runtime, f"watch add {name}") as project:

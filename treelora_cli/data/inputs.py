@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -54,14 +55,14 @@ def _images(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
         if not data.strip():
             raise DataError("Standard input is empty: give an image, or paths, one a line.")
         for name, where in _rows_or_lines(data, PICTURES):
-            yield str(named_file(Path.cwd(), name, where, "the current directory"))
+            yield str(named_file(Path(), name, where, "the current directory"))
         return
     if not one.strip():
         raise DataError("An INPUT is empty: give images, folders, patterns or tables.")
     if is_address(one):
         raise DataError(f"{one} is an address; predict reads local files. Download it first.")
     one = without_scheme(one)
-    for path in expanded(Path(one)) if is_pattern(one) else [Path(one)]:
+    for path in as_typed(one) if is_pattern(one) else [Path(one)]:
         existing(path)
         if path.is_dir():
             files = scan(path, is_image, Passed()).all_files()
@@ -75,6 +76,16 @@ def _images(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
             raise DataError(f"{path} is a text and no image. To answer the paths in it: treelora predict - < {path}")
         else:
             yield str(path)
+
+
+def as_typed(pattern: str) -> list[Path]:
+    """Return the paths that fit a pattern, relative where it is.
+
+    Raises:
+        DataError: There is none.
+    """
+    found = expanded(Path(pattern))
+    return found if Path(pattern).is_absolute() else [Path(os.path.relpath(path)) for path in found]
 
 
 def text_inputs(inputs: Sequence[str], standard_input: Callable[[], bytes]) -> list[str]:

@@ -16,6 +16,7 @@ from treelora_cli.config import BaseConfig, Config, overlay, parse_config, resol
 from treelora_cli.config.by_name import given_settings
 from treelora_cli.config.fields import check_own, fixed_own
 from treelora_cli.errors import ConfigError, ModelError, ProjectError, UsageError
+from treelora_cli.locations import along
 from treelora_cli.methods.catalogue import project_method
 from treelora_cli.project import Project
 from treelora_cli.project.project import check_new_directory
@@ -55,6 +56,7 @@ def make_project(root: Path, flags: Config, recipe_text: str | None, source: str
         "facts": base.facts,
         "resolved": dataclasses.asdict(resolved),
         "given": dataclasses.asdict(recipe.base if flags == Config() else resolved),
+        "kept_in": str(root.absolute()),
     }
     text = recipe_text if recipe_text is not None and flags == Config() else to_yaml(config, _HEADING)
     return Project.create(root, text, backend=backend.name, base=record, fixed=fixed_settings(config, backend))
@@ -89,7 +91,20 @@ def project_config(project: Project, flags: Config, device: str | None = None) -
     base = BaseConfig(**recorded["resolved"]) if unchanged else config.base
     if config.method_settings:
         _check_method(config)
-    return dataclasses.replace(config, backend=project.state.backend, base=base)
+    return dataclasses.replace(config, backend=project.state.backend, base=_followed(project, base))
+
+
+def _followed(project: Project, base: BaseConfig) -> BaseConfig:
+    """Return a base whose local files moved together with the project; its weights are compared once it is loaded."""
+    before = project.state.base.get("kept_in")
+    if not isinstance(before, str):
+        return base
+    now = project.root.absolute()
+    return dataclasses.replace(
+        base,
+        model=base.model and along(base.model, before, now),
+        weights=base.weights and along(base.weights, before, now),
+    )
 
 
 def _check_method(config: Config) -> None:

@@ -108,6 +108,7 @@ def _watch(project: Project, base: Base, request: StreamRequest, inference: str)
     known = {one.name for one in project.watch()}
     for name, data in plan_watch(request).items():
         if name not in known:
+            data = dataclasses.replace(data, kept_in=project.root.absolute())
             new = register(base, project.memory(), name, data, inference)
             project = project.set_watch((*project.watch(), new))
     return project

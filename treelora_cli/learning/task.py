@@ -141,6 +141,7 @@ def learn_task(
     """
     _check_ready(project, base, name, config, evaluate=evaluate, interrupted=abandon or resume)
     clock = Clock()
+    request = replace(request, kept_in=project.root.absolute())
     data = _read(base, request, runtime)
     check_numbers(data, project.labels_by_task())
     tracking = _tracking(project, name, config, runtime)

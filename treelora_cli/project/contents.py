@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from treelora_cli.errors import DamagedError, UsageError
+from treelora_cli.locations import followed
 from treelora_cli.project.commit import all_finite, branch_file, stored_layout
 from treelora_cli.project.metrics import ANSWERS, WATCH, TaskAnswers, WatchSet, parse_answers, parse_watch
 from treelora_cli.project.state import State, TaskEntry
@@ -149,7 +151,10 @@ class Contents:
         Raises:
             DamagedError: The file is malformed.
         """
-        return parse_watch(self.read(WATCH)) if WATCH in self.state.files else ()
+        sets = parse_watch(self.read(WATCH)) if WATCH in self.state.files else ()
+        return tuple(
+            replace(one, record={**one.record, "data": followed(one.record["data"], self.root)}) for one in sets
+        )
 
     def answers(self) -> dict[str, TaskAnswers]:
         """Return what was answered when tasks were last scored, by task; empty in older projects.
@@ -171,6 +176,8 @@ class Contents:
     def task_record(self, name: str) -> dict[str, Any]:
         """Return a task's ``task.json``: data request, settings, versions, timings.
 
+        Data that moved together with the project is where it is now.
+
         Raises:
             DamagedError: It is not what this program writes.
         """
@@ -191,7 +198,7 @@ class Contents:
                 raise TypeError("kind_distances")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedError(f"{where} is malformed ({error}). Run treelora doctor.") from error
-        return cast("dict[str, Any]", record)
+        return {**cast("dict[str, Any]", record), "data": followed(record["data"], self.root)}
 
     def labels(self, name: str) -> tuple[str, ...]:
         """Return a task's class or answer names.
