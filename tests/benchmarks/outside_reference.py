@@ -3,10 +3,14 @@
     python tests/benchmarks/outside_reference.py images DATA --model DIR [--per-class 500] [--tasks 10] [--epochs 3]
     python tests/benchmarks/outside_reference.py texts DATA --model DIR [--gguf FILE] [--only sst-2,agnews,rte]
            [--examples 256] [--test-examples 200] [--epochs 1]
+    python tests/benchmarks/outside_reference.py answers DATA --model DIR [--gguf FILE] [--only FOMC,Py150]
+           [--examples 96] [--test-examples 32] [--epochs 5]
 
 ``images``: DATA holds ``train/CLASS/*``, ``test/CLASS/*`` and ``tasks.json``; one linear head over all classes, LoRA on
 the attention of every block of a timm model. ``texts``: DATA holds O-LoRA's folders; LoRA on query and value
-projections. Prints one JSON document: seconds of training, peak memory above the loaded base (of training alone, and
+projections. ``answers``: the same training where DATA holds TRACE's folders of ``prompt`` and ``answer``; answers are
+written greedily and scored as TRACE scores them (the scores are the one part of treelora in here). Prints one JSON
+document: seconds of training, peak memory above the loaded base (of training alone, and
 of training and scoring), OP, forgetting.
 """
 
@@ -18,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +35,15 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 TEXT_TASKS = {"sst-2": "SC/SST-2", "agnews": "TC/agnews", "boolqa": "BoolQA/BoolQA", "rte": "NLI/RTE"}
+TRACE_SCORES = {
+    "C-STANCE": "accuracy",
+    "FOMC": "accuracy",
+    "Py150": "trace_similarity",
+    "ScienceQA": "trace_choice",
+    "NumGLUE-cm": "exact_match",
+    "20Minuten": "trace_sari",
+}
+"""Folders of TRACE's tasks, in its order, and how each is scored."""
 
 
 def resident(key: str) -> int:
@@ -177,8 +190,8 @@ def read_texts(folder: Path, part: str, most: int) -> tuple[list[tuple[str, str]
     ], labels
 
 
-def texts(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the stream of texts."""
+def language_model(options: argparse.Namespace) -> tuple[Any, nn.Module]:
+    """Return the tokenizer, and the model with LoRA on every block's queries and values."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = {"gguf_file": options.gguf} if options.gguf else {}
@@ -187,26 +200,81 @@ def texts(options: argparse.Namespace) -> dict[str, Any]:
     body = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, **source, **dense)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lora = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(body, lora)
+    return tokenizer, get_peft_model(body, lora)
+
+
+def stream(
+    options: argparse.Namespace,
+    folders: list[str],
+    pairs: Callable[[Path], list[tuple[str, str]]],
+    score: Callable[[nn.Module, Any, Path], float],
+) -> dict[str, Any]:
+    """Train on each folder's (prompt, answer) pairs in turn, and score all folders so far."""
+    tokenizer, model = language_model(options)
     base, peaks = resident("VmRSS"), Peaks()
     seconds, matrix = Seconds(), []
-    chosen = [TEXT_TASKS[name] for name in options.only.split(",")][: options.tasks]
-    for index, name in enumerate(chosen):
-        pairs, _ = read_texts(options.data / name, "train", options.examples)
+    for index, name in enumerate(folders):
         rows = []
-        for prompt, answer in pairs:
+        for prompt, answer in pairs(options.data / name):
             head = tokenizer(prompt)["input_ids"]
             tail = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            head = head[: options.max_length - len(tail)]
+            head = head[-max(1, options.max_length - len(tail)) :]
+            tail = tail[: options.max_length - len(head)]
             rows.append({"input_ids": head + tail, "labels": [-100] * len(head) + tail})
         with peaks.of("train"):
             seconds += train(model, rows, lambda batch: padded(batch, tokenizer.pad_token_id), options)
         model.eval()
+        last = index == len(folders) - 1
         with peaks.of("score"):
-            matrix.append([accuracy(model, tokenizer, options, options.data / one) for one in chosen[: index + 1]])
+            seen = [] if options.score_last and not last else folders[: index + 1]
+            matrix.append([score(model, tokenizer, options.data / one) for one in seen])
         so_far = {"task": name, "train_seconds": asdict(seconds), "row": matrix[-1]}
         print(json.dumps(so_far), file=sys.stderr, flush=True)
     return summary(matrix, seconds, peaks, base)
+
+
+def texts(options: argparse.Namespace) -> dict[str, Any]:
+    """Run a stream of texts with a closed set of answers."""
+    chosen = [TEXT_TASKS[name] for name in (options.only or ",".join(TEXT_TASKS)).split(",")][: options.tasks]
+    return stream(
+        options,
+        chosen,
+        lambda folder: read_texts(folder, "train", options.examples)[0],
+        lambda model, tokenizer, folder: accuracy(model, tokenizer, options, folder),
+    )
+
+
+def answers(options: argparse.Namespace) -> dict[str, Any]:
+    """Run a stream of texts with free answers."""
+    chosen = (options.only or ",".join(TRACE_SCORES)).split(",")[: options.tasks]
+    return stream(
+        options,
+        chosen,
+        lambda folder: read_answers(folder, "train", options.examples),
+        lambda model, tokenizer, folder: mean_score(model, tokenizer, options, folder),
+    )
+
+
+def read_answers(folder: Path, part: str, most: int) -> list[tuple[str, str]]:
+    """Return (prompt, answer) pairs of one of TRACE's folders."""
+    return [(one["prompt"], f" {one['answer']}") for one in json.loads((folder / f"{part}.json").read_text())[:most]]
+
+
+@torch.no_grad()
+def mean_score(model: nn.Module, tokenizer: Any, options: argparse.Namespace, folder: Path) -> float:
+    """Return the mean score of greedy answers, each as long as the longest answer there is."""
+    from treelora_cli.data.text_scores import score_text
+
+    pairs = read_answers(folder, "test", options.test_examples)
+    longest = max(len(tokenizer(answer)["input_ids"]) for _, answer in pairs) + 2
+    total = 0.0
+    for prompt, answer in pairs:
+        head = torch.tensor([tokenizer(prompt)["input_ids"][-options.max_length :]])
+        mask = torch.ones_like(head)
+        out = model.generate(input_ids=head, attention_mask=mask, max_new_tokens=longest, do_sample=False)  # type: ignore[operator]
+        said = tokenizer.decode(out[0, head.shape[1] :], skip_special_tokens=True)
+        total += score_text(TRACE_SCORES[folder.name], prompt, said.strip(), answer.strip())
+    return total / len(pairs)
 
 
 def padded(batch: list[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
@@ -246,7 +314,7 @@ def accuracy(model: nn.Module, tokenizer: Any, options: argparse.Namespace, fold
 def summary(matrix: list[list[float]], seconds: Seconds, peaks: Peaks, base: int) -> dict[str, Any]:
     """Return the figures, scores as shares."""
     last = matrix[-1]
-    dropped = [matrix[index][index] - last[index] for index in range(len(last) - 1)]
+    dropped = [row[index] - last[index] for index, row in enumerate(matrix[:-1]) if row]
     return {
         "op": sum(last) / len(last),
         "forgetting": sum(dropped) / len(dropped) if dropped else None,
@@ -262,15 +330,16 @@ def summary(matrix: list[list[float]], seconds: Seconds, peaks: Peaks, base: int
 def main() -> None:
     """Read the options and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("kind", choices=["images", "texts"])
+    parser.add_argument("kind", choices=["images", "texts", "answers"])
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--gguf")
     parser.add_argument("--tasks", type=int, default=10)
-    parser.add_argument("--only", default=",".join(TEXT_TASKS), help="texts: tasks in order, separated by commas")
+    parser.add_argument("--only", help="texts, answers: tasks in order, separated by commas")
     parser.add_argument("--per-class", type=int, default=500)
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--test-examples", type=int, default=200)
+    parser.add_argument("--score-last", action="store_true", help="texts, answers: score after the last task alone")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int)
@@ -280,7 +349,7 @@ def main() -> None:
     options = parser.parse_args()
     options.batch_size = options.batch_size or (64 if options.kind == "images" else 4)
     torch.manual_seed(options.seed)
-    run = images if options.kind == "images" else texts
+    run = {"images": images, "texts": texts, "answers": answers}[options.kind]
     print(json.dumps(run(options), indent=1))
 
 
