@@ -10,7 +10,7 @@ Symbols: ``B`` examples, ``T`` tokens, ``C`` width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treelora_backends.added_updates import AddedUpdates
 from treelora_backends.causal_lm.batches import (
     Batch,
     LabelledBatch,
@@ -87,6 +88,8 @@ class LmSession(LmSteps):
         self._keeping = Keeping.of(base.lm.device, config.train.keep_mib)
         self._entering: KeptRows | None = None
         self._halves: HalfWeights | None = None
+        self._added: AddedUpdates | None = None
+        self._recomputes = bool(config.train.grad_checkpointing)
         self._closed: dict[str, Tensor] = {}
         self.answers = answer_classes([task], config.train.class_weights)[torch.tensor(self.own)]
         weights = class_weights(config.train.class_weights, self.answers, len(task.labels), self.runtime)
@@ -280,12 +283,19 @@ class LmSession(LmSteps):
         """Yield places in this process's share for each step; the next step's states are read meanwhile."""
         yield from each_expected(self._entering, super().batches(epoch), self._tokens_of)
 
-    def _arithmetic(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
         """Return the context of a step in the chosen arithmetic; on a CPU bf16 is for frozen linear layers alone."""
-        if self.runtime.precision != "bf16" or self.base.lm.device.type != "cpu":
-            return self.runtime.autocast()
-        self._halves = self._halves or HalfWeights(self.base.lm.trained_part())
-        return self._halves.used()
+        with ExitStack() as stack:
+            if self.compilation.mode is None and not self._recomputes:
+                self._added = self._added or AddedUpdates(self.base.lm.trained_part())
+                stack.enter_context(self._added.used())
+            if self.runtime.precision == "bf16" and self.base.lm.device.type == "cpu":
+                self._halves = self._halves or HalfWeights(self.base.lm.trained_part())
+                stack.enter_context(self._halves.used())
+            else:
+                stack.enter_context(self.runtime.autocast())
+            yield
 
     # -- after training -------------------------------------------------------------------------------
 
