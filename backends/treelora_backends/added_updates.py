@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ def _is_plain(layer: LoraLinear) -> bool:
 
 def _added(layer: LoraLinear) -> Callable[..., Any]:
     name = next(iter(layer.lora_A))
-    frozen, down, up, scale = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+    frozen, scale = layer.base_layer, layer.scaling[name]
+    down, up = cast("nn.Linear", layer.lora_A[name]), cast("nn.Linear", layer.lora_B[name])
 
     def forward(inputs: Tensor, *others: Any, **named: Any) -> Any:
         if layer.disable_adapters or layer.merged or name not in layer.active_adapters or others or named:
