@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Cli, check_error, learned_hashes, make_images
+from conftest import Cli, check_error, child_environment, learned_hashes, make_images
 from interrupting import OPTIONS
 from test_vit_prompts import load
 from treelora_backends.vit import backend as module
@@ -77,6 +81,30 @@ def test_an_image_that_cannot_be_decoded_is_named_where_it_is_asked_for() -> Non
     assert pixels[torch.tensor([7])][0, 0, 0, 0] == 7
 
 
+def test_nothing_more_is_decoded_once_nobody_holds_the_images() -> None:
+    """The first two images wait until the rest was given up: only what had begun is decoded, and no thread is left."""
+    begun: list[int] = []
+    held = threading.Event()
+    before = set(threading.enumerate())
+
+    def decode(place: int) -> np.ndarray:
+        begun.append(place)
+        if len(begun) > 4:
+            held.wait(30)
+        return numbered(place)
+
+    pixels = PixelsAhead(200, (2, 2), decode)
+    expect(pixels, torch.arange(200))
+    assert len(pixels[torch.arange(4)]) == 4
+    del pixels
+    held.set()
+    until = time.monotonic() + 30
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < until, "a thread goes on"
+        time.sleep(0.001)
+    assert len(begun) <= 4 + 2 * (os.cpu_count() or 1)
+
+
 def test_work_in_threads_keeps_the_order_the_limit_and_the_first_error() -> None:
     begun: list[int] = []
 
@@ -136,3 +164,57 @@ def test_a_task_that_is_read_ahead_is_learned_alike_and_a_bad_image_commits_noth
     check_error(cli(*train, "--dry-run"), 4, r"pink/07\.png")
     assert learned_hashes(project) == before
     assert cli(*train, "--skip-bad").code == 0
+
+
+_DECODED_AHEAD = """
+import sys, time
+from treelora_backends.vit import backend, images
+from treelora_cli import app
+from treelora_cli.errors import DataError
+
+read, decode, marker, bad = backend.read_image_task, images.Preprocessing.to_pixels, sys.argv[1], sys.argv[2]
+
+def slowly(self, data, name):
+    if not bad:
+        time.sleep(0.1)
+        open(marker, "w").close()
+    if bad and bad in name:
+        raise DataError(f"{name}: cannot be decoded.")
+    return decode(self, data, name)
+
+backend.read_image_task = lambda *given, ahead: read(*given, ahead=True)
+images.Preprocessing.to_pixels = slowly
+app.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, None])
+def test_a_command_ends_at_once_while_images_are_decoded_ahead(
+    project: Path, tmp_path: Path, number: signal.Signals | None
+) -> None:
+    """Of 400 images of a tenth of a second each most are still to be decoded; ``None``: one of them is bad."""
+    more = make_images(tmp_path / "more", ["pink", "brown"], train=200, test=2)
+    before, marker = learned_hashes(project), tmp_path / "begun"
+    command = ["-C", str(project), "train-task", str(more), *OPTIONS]
+    child = subprocess.Popen(
+        [sys.executable, "-c", _DECODED_AHEAD, str(marker), "" if number else "pink/150.png", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=child_environment(),
+    )
+    while number is not None and not marker.exists() and child.poll() is None:
+        time.sleep(0.01)
+    began = time.monotonic()
+    if number is not None:
+        child.send_signal(number)
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == (130 if number else 4), said
+    assert "Traceback" not in said and "Unexpected" not in said
+    assert ("Interrupted" in said) == (number is not None)
+    assert ("pink/150.png: cannot be decoded." in said) == (number is None)
+    if number is not None:
+        assert time.monotonic() - began < 10, "the other images were decoded first"
+    assert learned_hashes(project) == before
+    assert list((project / ".treelora" / "run").iterdir()) == []

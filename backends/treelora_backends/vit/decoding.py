@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,7 +64,8 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], ahead: int = _AHEAD) 
 class PixelsAhead:
     """Images that are decoded once, when they are asked for or shortly before; meets ``Pixels``.
 
-    What cannot be decoded raises its error where it is asked for, and not before.
+    What cannot be decoded raises its error where it is asked for, and not before. Once nobody holds the images, as
+    after an error or Ctrl-C, no thread begins another.
 
     Args:
         count: Images.
@@ -79,6 +81,7 @@ class PixelsAhead:
         self._begun: dict[int, Future[None]] = {}
         self._next: Iterator[int] = iter(())
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def expect(self, rows: Tensor) -> None:
         """Decode ahead what is not there yet: places (n,) in the order in which they will be asked for."""
@@ -105,10 +108,7 @@ class PixelsAhead:
 
     def _begin(self, place: int) -> None:
         if place in self._missing and place not in self._begun:
-            self._begun[place] = self._pool.submit(self._fill, place)
-
-    def _fill(self, place: int) -> None:
-        self._pixels[place] = self._decode(place)
+            self._begun[place] = self._pool.submit(_fill, self._pixels, self._decode, place)
 
     def _end(self, place: int) -> None:
         """Wait for an image; one that was decoded is never decoded again."""
@@ -119,6 +119,11 @@ class PixelsAhead:
         del self._begun[place]
         if not self._missing:
             self._pool.shutdown(wait=False)
+
+
+def _fill(pixels: Bytes, decode: Callable[[int], Bytes], place: int) -> None:
+    """Decode an image; knows nothing of who asked for it, so that what waits in a queue keeps nobody alive."""
+    pixels[place] = decode(place)
 
 
 def expect(pixels: Pixels, rows: Tensor) -> None:
