@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from conftest import make_images
 
 from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.folders import _repeated
 from treelora_cli.data.images import list_images
 from treelora_cli.errors import DataError
 
@@ -61,3 +63,25 @@ def test_two_sizes_of_the_training_part_are_not_mixed(tmp_path: Path) -> None:
     (make_images(tmp_path / "large", ["red", "blue"], train=9, test=0) / "train").rename(tmp_path / "d/train")
     with pytest.raises(DataError, match=r"'train_mini' is no part that is known\. Give .*/d/train, or name"):
         list_images(DataRequest(tmp_path / "d"))
+
+
+def test_many_links_are_each_followed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing each with each took minutes for a class of some thousand linked images."""
+    pool, folder = tmp_path / "pool", tmp_path / "d"
+    pool.mkdir(), folder.mkdir()
+    for number in range(60):
+        (pool / f"{number:02}.png").write_bytes(b"")
+        (folder / f"a{number:02}.png").symlink_to(pool / f"{number // 2:02}.png")
+        (folder / f"b{number:02}.png").write_bytes(b"")
+    followed: list[str] = []
+    real, compared = os.path.realpath, Path.__eq__
+    pairs: list[object] = []
+    monkeypatch.setattr(os.path, "realpath", lambda path: (followed.append(str(path)), real(path))[1])
+    monkeypatch.setattr(Path, "__eq__", lambda self, other: (pairs.append(self), compared(self, other))[1])
+    found = _repeated(sorted(folder.iterdir()))
+    monkeypatch.undo()
+    assert {path.name: one for path, one in found.items()} == {
+        f"a{number:02}.png": f"a{number - 1:02}.png" for number in range(1, 60, 2)
+    }
+    assert len(followed) == 61, "each link, and the folder"
+    assert len(pairs) < 10 * 60

@@ -115,9 +115,11 @@ def _repeated(entries: Sequence[Path]) -> dict[Path, str]:
     links = [entry for entry in entries if entry.is_symlink()]
     if not links:
         return {}
-    first = {os.path.realpath(entry): entry for entry in reversed(entries) if entry in links}
-    first |= {os.path.realpath(entry): entry for entry in entries if entry not in links}
-    kept = {entry: first[os.path.realpath(entry)] for entry in links}
+    home, linked = os.path.realpath(links[0].parent), set(links)
+    leads = {entry: os.path.realpath(entry) for entry in links}
+    first = {leads[entry]: entry for entry in reversed(links)}
+    first |= {os.path.join(home, entry.name): entry for entry in entries if entry not in linked}
+    kept = {entry: first[leads[entry]] for entry in links}
     return {entry: one.name for entry, one in kept.items() if one != entry and not _of_tools(one)}
 
 
