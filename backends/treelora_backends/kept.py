@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treelora_cli.backend.runtime import wait_for
+from treelora_cli.backend.runtime import sent, wait_for
 from treelora_cli.errors import ResourceError
 
 T = TypeVar("T")
@@ -257,7 +257,7 @@ class _InMemory(_Store):
     def read(self, slots: Tensor) -> Tensor:
         """Gather."""
         if not self._values.is_pinned():
-            return self._values.index_select(0, slots.to(self._values.device))
+            return self._values.index_select(0, sent(slots, self._values.device))
         out = torch.empty(len(slots), *self._values.shape[1:], dtype=self._values.dtype, pin_memory=True)
         return torch.index_select(self._values, 0, slots, out=out)
 

@@ -52,6 +52,26 @@ def test_rows_are_read_from_anywhere_while_the_gpu_works(monkeypatch: pytest.Mon
     assert all(found.device.type == "cuda" for found in read)
 
 
+@pytest.fixture
+def no_waiting() -> Any:
+    """Whatever waits for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_batch_is_read_from_the_gpu_without_waiting_for_it(request: pytest.FixtureRequest) -> None:
+    kept = KeptRows(64, (65, 192), Keeping.of(CUDA, None))
+    rows = torch.randn(64, 65, 192, device=CUDA)
+    kept.write(torch.arange(64), rows)
+    request.getfixturevalue("no_waiting")
+    found = kept.read(torch.arange(0, 64, 2))
+    torch.cuda.set_sync_debug_mode("default")
+    assert kept.place == "device"
+    assert torch.equal(found, rows[::2].bfloat16())
+
+
 def test_little_is_kept_on_the_gpu_and_the_limit_holds() -> None:
     assert Keeping.of(CUDA, None).place(2**20) == "device"
     assert Keeping.of(CUDA, 1).place(2**20 + 1) == "file"

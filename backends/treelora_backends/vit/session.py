@@ -204,7 +204,7 @@ class VitSession:
             with self.runtime.autocast():
                 pooled = self.base.trunk.pooled(tokens)
             cosine = nn.functional.normalize(pooled - self.centre, dim=1) @ self.prototypes.T
-            yield nn.functional.cross_entropy(cosine / _TEMPERATURE, self.labels[rows])
+            yield nn.functional.cross_entropy(cosine / _TEMPERATURE, self.labels[sent(rows, self.device)])
 
     # -- training -------------------------------------------------------------------------------------
 
