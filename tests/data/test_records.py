@@ -264,7 +264,18 @@ def test_roles_by_other_names(read, user, assistant, key):
     assert (style, one.turns, one.answer) == ("chat", (Turn("user", "Hi"),), "Ho")
 
 
-@pytest.mark.parametrize("silent", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"loss": 0}])
+@pytest.mark.parametrize(
+    "silent",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"weight": "0.0"},
+        {"train": False},
+        {"train": "false"},
+        {"loss": False},
+        {"loss": 0},
+    ],
+)
 def test_messages_that_are_not_to_be_learned(read, silent):
     turns = [("user", "a", {}), ("assistant", "b", silent), ("user", "c", {}), ("assistant", "d", {})]
     one, _, _ = read({"messages": [{"role": role, "content": text, **more} for role, text, more in turns]})
@@ -400,6 +411,8 @@ def test_records_that_fit_no_shape_are_refused_with_their_line(read, record, mes
         ),
         ({"topic": "x", "input": "[|Human|] Hi [|AI|] Ho"}, "with --map input=text$"),
         ({"id": "7", "data": ["Hi", "Ho"]}, r"label or text\.$"),
+        ({"content": "def f(): pass", "path": "a.py"}, "Try --map content=text$"),
+        ({"ID": 1, "Joke": "Ha."}, "Try --map Joke=text$"),
         ({"tokens": ["A", "b"], "ner_tags": [0, 1]}, r"label or text\.$"),
         ({"qid": 1, "question": "Q", "response_j": "a", "response_k": "b"}, "--map question=prompt --map response_j=a"),
         (
@@ -415,6 +428,16 @@ def test_records_that_fit_no_shape_are_refused_with_their_line(read, record, mes
 def test_the_hint_for_unknown_columns_can_be_typed(read, record, hint):
     with pytest.raises(DataError, match=hint):
         read(record)
+
+
+def test_weights_of_examples_are_named_as_not_used(read):
+    _, _, notes = read({"prompt": "a", "answer": "b", "weight": 0}, {"prompt": "a", "answer": "b", "weight": 1})
+    assert notes == ("Column 'weight' is not used: every example counts alike.",)
+
+
+def test_a_record_nested_deeply_beside_a_chat_is_read(read):
+    one, _, notes = read({"messages": CHAT, "more": json.loads("[" * 900 + '"t"' + "]" * 900)})
+    assert (one.answer, notes) == ("y", ("Read: messages. Not used, though there is text in it: more.",))
 
 
 @pytest.mark.parametrize("called", ["f", None, 3, ["f"]])

@@ -49,8 +49,12 @@ def test_settings_that_are_said_to_have_a_flag_have_one(cli: Cli) -> None:
     assert [name for name in sorted(WITH_FLAG) if f"--{name.replace('_', '-')} " not in shown] == []
 
 
-def test_name_and_data_may_be_repeated(cli: Cli, interrupted: Path, more: Path) -> None:
-    assert cli("-C", interrupted, "train-task", more, "--name", "more", "--resume", *OPTIONS).code == 0
+def test_name_and_data_may_be_repeated(cli: Cli, interrupted: Path, more: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(more)
+    other = cli("-C", interrupted, "train-task", tmp_path, "--resume", "--device", "cpu")
+    check_error(other, 2, rf"The interrupted task's data is {more}, not {tmp_path}\.")
+    more = tmp_path / "link"
+    assert cli("-C", interrupted, "train-task", more, "--name", "More", "--resume", *OPTIONS).code == 0
 
 
 def test_data_that_moved_meanwhile_is_found_where_it_is_said_to_be(
@@ -142,6 +146,14 @@ def test_another_task_does_not_drop_the_interrupted_one(cli: Cli, interrupted: P
     assert cli(*other, "--dry-run").code == 0
     assert cli(*other, "--abandon").code == 0
     check_error(cli("-C", interrupted, "train-task", "--resume"), 3, r"No interrupted task to resume\.")
+
+
+def test_an_interrupted_task_is_given_up_alone(cli: Cli, interrupted: Path) -> None:
+    done = cli("-C", interrupted, "train-task", "--abandon")
+    assert (done.code, done.out) == (0, "Given up: 'more'.\n")
+    check_error(cli("-C", interrupted, "train-task", "--resume"), 3, r"No interrupted task to resume\.")
+    check_error(cli("-C", interrupted, "train-task", "--abandon"), 2, r"No task was interrupted; there is nothing")
+    assert cli("-C", interrupted, "doctor").code == 0
 
 
 def test_what_was_interrupted_at_another_state_is_in_nobodys_way(cli: Cli, interrupted: Path, data: Path) -> None:

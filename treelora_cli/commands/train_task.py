@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -65,7 +66,9 @@ def train_task(
     device: options.Device = None,
     settings: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted task.")] = False,
-    abandon: Annotated[bool, typer.Option("--abandon", help="Give up the task that was interrupted.")] = False,
+    abandon: Annotated[
+        bool, typer.Option("--abandon", help="Give up the task that was interrupted; with DATA learn that instead.")
+    ] = False,
     accept: Annotated[bool, typer.Option("--accept", help="Commit the task that its gate refused.")] = False,
     drop: Annotated[bool, typer.Option("--drop", help="Delete the task that its gate refused.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and sample; learn nothing.")] = False,
@@ -88,6 +91,11 @@ def train_task(
         if data is not None or resume or accept == drop:
             raise UsageError("--accept or --drop stands alone: it decides on the task that waits.")
         _decide(session, accept=accept)
+        return
+    if abandon and not (data or resume or dry_run):
+        with session.project().lock("train-task --abandon") as project:
+            gone = project.abandon()
+        session.output.result({"abandoned": gone}, f"Given up: '{gone}'.")
         return
     flags = from_flags(
         budget=budget,
@@ -194,7 +202,7 @@ def _interrupted(
     facts = project.checkpoint.facts()
     if facts is None:
         raise ProjectError("No interrupted task to resume. Run: treelora train-task DATA")
-    if name not in (None, facts["task"]):
+    if name is not None and name.lower() != str(facts["task"]).lower():
         raise UsageError(f"The interrupted task is '{facts['task']}', not '{name}'.")
     try:
         request = replace(DataRequest.from_json(followed(facts["request"], project.root)), test_only=False)
@@ -223,7 +231,7 @@ def _still_there(request: DataRequest, data: list[Path]) -> DataRequest:
         if given and given != known:
             return moved(request, given)
         raise DataError(f"{error} If it has moved, say where it is now: treelora train-task --resume DATA") from error
-    if given and given != [lasting(path) for path in known]:
+    if given and [os.path.realpath(path) for path in given] != [os.path.realpath(path) for path in known]:
         shown = " ".join(map(str, known))
         raise UsageError(f"The interrupted task's data is {shown}, not {' '.join(map(str, data))}.")
     return request

@@ -20,7 +20,8 @@ _PERHAPS_ANSWERS = (*ANSWERS, "output", "target", *LABELS, "summary", "solution"
 _PERHAPS_ASKED = ("prompt", "question", "query", "input", "problem")
 _FEW, _HEADS = 2, 3
 _ID = re.compile(
-    r"(.*[_ -])?(id|idx|index|uuid|guid|hash|number|no|nr)|[a-z]?id|#|unnamed: ?\d+|source|url|split|topic"
+    r"(.*[_ -])?(id|idx|index|uuid|guid|hash|number|no|nr)|[a-z]?id|#|unnamed: ?\d+"
+    r"|source|url|split|topic|path|file|filename|repo|license|language|timestamp|date"
 )
 """Names of columns that say which example it is, or where it is from."""
 _SPEAKERS = tuple(
@@ -97,8 +98,10 @@ def _hint(rows: Sequence[Row]) -> str:
     begun = next((name for name in likely if name.lower().startswith(ANSWERS)), None)
     answer = answer or label or begun or next(iter(likely[1:]), None)
     question = _question(rows, [name for name in likely if name != answer])
-    if answer is None or question is None:
+    if question is None:
         return ""
+    if answer is None:
+        return f" Try {_mapped(question, 'text')}"
     wanted = ("text", "label") if label else ("prompt", "answer")
     pairs = [(source, name) for source, name in zip((question, answer), wanted, strict=True) if source != name]
     return " Try " + " ".join(_mapped(*pair) for pair in pairs)

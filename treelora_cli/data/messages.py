@@ -37,6 +37,7 @@ _PAIRED = (
 _CALLS = "function_call"
 _REASONING = "reasoning"
 """What some servers call ``reasoning_content``."""
+_NOT_LEARNED = {"0", "0.0", "false", "no"}
 _SWITCHES = ("train", "loss", "train_on_turn")
 """What other tools call the weight of a message."""
 _READ = {*_WHO, *_WHAT, *_EXTRA, *_SWITCHES, _CALLS, _REASONING, "weight", "refusal", "id"}
@@ -226,7 +227,7 @@ def _written_calls(content: str) -> list[dict[str, Any]]:
 
 def _is_learned(message: Mapping[str, Any]) -> bool:
     """Return whether a message is to be learned: a weight of 0, ``train: false`` and ``loss: false`` say no."""
-    return message.get("weight") not in (0, "0") and not any(message.get(key) in (False, 0) for key in _SWITCHES)
+    return not any(str(message.get(key)).strip().lower() in _NOT_LEARNED for key in ("weight", *_SWITCHES))
 
 
 def _content(value: Any, where: str) -> str:

@@ -54,7 +54,7 @@ from treelora_cli.data.messages import (
     unread_keys,
     waits_for_answer,
 )
-from treelora_cli.data.tables import Row
+from treelora_cli.data.tables import Row, texts_in
 from treelora_cli.errors import SKIP_BAD, DataError
 
 _FEW, _SHORT = 64, 60
@@ -157,11 +157,7 @@ def _unread_in(name: Any, value: Any) -> list[str]:
 
 
 def _holds_text(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return any(_holds_text(one) for one in value)
-    return isinstance(value, str) and bool(value.strip())
+    return any(text.strip() for text in texts_in(value, keys=False))
 
 
 def _first(names: set[Any], wanted: Sequence[str]) -> str | None:

@@ -152,11 +152,22 @@ def check_text(row: Row) -> None:
 
 
 def _writable(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in value)
-    if isinstance(value, dict):
-        return all(_writable(part) for pair in value.items() for part in pair)
-    return not isinstance(value, list) or all(_writable(part) for part in value)
+    return not any(
+        not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text) for text in texts_in(value)
+    )
+
+
+def texts_in(value: Any, *, keys: bool = True) -> Iterator[str]:
+    """Yield every text in a value, with or without the keys of records, however deep it is nested."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            waiting += [*(one if keys else ()), *one.values()]
+        elif isinstance(one, list):
+            waiting += one
 
 
 # -- formats --------------------------------------------------------------------------------------

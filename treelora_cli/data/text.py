@@ -42,6 +42,7 @@ from treelora_cli.errors import DataError, skipped, suggest
 
 _CLOSED_ANSWERS, _CLOSED_LENGTH, _CLOSED_REPEATS = 32, 60, 5
 _SHORT_WORDS = 5
+_WEIGHTS = ("weight", "weights", "sample_weight", "loss_mask")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def list_texts(request: DataRequest) -> TextListing:
         if names is None:
             train_rows, test_rows = _in_one_spelling(train_rows, test_rows, shape.label, notes)
     notes += _unused(train_rows or test_rows, shape, request.columns)
+    notes += _weights(train_rows or test_rows, shape)
     prefix = request.label_prefix or ""
     labels = None if names is None else tuple(prefix + name for _, name in sorted(names[1].items()))
     train = _examples(train_rows, shape, labels, request, notes)
@@ -228,6 +230,12 @@ def _unused(rows: Sequence[Row], shape: Shape, columns: Mapping[str, str]) -> li
         read = ", ".join(str(name) for name in plain[0].values if name in better.used)
         more = f" Without --map these are read: {read}."
     return [f"Read: {', '.join(used)}. Not used, though there is text in it: {', '.join(names)}.{more}"]
+
+
+def _weights(rows: Sequence[Row], shape: Shape) -> list[str]:
+    """Return a line on a column by which other tools weigh examples."""
+    found = [name for name in _WEIGHTS if name in rows[0].values and name not in shape.used]
+    return [f"Column '{found[0]}' is not used: every example counts alike."] if found else []
 
 
 def _read(row: Row, shape: Shape) -> TextExample:

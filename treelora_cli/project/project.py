@@ -160,7 +160,7 @@ class Project(Contents):
         if facts is not None:
             raise ProjectError(
                 f"Task '{facts['task']}' was interrupted after step {facts['step']} and would be lost."
-                " Continue it: treelora train-task --resume. Or give it up: --abandon."
+                " Continue it: treelora train-task --resume. Or give it up: train-task --abandon."
             )
 
     def lock_holder(self) -> str | None:
@@ -258,6 +258,22 @@ class Project(Contents):
         with suppress(DamagedError):  # of an earlier state: what it needs is not known, so nothing else goes
             self._writer.drop_unneeded(self.state)
         return None if waiting is None else waiting.task
+
+    def abandon(self) -> str:
+        """Delete the checkpoint of a task that was interrupted; the caller holds the lock.
+
+        Returns:
+            The task's name.
+
+        Raises:
+            UsageError: None was interrupted.
+        """
+        facts = self.checkpoint.facts()
+        if facts is None:
+            raise UsageError("No task was interrupted; there is nothing to give up.")
+        self.checkpoint.clear()
+        self.step_log.clear()
+        return str(facts["task"])
 
     def set_watch(self, sets: Sequence[WatchSet]) -> Project:
         """Replace the watch sets; the caller holds the lock."""
