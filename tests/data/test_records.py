@@ -483,6 +483,25 @@ def test_chats_that_wait_for_an_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "Be kind.", "messages": [{"role": "user", "content": "Hi"}]},
+        {"system_prompt": "Be kind.", "conversations": [{"from": "human", "value": "Hi"}]},
+        {
+            "systemInstruction": {"parts": [{"text": "Be kind."}]},
+            "contents": [{"role": "user", "parts": [{"text": "Hi"}]}],
+        },
+        {"Messages": json.dumps([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}])},
+    ],
+)
+def test_a_system_prompt_beside_messages_is_asked_with(tmp_path, record):
+    for name, content in (("c.json", json.dumps(record)), ("c.jsonl", json.dumps(record) + "\n" + json.dumps(record))):
+        (tmp_path / name).write_text(content)
+        chats = read_chats(tmp_path / name)
+        assert chats == [[Turn("system", "Be kind."), Turn("user", "Hi")]] * len(chats)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{}", "c.json: expected a list of messages"),

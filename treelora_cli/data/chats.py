@@ -8,7 +8,7 @@ from typing import Any
 
 from treelora_cli.backend.values import Turn
 from treelora_cli.data.files import lines_of
-from treelora_cli.data.messages import read_messages
+from treelora_cli.data.messages import is_chat, read_messages
 from treelora_cli.data.paths import existing
 from treelora_cli.errors import DataError
 
@@ -53,4 +53,4 @@ def _parsed(line: str, where: str) -> Any:
 
 
 def _holds_messages(one: Any) -> bool:
-    return isinstance(one, list) or (isinstance(one, dict) and "messages" in one)
+    return isinstance(one, list) or (isinstance(one, dict) and ("messages" in one or any(map(is_chat, one.values()))))

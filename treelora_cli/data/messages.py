@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from treelora_cli.backend.values import Turn
-from treelora_cli.data.columns import CHATS
+from treelora_cli.data.columns import CHATS, in_known_names
 from treelora_cli.data.examples import TextExample, chat_example
 from treelora_cli.data.tables import Row
 from treelora_cli.errors import SKIP_BAD, DataError
@@ -164,17 +164,23 @@ def _by_turns(texts: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def read_messages(messages: Any, where: str) -> list[Turn]:
-    """Read messages that wait for an answer.
+    """Read messages that wait for an answer: a list of them, or a record that holds it, beside ``system`` or not.
 
     Raises:
         DataError: They are no messages, or end with the assistant's.
     """
+    system = ""
     if isinstance(messages, dict):
-        column = next((name for name in CHATS if name in messages), None)
-        messages = messages if column is None else messages[column]
+        (row,) = in_known_names([Row(messages, where)])
+        waiting = [name for name, value in row.values.items() if waits_for_answer(value)]
+        column = next((name for name in (*CHATS, *waiting) if name in row.values), None)
+        system = system_text(row.values.get("system"), where)
+        messages = messages if column is None else _turned(_from_json(row.values[column], row, column))
     if not is_chat(messages):
         raise DataError(f"{where}: expected a list of messages with role and content.")
     turns = _turns(messages, where)
+    if system and turns[0].role != "system":
+        turns.insert(0, Turn("system", system))
     if turns[-1].role in ("assistant", "system"):
         raise DataError(f"{where}: the last message is by '{turns[-1].role}'; there is nothing to answer.")
     return turns
