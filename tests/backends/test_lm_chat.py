@@ -1,5 +1,6 @@
 """Chats as models' templates write them: what is read, what is learned, where an answer ends."""
 
+import io
 import json
 
 import numpy as np
@@ -343,6 +344,18 @@ def test_messages_are_answered(project, tmp_path, capsys):
     path.write_text(json.dumps([{"role": "system", "content": "Be rude."}, {"role": "user", "content": "grass?"}]))
     found = predictions(capsys, "-C", project, "predict", "--messages", path)
     assert [(one["input"], one["output"], one["task"]) for one in found] == [("grass?", "bad", "rude")]
+
+
+def test_a_table_asks_with_the_system_prompts_in_it(project, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "d.csv"
+    path.write_text("system,prompt\nBe kind.,apple?\nBe rude.,apple?\n")
+    found = predictions(capsys, "-C", project, "predict", path)
+    assert [(one["output"], one["task"]) for one in found] == [("red", "kind"), ("sad", "rude")]
+    assert run("-C", project, "predict", path, "--system", "Be kind.") == 2
+    assert "INPUT has system prompts of its own; leave out --system." in capsys.readouterr().err
+    chat = json.dumps([{"role": "system", "content": "Be rude."}, {"role": "user", "content": "grass?"}])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(chat.encode())))
+    assert [one["output"] for one in predictions(capsys, "-C", project, "predict", "--messages", "-")] == ["bad"]
 
 
 def test_what_cannot_be_asked(project, tmp_path, capsys):

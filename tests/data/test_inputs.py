@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import picture
 
+from treelora_cli.backend.values import Turn
 from treelora_cli.data.inputs import image_inputs, text_inputs
 from treelora_cli.errors import DataError
 
@@ -170,3 +171,11 @@ def test_standard_input_without_a_picture(folder: Path) -> None:
     with pytest.raises(DataError, match=r"Standard input is empty: give an image, or paths"):
         image_inputs(["-"], lambda: b"")
     assert image_inputs([f"file://{folder}/in/b.png"], nothing) == [f"{folder}/in/b.png"]
+
+
+def test_a_record_with_a_system_prompt_is_a_chat(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("System,prompt\nBe kind.,Hi\n,Ho\n")
+    kind = [Turn("system", "Be kind."), Turn("user", "Hi")]
+    assert text_inputs([str(tmp_path / "d.csv")], nothing) == [kind, "Ho"]
+    record = b'{"system_prompt": "Be kind.", "instruction": "Hi", "input": "", "output": "x"}\n'
+    assert text_inputs(["-"], lambda: record) == [kind]

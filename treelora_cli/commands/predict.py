@@ -28,7 +28,10 @@ def predict(
         ),
     ] = None,
     messages: Annotated[
-        Path | None, typer.Option(help="JSON of a chat's messages, or JSONL with a chat a line, to be answered.")
+        Path | None,
+        typer.Option(
+            help="JSON of a chat's messages, or JSONL with a chat a line, to be answered; - is standard input."
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt of every INPUT; else its task's own.")] = None,
     inference: options.Inference = None,
@@ -53,7 +56,7 @@ def predict(
         hint = suggest(output_format, FORMATS)
         raise UsageError(f"--format is one of {', '.join(FORMATS)}; got '{output_format}'{hint}.")
     project = session.opened(device)
-    given = _written_out(project, inputs or []) if project.tasks else inputs or []
+    given: Sequence[str | Sequence[Turn]] = _written_out(project, inputs or []) if project.tasks else inputs or []
     asked = _asked(given, messages, system)
     tree = project.tree if explain else None
     beside = None if tree is None else leaves(tree, project.tasks)
@@ -90,26 +93,38 @@ def _show(
         session.output.line(csv_line(shape.cells(*pair)) if output_format == "csv" else json_line(shape.record(*pair)))
 
 
-def _written_out(project: Project, inputs: Sequence[str]) -> list[str]:
+def _written_out(project: Project, inputs: Sequence[str]) -> Sequence[str | Sequence[Turn]]:
     """Return each image file or prompt that inputs mean, before any model is loaded."""
     from treelora_cli.data.inputs import image_inputs, text_inputs
 
-    return (image_inputs if project.takes_images else text_inputs)(inputs, lambda: sys.stdin.buffer.read())
+    def standard_input() -> bytes:
+        return sys.stdin.buffer.read()
+
+    return image_inputs(inputs, standard_input) if project.takes_images else text_inputs(inputs, standard_input)
 
 
-def _asked(inputs: Sequence[str], messages: Path | None, system: str | None) -> Sequence[str | Sequence[Turn]]:
+def _asked(
+    inputs: Sequence[str | Sequence[Turn]], messages: Path | None, system: str | None
+) -> Sequence[str | Sequence[Turn]]:
     """Return what is to be answered: prompts as typed, or chats where a system prompt or messages are given."""
     from treelora_cli.backend.values import Turn
-    from treelora_cli.data.chats import read_chats
+    from treelora_cli.data.chats import chats_in, read_chats
+    from treelora_cli.data.inputs import STANDARD_INPUT
 
     if not inputs and messages is None:
         raise UsageError("predict needs INPUT, or --messages FILE.")
     if system is not None and not system.strip():
         raise UsageError("--system is empty.")
-    chats = [] if messages is None else read_chats(messages)
+    chats: list[list[Turn]] = []
+    if messages is not None:
+        from_input = str(messages) == STANDARD_INPUT
+        chats = chats_in(sys.stdin.buffer.read(), "standard input") if from_input else read_chats(messages)
+    asked = [*inputs, *chats]
     if system is None:
-        return [*inputs, *chats]
+        return asked
     opening = Turn("system", system)
-    if any(chat[0].role == "system" for chat in chats):
-        raise UsageError(f"{messages} has system prompts of its own; leave out --system.")
-    return [[opening, Turn("user", text)] for text in inputs] + [[opening, *chat] for chat in chats]
+    own = next((place for place, one in enumerate(asked) if not isinstance(one, str) and one[0].role == "system"), None)
+    if own is not None:
+        held = "INPUT" if own < len(inputs) else str(messages)
+        raise UsageError(f"{held} has system prompts of its own; leave out --system.")
+    return [[opening, Turn("user", one)] if isinstance(one, str) else [opening, *one] for one in asked]

@@ -20,14 +20,21 @@ def read_chats(path: Path) -> list[list[Turn]]:
         DataError: No such file, or no messages that wait for an answer; names file and line.
     """
     try:
-        text = existing(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}).") from error
+        data = existing(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    found = [read_messages(chat, where) for chat, where in _chats(text, path.name)]
+    return chats_in(data, str(path))
+
+
+def chats_in(data: bytes, name: str) -> list[list[Turn]]:
+    """As ``read_chats``, of a file's content; ``name`` is for messages."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 text (byte {error.start}).") from error
+    found = [read_messages(chat, where) for chat, where in _chats(text, Path(name).name)]
     if not found:
-        raise DataError(f"{path} holds no messages.")
+        raise DataError(f"{name} holds no messages.")
     return found
 
 

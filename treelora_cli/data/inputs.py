@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from treelora_cli.data.columns import ASKED, TEXTS
+from treelora_cli.backend.values import Turn
+from treelora_cli.data.columns import ASKED, TEXTS, in_known_names
 from treelora_cli.data.files import decode, lines_of
 from treelora_cli.data.folders import Passed, scan
+from treelora_cli.data.messages import system_text
 from treelora_cli.data.paths import existing, expanded, is_address, is_pattern, named_file, without_scheme
 from treelora_cli.data.pixels import is_image, looks_like_image
 from treelora_cli.data.records import prompt_of
@@ -88,21 +90,22 @@ def as_typed(pattern: str) -> list[Path]:
     return found if Path(pattern).is_absolute() else [Path(os.path.relpath(path)) for path in found]
 
 
-def text_inputs(inputs: Sequence[str], standard_input: Callable[[], bytes]) -> list[str]:
+def text_inputs(inputs: Sequence[str], standard_input: Callable[[], bytes]) -> list[str | list[Turn]]:
     """Return the prompts that inputs mean: texts as typed, tables and text files that exist, folders of texts, ``-``.
 
-    A text file holds a prompt a line, a file in a folder is one prompt. ``-`` reads one prompt, or JSONL.
+    A text file holds a prompt a line, a file in a folder is one prompt. ``-`` reads one prompt, or JSONL. A record with
+    a system prompt is a chat.
 
     Raises:
         DataError: A table without prompts, an empty folder, or text that cannot be read.
     """
     found = [text for one in inputs for text in _texts(one, standard_input)]
-    if not all(text.strip() for text in found):
+    if not all(text.strip() for text in found if isinstance(text, str)):
         raise DataError("A prompt is empty: give a text, a table of prompts, or a folder of texts.")
     return found
 
 
-def _texts(one: str, standard_input: Callable[[], bytes]) -> Iterator[str]:
+def _texts(one: str, standard_input: Callable[[], bytes]) -> Iterator[str | list[Turn]]:
     if one == STANDARD_INPUT:
         text = decode(standard_input(), Path("standard input"), [], western=True)
         records = _records_in(text)
@@ -139,10 +142,12 @@ def _named_texts(one: str) -> list[Path]:
     return [path] if path.is_dir() or (looks and path.is_file()) else []
 
 
-def _prompt_of(row: Row) -> str:
-    """Return the prompt in a record, as it is learned from a record with an answer."""
+def _prompt_of(row: Row) -> str | list[Turn]:
+    """Return the prompt in a record, as it is learned from a record with an answer; a chat where it has a system's."""
     check_text(row)
-    return prompt_of(row) or _text_of(row, PROMPTS, "prompt")
+    prompt = prompt_of(row) or _text_of(row, PROMPTS, "prompt")
+    system = system_text(in_known_names([row])[0].values.get("system"), row.where)
+    return [Turn("system", system), Turn("user", prompt)] if system else prompt
 
 
 def _text_of(row: Row, columns: Sequence[str], wanted: str) -> str:
