@@ -63,6 +63,8 @@ def test_standard_input_holds_an_image_or_paths_or_jsonl(folder: Path) -> None:
     wanted = ["in/b.png", "in/a.JPG"]
     assert image_inputs(["-"], lambda: b"in/b.png\n\nin/a.JPG\n") == wanted
     assert image_inputs(["-"], lambda: b'{"path": "in/b.png"}\n{"image": "in/a.JPG"}\n') == wanted
+    for written in (b"in/b.png\0in/a.JPG\0", b'"in/b.png"\r\n"in\\a.JPG"\r\n'.replace(b"\\", b"/")):
+        assert image_inputs(["-"], lambda written=written: written) == wanted
     with pytest.raises(DataError, match=r"^standard input:2: x\.png not found\."):
         image_inputs(["-"], lambda: b"in/b.png\nx.png\n")
 

@@ -231,3 +231,13 @@ def test_many_columns_are_not_all_listed(tmp_path: Path) -> None:
     head = ",".join(["digit", *(f"pixel{place}" for place in range(784))])
     with pytest.raises(DataError, match=r"^Found digit, pixel0, .* pixel18, \.\.\.\. This project's backend is vit"):
         listed(written(tmp_path / "d.csv", f"{head}\n" + ",".join(["0"] * 785)))
+
+
+def test_a_path_from_elsewhere_is_refused_with_what_is_here(tmp_path: Path) -> None:
+    images_in(tmp_path / "my images", "a.png")
+    (tmp_path / "l.csv").write_text("path,label\n/content/drive/my images/a.png,cat\n")
+    line = r"^l\.csv:2: /content/drive/my images/a\.png not found\. .* There is my images/a\.png: leave out what"
+    with pytest.raises(DataError, match=line):
+        listed(tmp_path / "l.csv")
+    (tmp_path / "l.csv").write_text("path,label\nmy%20images/a.png,cat\n")
+    assert [item.label for item in listed(tmp_path / "l.csv").train] == ["cat"]

@@ -198,6 +198,7 @@ def test_unsup_is_no_label_and_files_may_have_no_ending(tmp_path: Path) -> None:
             "ham\thello\nspam\twin\n",
             r"every line has as many tabs\. .* pass --format tsv --map 1=label --map 2=text; .* pass --format text\.",
         ),
+        ("text\tlabel\nhello\tham\n", r"every line has as many tabs\. The first names columns: pass --format tsv; if"),
         ('{"prompt": "a"}\n{"prompt": "b"}\n', r"every line is a JSON record\. Pass --format jsonl"),
         ("__label__pos good\n__label__neg bad\n", r"every line begins with __label__\. Write it as a table"),
     ],

@@ -185,7 +185,8 @@ def _parsed(line: str) -> Any:
 def _rows_or_lines(data: bytes, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield each line of standard input, or the text in a record on it, and where it stands."""
     text = decode(data, Path("standard input"), [], western=True)
-    for number, line in enumerate(lines_of(text), start=1):
+    lines = text.split("\0") if "\0" in text else lines_of(text)  # what find -print0 writes
+    for number, line in enumerate(lines, start=1):
         record, where = _parsed(line), f"standard input:{number}"
         if isinstance(record, dict):
             yield _text_of(Row(record, where), columns, columns[0]), where

@@ -110,15 +110,26 @@ def named_file(folder: Path, name: str, where: str, beside: str = "the table's f
     if is_address(name.strip()):
         raise DataError(f"{where}: {name[:80]} is an address; only local files are read. Download it first.")
     plain = without_scheme(name.strip())
-    spellings = (name, plain, plain.replace("\\", "/"))
+    spellings = (name, plain, plain.replace("\\", "/"), plain.strip("\"'"), unquote(plain))
     try:
         found = next((folder / one for one in spellings if (folder / one).is_file()), None)
     except (OSError, ValueError) as error:  # too long, or with a NUL
         raise DataError(f"{where}: {name[:80]!r} is no path ({getattr(error, 'strerror', None) or error}).") from error
     found = found or _differently_spelled(folder, plain.replace("\\", "/"))
     if found is None:
-        raise DataError(f"{where}: {name[:200]} not found. Paths are relative to {beside}.")
+        raise DataError(f"{where}: {name[:200]} not found. Paths are relative to {beside}.{_moved(folder, plain)}")
     return found
+
+
+def _moved(folder: Path, name: str) -> str:
+    """Return what to do where a folder on the way to a file is another one now, as after a copy from elsewhere."""
+    parts = Path(name.replace("\\", "/")).parts
+    ends = (Path(*parts[place:]) for place in range(1, len(parts)))
+    try:
+        end = next((one for one in ends if (folder / one).is_file()), None)
+    except (OSError, ValueError):
+        return ""
+    return "" if end is None else f" There is {end}: leave out what stands before it."
 
 
 def _differently_spelled(folder: Path, name: str) -> Path | None:

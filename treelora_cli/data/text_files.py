@@ -78,6 +78,9 @@ def _refuse_table(path: Path, lines: Sequence[str]) -> None:
         seen, advice = "begins with __label__", "Write it as a table with a head: label, text"
     elif len(lines) > 1 and len(tabs) == 1 and tabs != {0}:
         seen, advice = "has as many tabs", "If they divide columns, pass --format tsv --map 1=label --map 2=text"
+        names = dict.fromkeys(lines[0].split("\t"), "")
+        if {"label", "text", "answer", "messages"} & set(in_known_names([Row(names, "")])[0].values):
+            advice = "The first names columns: pass --format tsv"
     else:
         return
     raise DataError(f"{path}: every line {seen}. {advice}; if lines are texts to learn, pass --format text.")

@@ -30,10 +30,12 @@ def check_task_name(name: str) -> str:
     Raises:
         UsageError: Not letters, digits, ``.``, ``_``, ``-``, starting with a letter or digit, at most 64.
     """
-    if not _TASK_NAME.fullmatch(name) or name.lower().split(".")[0] in _DEVICE_NAMES or name.endswith("."):
+    if name.lower().split(".")[0] in _DEVICE_NAMES:
+        raise UsageError(f"Task name {name!r} is not allowed: Windows keeps it for a device. Give another with --name.")
+    if not _TASK_NAME.fullmatch(name) or name.endswith("."):
         raise UsageError(
             f"Task name {name!r} is not allowed: use letters, digits, '.', '_' and '-', at most 64."
-            " Give one with --name."
+            " Letters are A to Z, first stands a letter or digit, and last no '.'. Give one with --name."
         )
     return name
 
