@@ -161,3 +161,8 @@ def test_answers_without_an_end_are_said_before_anything_is_learned(
         "18 of 18 training answers have no end (the tokenizer names no end token): what is generated runs to its limit."
     )
     assert said == ([line] if endless else [])
+
+
+def test_a_language_model_given_to_the_backend_of_images_is_named(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    done = cli("init", tmp_path / "p", "--model", llama, "--backend", "vit", "--device", "cpu")
+    check_error(done, 5, r" is LlamaForCausalLM of transformers, a language model: pass --backend causal-lm$")

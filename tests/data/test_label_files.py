@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import picture
 
 from treelora_cli.backend.values import DataRequest
+from treelora_cli.data.images import list_images
 from treelora_cli.data.text import list_texts
 from treelora_cli.errors import DataError
 
@@ -80,3 +82,18 @@ def test_a_file_that_may_name_numbers_is_pointed_out(tmp_path: Path, name: str) 
     found = list_texts(DataRequest(tmp_path / "d.csv", held_out=0.0))
     assert found.labels == ("0", "1")
     assert f"If {name} beside them says what they mean: --label-names {tmp_path / name}" in found.notes[0]
+
+
+def test_class_folders_called_by_numbers_are_named(tmp_path: Path) -> None:
+    for number in "01":
+        (tmp_path / "d/train" / number).mkdir(parents=True)
+        picture("red", int(number), size=4).save(tmp_path / "d/train" / number / "a.png")
+    (tmp_path / "d/classes.txt").write_text("cat\ndog\n")
+    found = list_images(DataRequest(tmp_path / "d", held_out=0.0))
+    assert found.labels == ("0", "1")
+    assert any("If classes.txt beside them says what they mean: --label-names" in note for note in found.notes)
+    named = list_images(DataRequest(tmp_path / "d", held_out=0.0, label_names=tmp_path / "d/classes.txt"))
+    assert [(item.label, Path(item.name).parent.name) for item in named.train] == [("cat", "0"), ("dog", "1")]
+    (tmp_path / "n.txt").write_text("0: cat\n2: dog\n")
+    with pytest.raises(DataError, match=r"/1/a\.png: label 1 is not among the 2 names in .*n\.txt"):
+        list_images(DataRequest(tmp_path / "d", held_out=0.0, label_names=tmp_path / "n.txt"))

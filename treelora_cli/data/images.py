@@ -20,14 +20,15 @@ from treelora_cli.data.held_out import (
     set_aside,
     set_aside_by_position,
 )
+from treelora_cli.data.label_files import label_names, named, names_beside
 from treelora_cli.data.labels import are_numbers
-from treelora_cli.data.layout import NoLabelError, read_layout
+from treelora_cli.data.layout import Labelled, NoLabelError, read_layout
 from treelora_cli.data.manifests import WRONG_KIND, ImageItem, Parts, read_manifest, read_manifests
 from treelora_cli.data.names import is_text, label_key, one_spelling, tidy_label
 from treelora_cli.data.paths import existing, once, paths_of
 from treelora_cli.data.pixels import is_image
 from treelora_cli.data.table_folders import tables_in
-from treelora_cli.data.tables import is_table, table_suffix
+from treelora_cli.data.tables import Row, is_table, table_suffix
 from treelora_cli.errors import DataError
 
 _TEXT_SUFFIXES = {".txt", ".md"}
@@ -158,12 +159,26 @@ def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
         notes.append(f"No folder of {path} names a class; its labels are in {listed}.")
         return read_manifests(tables, request, notes)
     notes += passed.lines(path, "images")
-    prefix = request.label_prefix or ""
-    train, test = (
-        [ImageItem(str(file), prefix + label, file.read_bytes) for label, file in part]
-        for part in (layout.train, layout.test)
-    )
+    if request.label_names is None:
+        notes += names_beside(sorted({label for label, _ in layout.train}), path)
+    train, test = (_items(part, request, path) for part in (layout.train, layout.test))
     return train, test
+
+
+def _items(part: Sequence[Labelled], request: DataRequest, path: Path) -> list[ImageItem]:
+    """Return the images of class folders; those called by numbers are named where a file says what they mean.
+
+    Raises:
+        DataError: That file does not say it of one.
+    """
+    labels: Sequence[str | None] = [label for label, _ in part]
+    if request.label_names is not None and (found := label_names(request.label_names, path)) is not None:
+        labels = named(labels, [Row({}, str(file)) for _, file in part], found[1], found[0])
+    prefix = request.label_prefix or ""
+    return [
+        ImageItem(str(file), prefix + str(label), file.read_bytes)
+        for label, (_, file) in zip(labels, part, strict=True)
+    ]
 
 
 def _in_one_spelling(train: list[ImageItem], test: list[ImageItem], notes: list[str]) -> Parts:

@@ -144,7 +144,9 @@ def _refuse_foreign(folder: Path) -> None:
     if isinstance(config.get("architecture"), str):
         return
     if "model_type" in config:
-        kind = ", ".join(map(str, config.get("architectures") or ())) or config["model_type"]
+        kind = ", ".join(map(str, config.get("architectures") or ())) or str(config["model_type"])
+        if kind.endswith(("ForCausalLM", "LMHeadModel")):
+            raise ModelError(f"{folder} is {kind} of transformers, a language model: pass --backend causal-lm")
         raise ModelError(
             f"{folder} is {kind} of transformers: neither a causal language model nor a vision transformer of timm."
         )
