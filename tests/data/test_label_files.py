@@ -97,3 +97,17 @@ def test_class_folders_called_by_numbers_are_named(tmp_path: Path) -> None:
     (tmp_path / "n.txt").write_text("0: cat\n2: dog\n")
     with pytest.raises(DataError, match=r"/1/a\.png: label 1 is not among the 2 names in .*n\.txt"):
         list_images(DataRequest(tmp_path / "d", held_out=0.0, label_names=tmp_path / "n.txt"))
+
+
+def test_options_that_nothing_is_there_for_are_said(tmp_path: Path) -> None:
+    (tmp_path / "d/cat").mkdir(parents=True)
+    picture("red", 1, size=4).save(tmp_path / "d/cat/a.png")
+    request = DataRequest(tmp_path / "d", held_out=0.0, columns={"x": "y"}, data_format="csv")
+    assert list_images(request).notes == (
+        "--map is not used: d is a folder of classes and no table.",
+        "--format is not used: d is a folder of classes and no table.",
+    )
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    assert list_texts(DataRequest(tmp_path / "d.jsonl", held_out=0.0, label_prefix="x")).notes == (
+        "--label-prefix is not used: no column of labels is read here.",
+    )

@@ -159,6 +159,8 @@ def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
         notes.append(f"No folder of {path} names a class; its labels are in {listed}.")
         return read_manifests(tables, request, notes)
     notes += passed.lines(path, "images")
+    given = (("--map", request.columns), ("--format", request.data_format))
+    notes += [f"{flag} is not used: {path.name} is a folder of classes and no table." for flag, one in given if one]
     if request.label_names is None:
         notes += names_beside(sorted({label for label, _ in layout.train}), path)
     train, test = (_items(part, request, path) for part in (layout.train, layout.test))

@@ -103,6 +103,9 @@ def list_texts(request: DataRequest) -> TextListing:
             train_rows, test_rows = _in_one_spelling(train_rows, test_rows, shape.label, notes)
     notes += _unused(train_rows or test_rows, shape, request.columns)
     notes += _weights(train_rows or test_rows, shape)
+    if style != "labels":
+        given = (("--label-names", request.label_names), ("--label-prefix", request.label_prefix))
+        notes += [f"{flag} is not used: no column of labels is read here." for flag, one in given if one is not None]
     prefix = request.label_prefix or ""
     labels = None if names is None else tuple(prefix + name for _, name in sorted(names[1].items()))
     train = _examples(train_rows, shape, labels, request, notes)
