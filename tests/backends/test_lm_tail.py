@@ -112,8 +112,8 @@ def test_a_model_that_forgets_what_it_has_read_is_not_divided(models):
     assert_same(gradients(base, lm.loss(batch, 2)), gradients(base, lm.loss(batch)))
 
 
-@pytest.mark.parametrize("tail", [0, 3])
-def test_training_and_probing_use_the_tail_that_is_set(models, tail, tmp_path):
+@pytest.mark.parametrize(("tail", "used"), [(0, [0, 0]), (3, [3, 3]), (None, [0, 8])])
+def test_training_and_probing_use_the_tail_that_is_set_and_probes_a_short_one_otherwise(models, tail, used, tmp_path):
     base = load(models["llama"], blocks=3, train=TrainConfig(prompt_tail=tail, batch_size=2))
     rows = [{"prompt": f"What colour is the apple {number}?", "answer": "red"} for number in range(4)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -124,7 +124,7 @@ def test_training_and_probing_use_the_tail_that_is_set(models, tail, tmp_path):
     session.prepare()
     session.loss([0, 1])
     next(iter(session.probe_losses(1)))
-    assert asked == [tail, tail]
+    assert asked == used
 
 
 def test_the_tail_is_short_where_a_head_answers_and_whole_where_the_adapter_does(models, tmp_path, monkeypatch):

@@ -72,6 +72,8 @@ class LmSession(LmSteps):
         self._chooses = told is None and config.train.compile in (None, "none") and not config.train.grad_checkpointing
         divided = task.closed and base.lm.device.type in _ALWAYS_DIVIDED
         self.tail = told if told is not None else _TAIL if divided else 0
+        whole = told is not None or base.lm.device.type not in _ALWAYS_DIVIDED
+        self._probe_tail = self.tail if whole else _TAIL
         self.task = task
         self.runtime = base.runtime
         self.own = self.runtime.share(list(range(task.train_size)))
@@ -103,7 +105,7 @@ class LmSession(LmSteps):
         """Read texts in one part: the cache between two would have its blocks compiled again at every step."""
         if told:
             raise UsageError(f"train.compile does not go with train.prompt_tail {told}. Leave one out.")
-        self.tail = 0
+        self.tail = self._probe_tail = 0
 
     def _collated(self, places: list[int]) -> LabelledBatch:
         """Return this process's examples at ``places``, padded, on the device."""
@@ -225,7 +227,15 @@ class LmSession(LmSteps):
                 if drawn == count:
                     return
                 drawn += 1
-                yield self.loss_of(places)
+                yield self._probed(places)
+
+    def _probed(self, places: list[int]) -> Tensor:
+        """Return a probe's loss; gradients are only compared, and all tasks' pass through the same tokens."""
+        trained, self.tail = self.tail, self._probe_tail
+        try:
+            return self.loss_of(places)
+        finally:
+            self.tail = trained
 
     # -- training -------------------------------------------------------------------------------------
 
