@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ EVENTS = ("replace", "link", "fsync", "fchmod", "unlink", "mkdir", "rmdir", "ope
 
 
 def commit_of(project: Project, name: str = "next", *, merge: bool = False) -> Commit:
-    """A further task made of what the project holds already; ``merge`` joins the first two adapters."""
+    """A further task made of what the project holds, wherever it lies; ``merge`` joins the first two adapters."""
     tree = project.tree()
     assert tree is not None
     first = project.state.tasks[0]
@@ -30,7 +31,7 @@ def commit_of(project: Project, name: str = "next", *, merge: bool = False) -> C
     members = tuple(task.name for task in project.state.tasks[:2])
     return Commit(
         name=name,
-        record={**project.task_record(first.name), "name": name},
+        record={**json.loads(project.read(f"{first.directory}/task.json")), "name": name},
         labels=("a", "b"),
         adapter_files={**files, "adapter_config.json": b"{}\n"},
         tensors={"head.weight": torch.ones(2, 3)},

@@ -38,7 +38,8 @@ def outcome(network, inputs):
 
 @pytest.mark.parametrize("shape", [(3, 6), (2, 3, 6)])
 def test_output_and_gradients_are_pefts(shape):
-    network, inputs = adapted(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    network = adapted().double()
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     theirs = outcome(network, inputs)
     with AddedUpdates([network]).used():
         ours = outcome(network, inputs)
@@ -48,7 +49,7 @@ def test_output_and_gradients_are_pefts(shape):
 
 
 def test_scaling_and_update_are_added_by_hand():
-    network, inputs = adapted(), torch.randn(3, 6)
+    network, inputs = adapted().double(), torch.randn(3, 6, dtype=torch.float64)
     layer = network.base_model.model.first
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     with AddedUpdates([network]).used():
@@ -57,7 +58,7 @@ def test_scaling_and_update_are_added_by_hand():
 
 
 def test_a_disabled_adapter_adds_nothing():
-    network, inputs = adapted(), torch.randn(3, 6)
+    network, inputs = adapted().double(), torch.randn(3, 6, dtype=torch.float64)
     with AddedUpdates([network]).used(), network.disable_adapter():
         found = network(inputs)
     torch.testing.assert_close(
