@@ -133,7 +133,7 @@ def test_what_accelerate_may_ask_for_beside(monkeypatch, name, said):
 
 
 _TWO = """
-import json, sys
+import atexit, json, sys
 import torch
 from torch import nn
 from test_shards import blocks_of, run
@@ -159,6 +159,8 @@ runtime.meet()
 sizes = [[parameter.untyped_storage().nbytes() for parameter in block.frozen.parameters()] for block in divided[1:]]
 found = [all(same), len(same), total, runtime.shards.own_bytes, runtime.shards.all_bytes, sizes]
 print(json.dumps(runtime.gather_json([found]))) if rank == 0 else runtime.gather_json([found])
+atexit._run_exitfuncs()  # else a thread of gloo's may outlive Python, which aborts
+assert not torch.distributed.is_initialized()
 """
 
 

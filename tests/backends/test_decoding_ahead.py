@@ -203,6 +203,7 @@ def test_a_command_ends_at_once_while_images_are_decoded_ahead(
         stderr=subprocess.PIPE,
         text=True,
         env=child_environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell put the tests behind
     )
     while number is not None and not marker.exists() and child.poll() is None:
         time.sleep(0.01)

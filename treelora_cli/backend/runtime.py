@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import resource
@@ -194,7 +195,19 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
     runtime = Runtime(accelerator=accelerator, offline=offline, reporter=reporter)
     if divided and accelerator.num_processes > 1:
         runtime.shards = Shards()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        atexit.register(_leave_processes, runtime)
     return runtime
+
+
+def _leave_processes(runtime: Runtime) -> None:
+    """End gloo's threads while Python still runs: one that gives back its last tensors later aborts the process."""
+    import torch.distributed as dist
+
+    if runtime.shards is not None:
+        runtime.shards.leave()
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def _present_kind(device: str | None) -> str:

@@ -109,6 +109,12 @@ class Shards:
         while any(said != _MEETS for said in self._round(_MEETS)):
             pass
 
+    def leave(self) -> None:
+        """End the exchange with the other processes, before Python ends; blocks do not run any more."""
+        talk, self._talk = self._talk, None
+        if dist.is_initialized():
+            dist.destroy_process_group(talk)
+
     # -- while blocks run -----------------------------------------------------------------------------
 
     def _before(self, index: int, block: nn.Module, _inputs: Any) -> None:
