@@ -137,6 +137,7 @@ def test_standard_input_is_one_prompt_or_jsonl() -> None:
         ({"context": "In Rome.", "question": "Where?"}, "In Rome.\n\nWhere?"),
         ({"question": "Sky?", "choices": ["red", "blue"]}, "Sky?\nA. red\nB. blue"),
         ({"premise": "A.", "hypothesis": "B."}, "premise: A.\nhypothesis: B."),
+        ({"question": "A?", "sentence": "B."}, "question: A?\nsentence: B."),
         ({"prompt": "p", "input": "x"}, "p"),
         ({"text": "t", "label": "x"}, "t"),
     ],

@@ -52,6 +52,13 @@ SQUAD = {"text": ["Rome", "the city of Rome", "Rome"], "answer_start": [0, 4, 9]
             "B",
         ),
         ({"question": "Sky?", "choices": ["red", "blue"], "answer": 1}, "plain", "Sky?\nA. red\nB. blue", "B"),
+        ({"question_stem": "Sky?", "choices": ["red", "blue"], "answer": 1}, "plain", "Sky?\nA. red\nB. blue", "B"),
+        (
+            {"premise": "It fell.", "question": "cause", "choices": ["wind", "sun"], "answer": 0},
+            "plain",
+            "It fell.\n\ncause\nA. wind\nB. sun",
+            "A",
+        ),
         ({"question": "Sky?", "choices": ["red", "blue"], "answer": "1"}, "plain", "Sky?\nA. red\nB. blue", "B"),
         ({"prompt": "Hi", "completion": "Ho"}, "plain", "Hi", "Ho"),
         ({"question": "Hi", "chosen": "Ho", "rejected": "Na"}, "plain", "Hi", "Ho"),
@@ -160,6 +167,11 @@ def test_pairs_of_sentences_have_labels(read):
         {"premise": "A dog runs.", "hypothesis": "It sits.", "label": "no"},
     )
     assert (style, one.prompt, one.answer) == ("labels", "premise: A dog runs.\nhypothesis: It moves.", "yes")
+    one, style, notes = read(
+        {"question": "Who?", "sentence": "Tom.", "label": "yes"},
+        {"question": "Who?", "sentence": "Rain.", "label": "no"},
+    )
+    assert (style, one.prompt, notes) == ("labels", "question: Who?\nsentence: Tom.", ())
 
 
 def test_conversations_of_from_and_value(read):
@@ -414,6 +426,20 @@ def test_records_that_fit_no_shape_are_refused_with_their_line(read, record, mes
         ({"content": "def f(): pass", "path": "a.py"}, "Try --map content=text$"),
         ({"ID": 1, "Joke": "Ha."}, "Try --map Joke=text$"),
         ({"tokens": ["A", "b"], "ner_tags": [0, 1]}, r"label or text\.$"),
+        (
+            {"question": "Q", "distractor1": "a", "distractor2": "b", "correct_answer": "c"},
+            "Try --map question=prompt --map correct_answer=answer$",
+        ),
+        (
+            {"question": "Q", "best_answer": "a", "incorrect_answers": ["b", "c"]},
+            "Try --map question=prompt --map best_answer=answer$",
+        ),
+        ({"question": "Q", "answer": {"aliases": ["a"], "value": "A"}}, "with --map answer.value=answer$"),
+        ({"context": {"title": ["a"]}, "question": "Q", "answer": "A"}, "Leave it out with --map context=other$"),
+        (
+            {"ind": 4, "activity_label": "Roof", "ctx_a": "A", "ctx": "A b", "endings": ["c", "d"], "label": "1"},
+            "Try --map ctx=question --map endings=choices --map label=answer$",
+        ),
         ({"qid": 1, "question": "Q", "response_j": "a", "response_k": "b"}, "--map question=prompt --map response_j=a"),
         (
             {"ind": 4, "ctx": "A b", "endings": ["c", "d"], "label": "1"},

@@ -10,9 +10,9 @@ from treelora_cli.errors import DataError
 
 ANSWERS = ("answer", "completion", "response")
 CHATS = ("messages", "conversations", "conversation")
-PASSAGES = ("context", "passage", "article", "paragraph", "story")
+PASSAGES = ("context", "passage", "article", "paragraph", "story", "premise")
 CHOICES = ("choices", "options")
-PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"))
+PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"))
 TEXTS = (
     *("sentence", "text", "review", "comment", "tweet", "message", "content", "utterance", "headline"),
     *("question_text", "comment_text", "review_text"),
@@ -38,6 +38,7 @@ _KNOWN = dict.fromkeys(
 )
 _SPELLED = {
     **dict.fromkeys(("systemprompt", "systeminstruction", "systemmessage"), "system"),
+    "questionstem": "question",
     **{plain_name(known): known for known in reversed(_KNOWN)},
 }
 """The known name of a column by its own without case and signs."""

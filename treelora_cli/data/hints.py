@@ -10,14 +10,17 @@ from typing import Any, NoReturn
 
 from treelora_cli.data.columns import ANSWERS, LABELS, PREFERRED, in_known_names
 from treelora_cli.data.delimited import lacks_head, recurring
-from treelora_cli.data.messages import ends_with_answer, is_chat
+from treelora_cli.data.messages import ends_with_answer, is_chat, speakers
 from treelora_cli.data.records import NEED, shape_of
 from treelora_cli.data.tables import Row
 from treelora_cli.data.text_files import WRONG_KIND
 from treelora_cli.errors import DataError
 
 _PERHAPS_ANSWERS = (*ANSWERS, "output", "target", *LABELS, "summary", "solution", "translation", "answers", "ideal")
-_PERHAPS_ASKED = ("prompt", "question", "query", "input", "problem")
+_PERHAPS_ASKED = ("prompt", "question", "query", "input", "problem", "ctx")
+_ENDS_OF_ANSWERS = ("answer", "solution", "response", "completion", "output")
+_WRONG = re.compile(r"(distractor|incorrect|wrong|false|bad|worst|negative|rejected)", re.IGNORECASE)
+"""How names of columns begin that hold what is not to be learned."""
 _FEW, _HEADS = 2, 3
 _ID = re.compile(
     r"(.*[_ -])?(id|idx|index|uuid|guid|hash|number|no|nr)|[a-z]?id|#|unnamed: ?\d+"
@@ -29,6 +32,16 @@ _SPEAKERS = tuple(
     for names in ("user|human|instruction|question", "assistant|gpt|ai|bot|response|answer")
 )
 """What stands before what the user and the assistant say in a text of both."""
+
+
+def refuse_single_messages(rows: Sequence[Row]) -> None:
+    """Raise ``DataError`` when each record is a message, so that one alone is no example."""
+    tree = any(isinstance(value, dict) and "replies" in value for value in rows[0].values.values())
+    if tree or {"user", "assistant"} <= speakers(rows):
+        raise DataError(
+            f"{rows[0].where}: each record holds single messages and not a chat. Write one record for each chat:"
+            ' {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
+        )
 
 
 def refuse_unknown(rows: Sequence[Row]) -> NoReturn:
@@ -83,8 +96,9 @@ def _hint(rows: Sequence[Row]) -> str:
     names = [name for name in map(str, values) if name.strip()]
     if whole := next((name for name in names if _is_dialogue(values.get(name))), None):
         return f" '{whole}' holds whole dialogues; learn them as they stand with {_mapped(whole, 'text')}"
-    if choices := next((name for name in names if _is_texts(values.get(name))), None):
-        return _hint_of_choices(rows, names, choices)
+    choices = next((name for name in names if _is_texts(values.get(name)) and not _WRONG.match(name)), None)
+    if choices is not None and (hint := _hint_of_choices(rows, names, choices)):
+        return hint
     texts = [name for name in names if _length(rows, name)]
     if len(names) < _FEW:
         return "".join(f" Try {_mapped(name, 'text')}" for name in names if _is_plain(values.get(name)))
@@ -94,8 +108,8 @@ def _hint(rows: Sequence[Row]) -> str:
     label = None
     if answer in (None, "label", *LABELS):
         label = _of_fewest_values(rows, [name for name in names if answer in (None, name)])
-    likely = [name for name in texts if name not in (answer, label) and not _is_id(name)]
-    begun = next((name for name in likely if name.lower().startswith(ANSWERS)), None)
+    likely = [name for name in texts if name not in (answer, label) and not _is_id(name) and not _WRONG.match(name)]
+    begun = next((name for name in likely if _is_called_answer(name.lower())), None)
     answer = answer or label or begun or next(iter(likely[1:]), None)
     question = _question(rows, [name for name in likely if name != answer])
     if question is None:
@@ -126,6 +140,10 @@ def _hint_of_choices(rows: Sequence[Row], names: Sequence[str], choices: str) ->
 
 def _mapped(source: str, name: str) -> str:
     return f"--map {quote(f'{source}={name}')}"
+
+
+def _is_called_answer(name: str) -> bool:
+    return name.startswith(ANSWERS) or name.endswith(_ENDS_OF_ANSWERS)
 
 
 def _is_id(name: str) -> bool:
@@ -168,7 +186,7 @@ def _hint_of_preference(values: Mapping[Any, Any]) -> str:
 
 def _hint_of_records(value: dict[Any, Any], column: str) -> str:
     """Guess which of the texts in a column of records, such as ``translation``, are question and answer."""
-    texts = [str(name) for name, one in value.items() if isinstance(one, str)]
+    texts = [str(name) for name, one in value.items() if isinstance(one, str) and not _is_id(str(name))]
     if len(texts) < _FEW:
         return ""
     pairs = zip(texts, ("prompt", "answer"), strict=False)

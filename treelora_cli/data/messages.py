@@ -29,6 +29,7 @@ _EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """What templates look for in a message beside role and content."""
 _WHO, _WHAT = ("role", "from", "speaker", "type"), ("content", "value", "text", "parts")
 """What a message calls who speaks and what is said, the likeliest first."""
+_WHAT_SAID = set(_WHAT)
 _PAIRED = (
     ("human", "user", "input", "instruction", "question", "prompt", "query"),
     ("assistant", "gpt", "bot", "model", "output", "answer", "response"),
@@ -66,6 +67,12 @@ def _speaker(message: Mapping[str, Any]) -> Any:
 def _role(message: Mapping[str, Any]) -> str | None:
     named = _speaker(message)
     return _ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+
+
+def speakers(rows: Sequence[Row]) -> set[str]:
+    """Return who speaks where each of many records is a single message, and not a chat; empty where they are not."""
+    roles = [_role(row.values) for row in rows if _WHAT_SAID & set(row.values)]
+    return {role for role in roles if role} if len(roles) == len(rows) and all(roles) else set()
 
 
 def unread_keys(messages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -116,7 +123,10 @@ def chat_of(row: Row, messages: Any, column: str) -> TextExample:
     messages = _turned(_from_json(messages, row, column))
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages) or len(messages) < 2:
         raise DataError(f"{row.where}: '{column}' is a list of two or more records with role and content.")
-    turns = _turns(messages, row.where)
+    try:
+        turns = _turns(messages, row.where)
+    except DataError as error:
+        raise DataError(f"{error}{SKIP_BAD}") from error
     system = system_text(row.values.get("system"), row.where)
     if system and turns[0].role != "system":
         turns.insert(0, Turn("system", system))

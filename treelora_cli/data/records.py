@@ -24,8 +24,10 @@ columns                                             what the model reads, and le
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from shlex import quote
 from typing import Any
 
 from treelora_cli.backend.values import Turn
@@ -61,6 +63,9 @@ _FEW, _SHORT = 64, 60
 NEED = "Need messages, prompt+answer, sentence+label or text."
 _LOOKED_AT = 200
 """Rows that are searched for text which is not used."""
+_MEDIA = re.compile(r"(image|img|picture|photo|audio|video|sound)s?(_?(path|file|url)s?)?", re.IGNORECASE)
+_MARK = re.compile(r"<\|?(image|audio|video|image_pad|img)(_?\d+)?\|?>", re.IGNORECASE)
+"""What stands in a text for a picture or sound beside it."""
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -115,7 +120,7 @@ def prompt_of(row: Row) -> str | None:
         return None
     if "instruction" in names:
         return _instruction_text(row)
-    if "question" in names:
+    if "question" in names and not (names >= {"question", "sentence"} and not names & {*CHOICES, *PASSAGES}):
         choices, passage = _first(names, CHOICES), _first(names, PASSAGES)
         return _question(row, passage) if choices is None else _with_choices(row, passage, *_choices(row, choices))
     pair = next((pair for pair in PAIRS if names >= set(pair)), None)
@@ -149,6 +154,26 @@ def unused_text(rows: Sequence[Row], shape: Shape) -> list[str]:
             elif name != worse and (_holds_text(value) or (shape.style == "text" and value is not None)):
                 found[str(name)] = None
     return list(found)
+
+
+def unused_media(rows: Sequence[Row]) -> list[str]:
+    """Return a line that names columns of pictures or sounds."""
+    found = dict.fromkeys(str(name) for row in rows[:_LOOKED_AT] for name, value in row.values.items() if _bytes(value))
+    return [f"Not used: {', '.join(found)}. There are pictures or sounds in it; only text is read."] if found else []
+
+
+def _bytes(value: Any) -> bool:
+    """Return whether a value holds a file, as parquet has them, or a list of some."""
+    if isinstance(value, list):
+        return bool(value) and _bytes(value[0])
+    return isinstance(value.get("bytes") if isinstance(value, dict) else value, bytes)
+
+
+def refuse_unseen(row: Row) -> None:
+    """Raise ``DataError`` when a record's text names a picture or sound that stands beside it: nobody reads that."""
+    beside = next((name for name, value in row.values.items() if value and _MEDIA.fullmatch(str(name))), None)
+    if beside is not None and any(_MARK.search(text) for text in texts_in(row.values, keys=False)):
+        raise DataError(f"{row.where}: the text is about what '{beside}' shows; only text can be read.{SKIP_BAD}")
 
 
 def _unread_in(name: Any, value: Any) -> list[str]:
@@ -227,8 +252,19 @@ def _text_beside(row: Row, column: str) -> str:
     """Return the text of a column that may be empty or missing."""
     value = row.values.get(column)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{row.where}: '{column}' is not text but {type(value).__name__}.")
+        raise DataError(_no_text(row, column))
     return value or ""
+
+
+def _no_text(row: Row, column: str) -> str:
+    """Return what to say of a column that holds something else than text, and how to name what is read of it."""
+    value = row.values[column]
+    line = f"{row.where}: '{column}' is not text but {type(value).__name__}"
+    if not isinstance(value, dict):
+        return f"{line}."
+    text = next((str(key) for key, one in value.items() if isinstance(one, str)), None)
+    inner = "" if text is None else f" Read one with --map {quote(f'{column}.{text}={column}')}"
+    return f"{line} of {', '.join(map(str, value))}.{inner or f' Leave it out with --map {column}=other'}"
 
 
 def _instruction(row: Row, answer: str) -> TextExample:
@@ -326,8 +362,9 @@ def _as_labelled(names: set[Any], rows: Sequence[Row]) -> Shape | None:
     label = "label" if "label" in names else next((name for name in LABELS if _holds_labels(name, rows)), None)
     if label is None:
         return None
-    column = next((name for name in TEXTS if name in names and _holds_text(rows[0].values.get(name))), None)
-    columns = (column,) if column is not None else next((pair for pair in PAIRS if names >= set(pair)), None)
+    columns: tuple[str, ...] | None = next((pair for pair in PAIRS if names >= set(pair)), None)
+    if columns is None:
+        columns = next(((name,) for name in TEXTS if name in names and _holds_text(rows[0].values.get(name))), None)
     if columns is None:
         return None
     return Shape("labels", frozenset({*columns, label}), lambda row: _labelled(row, columns, label), label)
@@ -370,5 +407,5 @@ def text_of(row: Row, column: str) -> str:
     if value is None or (isinstance(value, str) and (not value.strip() or is_written_gap(value))):
         raise DataError(f"{row.where}: empty {column}.{SKIP_BAD}")
     if not isinstance(value, str):
-        raise DataError(f"{row.where}: '{column}' is not text but {type(value).__name__}.")
+        raise DataError(_no_text(row, column))
     return value

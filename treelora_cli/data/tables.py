@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_cli.data.delimited import read_delimited
-from treelora_cli.data.documents import records_in
+from treelora_cli.data.documents import is_message_list, records_in
 from treelora_cli.data.files import decode, lines_of, read_bytes, refuse_archive, refuse_zeros, unpacked_name
 from treelora_cli.data.labelling_tools import refuse_tools_own
 from treelora_cli.errors import DataError, first_line
@@ -208,7 +208,7 @@ def _over_lines(text: str, path: Path, error: DataError, *, whole_line: bool) ->
     """
     try:
         values = _json_values(text, path.name)
-        if len(values) == 1 and isinstance(values[0][0], list) and values[0][0]:
+        if len(values) == 1 and isinstance(values[0][0], list) and values[0][0] and not is_message_list(values[0][0]):
             return iter([_record(one, f"{path.name} record {index + 1}") for index, one in enumerate(values[0][0])])
         return iter([_record(value, f"{path.name}:{line}") for value, line in values])
     except DataError as other:
@@ -230,6 +230,8 @@ def _read_json(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
         return (_record(value, f"{path.name}:{line}") for value, line in values)
     content = values[0][0] if values else None
     refuse_tools_own(content, path.name)
+    if is_message_list(content):
+        content = [content]
     if isinstance(content, dict):
         content = records_in(content)
     if not isinstance(content, list):
@@ -276,6 +278,8 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _record(value: Any, where: str) -> Row:
+    if is_message_list(value):
+        return Row({"messages": value}, where)
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a record with named fields, got {type(value).__name__}.")
     return Row(value, where)

@@ -22,7 +22,7 @@ from treelora_cli.data.held_out import (
     set_aside,
     set_aside_by_position,
 )
-from treelora_cli.data.hints import refuse_unknown
+from treelora_cli.data.hints import refuse_single_messages, refuse_unknown
 from treelora_cli.data.label_files import Names, label_names, named, names_beside
 from treelora_cli.data.labels import (
     Several,
@@ -34,7 +34,7 @@ from treelora_cli.data.labels import (
 )
 from treelora_cli.data.names import one_spelling
 from treelora_cli.data.paths import paths_of
-from treelora_cli.data.records import Shape, shape_of, unfolded, unused_text
+from treelora_cli.data.records import Shape, refuse_unseen, shape_of, unfolded, unused_media, unused_text
 from treelora_cli.data.tables import Row, check_text
 from treelora_cli.data.text_files import read_parts
 from treelora_cli.data.text_scores import METRICS
@@ -93,7 +93,7 @@ def list_texts(request: DataRequest) -> TextListing:
     )
     if not train_rows and not test_rows:  # documents without questions
         raise DataError(f"{path.name} holds no examples.")
-    shape = _shape(train_rows or test_rows)
+    shape = _shape(train_rows or test_rows, request.columns)
     style = shape.style
     names = label_names(request.label_names, path) if style == "labels" else None
     if style == "labels":
@@ -103,6 +103,7 @@ def list_texts(request: DataRequest) -> TextListing:
             train_rows, test_rows = _in_one_spelling(train_rows, test_rows, shape.label, notes)
     notes += _unused(train_rows or test_rows, shape, request.columns)
     notes += _weights(train_rows or test_rows, shape)
+    notes += unused_media(train_rows or test_rows)
     if style != "labels":
         given = (("--label-names", request.label_names), ("--label-prefix", request.label_prefix))
         notes += [f"{flag} is not used: no column of labels is read here." for flag, one in given if one is not None]
@@ -209,9 +210,11 @@ def _without(values: Mapping[str, object], column: str) -> dict[str, object]:
 # -- rows -----------------------------------------------------------------------------------------
 
 
-def _shape(rows: Sequence[Row]) -> Shape:
+def _shape(rows: Sequence[Row], columns: Mapping[str, str]) -> Shape:
     """Tell how records are read by the first one's columns."""
     found = shape_of(rows)
+    if found is None or (found.style == "text" and "text" not in columns.values()):
+        refuse_single_messages(rows)
     if found is None:
         refuse_unknown(rows)
     return found
@@ -266,6 +269,7 @@ def _examples(
                 raise DataError(f"{row.where}: repeats the head of the table; were several joined? Remove it.")
             if isinstance(label := row.values.get(shape.label), Several):
                 refuse_several(label, (), row.where)
+            refuse_unseen(row)
             one = _read(row, shape)
             if labels is not None and one.answer not in labels:
                 raise DataError(
