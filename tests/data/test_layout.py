@@ -93,10 +93,11 @@ def test_an_unlabelled_part_is_left_out_and_said(tmp_path: Path, unlabelled: str
 
 @pytest.mark.parametrize("wrapper", ["", "dataset/", "dataset/images/", "archive/kaggle v2/"])
 def test_the_dataset_may_lie_deeper(tmp_path: Path, wrapper: str) -> None:
-    root = build(tmp_path / "d", f"{wrapper}train/cat/1.png", f"{wrapper}train/dog/1.png", f"{wrapper}test/cat/2.png")
+    names = ("train/cat/1.png", "train/dog/1.png", "test/cat/2.png", "test/dog/2.png")
+    root = build(tmp_path / "d", *(wrapper + name for name in names))
     found = listed(root)
     assert seen(found.train, root) == [("cat", f"{wrapper}train/cat/1.png"), ("dog", f"{wrapper}train/dog/1.png")]
-    assert seen(found.test, root) == [("cat", f"{wrapper}test/cat/2.png")]
+    assert seen(found.test, root) == [("cat", f"{wrapper}test/cat/2.png"), ("dog", f"{wrapper}test/dog/2.png")]
     assert len(found.notes) == wrapper.count("/")
 
 
@@ -407,3 +408,95 @@ def test_data_of_other_tools_is_named(tmp_path: Path, name: str, kind: str) -> N
     for given in (tmp_path, path):
         with pytest.raises(DataError, match=rf"{path.name} is {kind}.*it is not read here\. Write images in folders"):
             listed(given)
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        (
+            ["a/1.png", "b/1.png", "animals/a/2.png", "animals/b/2.png"],
+            r"'a' is here and in .*animals, too\. Give that",
+        ),
+        (["Cat/1.png", "b/1.png", "set1/cat/2.png", "set1/c/2.png"], r"'cat' is here and in .*set1, too"),
+        (["data/a/1.png", "data/b/1.png", "docs/1.png"], r"is 'data' a class, or what is in it\? Give .*data, or name"),
+        (["amazon/images/a/1.png", "amazon/images/b/1.png", "dslr/images/a/1.png"], r"two levels of folders could be"),
+    ],
+)
+def test_a_dataset_beside_classes_or_in_them_is_no_class(tmp_path: Path, files: list[str], line: str) -> None:
+    root = build(tmp_path / "d", *files)
+    with pytest.raises(DataError, match=line):
+        listed(root)
+    names = tuple(sorted({name.split("/")[0] for name in files}))
+    assert listed(root, classes=names).labels == names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("HAM10000_images_part_1", "HAM10000_images_part_2"),
+        ("fold_1", "fold_2"),
+        ("batch1", "batch2"),
+        ("2024-05-01", "2024-05-02"),
+        ("20240501", "20240502"),
+        ("100CANON", "101CANON"),
+    ],
+)
+def test_names_that_say_only_where_files_lie_are_no_classes(tmp_path: Path, names: tuple[str, str]) -> None:
+    root = build(tmp_path / "d", *(f"{name}/1.png" for name in names))
+    with pytest.raises(DataError, match=r"which name no classes\. If they do, name them with --classes\."):
+        listed(root)
+    assert listed(root, classes=names).labels == names
+
+
+def test_names_that_share_a_word_may_be_classes(tmp_path: Path) -> None:
+    for index, names in enumerate([("Type_1", "Type_2"), ("cat images", "dog images"), ("2019", "2020"), ("0", "1")]):
+        assert listed(build(tmp_path / str(index), *(f"{name}/1.png" for name in names))).labels == names
+
+
+@pytest.mark.parametrize("form", ["train_augmented", "train-resized", "train_labeled", "train+val", "train_and_val"])
+def test_a_state_beside_the_name_of_a_part(tmp_path: Path, form: str) -> None:
+    root = build(tmp_path / "d", f"{form}/cat/1.png", "test/cat/2.png", "train_unlabeled/3.png")
+    assert seen(listed(root).train, root) == [("cat", f"{form}/cat/1.png")]
+
+
+def test_a_part_that_holds_itself_is_unlabelled(tmp_path: Path) -> None:
+    root = build(
+        tmp_path / "d", "abc_train/abc_train/A/1.png", "abc_train/abc_train/B/2.png", "abc_test/abc_test/A.png"
+    )
+    found = listed(root)
+    assert (found.labels, found.test) == (("A", "B"), [])
+    assert found.notes == (f"{root / 'abc_test'} has no class folders: its 1 images were left out.",)
+
+
+def test_folders_that_programs_make_beside_classes_are_left_out(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "cat/1.png", "cat/thumbs/1.png", "dog/2.png", "thumbnails/1.png", "checkpoints/3.png")
+    found = listed(root)
+    assert seen(found.train, root) == [("cat", "cat/1.png"), ("dog", "dog/2.png")]
+    assert f"{root / 'thumbnails'} is no class by its name: its 1 images were left out." in found.notes
+
+
+def test_one_folder_beside_a_table_is_a_class_only_where_it_is_named(tmp_path: Path) -> None:
+    root = build(tmp_path / "faces", "img_aligned/1.png", "img_aligned/2.png")
+    (root / "attributes.csv").write_text("image_id,Smiling\n1.png,1\n2.png,-1\n")
+    with pytest.raises(
+        DataError, match=r"all images are in img_aligned/, .*: --classes img_aligned; if the table names"
+    ):
+        listed(root)
+    assert listed(root, classes=("img_aligned",)).labels == ("img_aligned",)
+
+
+def test_an_example_of_what_a_contest_wants_is_no_table_of_labels(tmp_path: Path) -> None:
+    root = build(tmp_path / "d", "train/cat.1.png", "test1/1.png")
+    (root / "sampleSubmission.csv").write_text("id,label\n1,0\n")
+    with pytest.raises(DataError, match=r"no class folders in them; there is no label\. Put them into folders CLASS"):
+        listed(root)
+
+
+def test_a_held_out_part_that_lacks_classes_is_said(tmp_path: Path) -> None:
+    found = listed(build(tmp_path, "train/cat/1.png", "train/dog/2.png", "test/cat/3.png"))
+    assert found.notes == ("The held-out part has no images of 1 of 2 classes, which no score tells of: dog.",)
+
+
+def test_signs_that_nobody_sees_tell_no_classes_apart() -> None:
+    assert label_key("\u202ecat\u202c") == label_key("cat") == label_key("\u2066cat\u2069")
+    assert label_key("\u2764\ufe0f") == label_key("\u2764")

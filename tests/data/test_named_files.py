@@ -33,7 +33,11 @@ TAR = b"\0" * 257 + b"ustar"
         ),
         ("d.csv", b"PK\x03\x04", r"d\.csv is a zip archive\. .* -d .*/d\.csv-unpacked$"),
         ("d.tar", TAR, r"d\.tar is a tar archive\. .*: mkdir .*/d && tar -xf .*/d\.tar -C .*/d$"),
-        ("d.tar.gz", gzip.compress(TAR), r"d\.tar\.gz is a tar archive\. .*: mkdir .*/d && tar -xf .*tar\.gz -C .*/d$"),
+        (
+            "d.tar.gz",
+            gzip.compress(TAR, mtime=0),
+            r"d\.tar\.gz is a tar archive\. .*: mkdir .*/d && tar -xf .*tar\.gz -C .*/d$",
+        ),
         ("d.tgz", b"x", r"d\.tgz is a tar archive\. .* -C .*/d$"),
         ("d.rar", b"Rar!\x1a\x07", r"d\.rar is a rar archive\. .*: unrar x .*rar .*/d/$"),
         ("d.7z", b"7z\xbc\xaf\x27\x1c", r"d\.7z is a 7z archive\. .*: 7z x .*7z -o.*/d$"),

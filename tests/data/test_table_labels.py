@@ -311,3 +311,54 @@ def test_what_spreadsheets_do_to_labels_is_said(labels: tuple[str, ...], line: s
 )
 def test_labels_of_which_nothing_is_said(labels: tuple[str, ...]) -> None:
     assert label_notes(labels) == []
+
+
+@pytest.mark.parametrize("column", ["name", "target_name", "label_names", "Label", "breed"])
+def test_names_of_numbers_go_by_many_names(tmp_path: Path, column: str) -> None:
+    path = csv_with_labels(tmp_path, ["0,cat", "1,dog", "0,cat"], f"path,label,{column}")
+    assert (listed(path).labels, listed(path).numbered) == (("cat", "dog"), False)
+    path = csv_with_labels(tmp_path, ["0,Tom", "1,Rex"], "path,label,name")
+    assert listed(path).labels == ("0", "1")
+
+
+def test_truth_values_in_two_spellings_are_said(tmp_path: Path) -> None:
+    found = listed(csv_with_labels(tmp_path, ["true", "1", "false"]))
+    assert "Labels 'false' and '1' may mean the same, and are two classes here." in found.notes
+
+
+def test_a_field_of_a_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(png(1))
+    (tmp_path / "t.jsonl").write_text('{"image": "1.png", "label": {"id": 3, "name": "cat"}}\n')
+    with pytest.raises(DataError, match=r"not a name but dict\. To take a name in it: --map label\.name=label"):
+        listed(tmp_path / "t.jsonl")
+    assert listed(tmp_path / "t.jsonl", columns={"label.name": "label"}).labels == ("cat",)
+    (tmp_path / "n.jsonl").write_text('{"file": {"path": "1.png"}, "about": {"kind": "cat"}}\n')
+    with pytest.raises(DataError, match=r"Found file\.path, about\.kind\."):
+        listed(tmp_path / "n.jsonl")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    columns = [pyarrow.array(["1.png"]), pyarrow.array(["cat"]), pyarrow.array(["dog"])]
+    table = pyarrow.Table.from_arrays(columns, names=["path", "label", "label"])
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pyarrow.ipc.new_file(str(tmp_path / "t.arrow"), table.schema) as file:
+        file.write_table(table)
+    for name in ("t.parquet", "t.arrow"):
+        with pytest.raises(DataError, match=rf"{name}: two columns are called 'label'\."):
+            listed(tmp_path / name)
+
+
+def test_numbers_that_name_no_parts_are_said(tmp_path: Path) -> None:
+    path = csv_with_labels(tmp_path, ["cat,0", "dog,0", "cat,1"], "path,label,partition")
+    line = "Column 'partition' (0, 1) is not used: its numbers name no parts. Write train and test in it."
+    assert line in listed(path).notes
+    path = csv_with_labels(tmp_path, ["cat,1", "dog,1", "cat,0"], "path,label,is_training_image")
+    assert (len(listed(path).train), len(listed(path).test)) == (2, 1)
+    path = csv_with_labels(tmp_path, ["cat,1", "dog,0", "cat,0"], "path,label,is_valid_image")
+    assert listed(path).test == []
+
+
+def test_a_table_may_have_any_ending_where_its_format_is_given(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(png(1))
+    (tmp_path / "list.txt").write_text("path,label\n1.png,cat\n")
+    assert listed(tmp_path / "list.txt", data_format="csv").labels == ("cat",)

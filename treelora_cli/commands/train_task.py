@@ -263,7 +263,8 @@ def _show_plan(session: Session, base: Base, request: DataRequest, name: str, co
         "sample": task.sample,
         "notes": list(task.notes),
     }
-    lines = [f"{key.replace('_', ' ')}: {value}" for key, value in document.items() if value not in ([], "")]
+    said = {key: value for key, value in document.items() if key != "notes" and value not in ([], "")}
+    lines = [*task.notes, *(f"{key.replace('_', ' ')}: {value}" for key, value in said.items())]
     if session.verbose and task.tokens:
         document["tokens"] = [{"text": text, "learned": learned} for text, learned in task.tokens]
         lines.append("Token by token, what is learned marked with *:")

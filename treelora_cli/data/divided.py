@@ -20,12 +20,16 @@ _LEARNED = (
 )
 """Columns of what is learned."""
 _LOOKED_AT = 200
+_FEW, _SHOWN = 20, 4
+"""A column of parts has no more different values; so many are shown."""
 _FLAGS = {
     **dict.fromkeys(("istrain", "istraining"), (TRAIN, TEST)),
     **dict.fromkeys(("istest", "istesting"), (TEST, TRAIN)),
     **dict.fromkeys(("isval", "isvalid", "isvalidation", "iseval", "isdev", "isholdout", "isheldout"), (VAL, TRAIN)),
 }
 """Columns of truth values: the parts of those that hold, and of the others."""
+_WRAPPED = re.compile(r"(is(?!valid(?!ation))[a-z]*?)(image|img|set|split|data|sample|example)|(is[a-z]+)")
+"""A column of truth values, and what may stand behind its name: ``is_training_image``."""
 _TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no"}
 
 PartOf = Callable[[Any], "str | None"]
@@ -41,6 +45,7 @@ def divide_rows(rows: list[Row], notes: list[str], kind: str) -> tuple[list[Row]
     """
     column, meaning = _column_of_parts(rows)
     if column is None:
+        notes += _undivided(rows)
         return rows, []
     found: dict[str, list[Row]] = {TRAIN: [], TEST: [], VAL: []}
     for row in rows:
@@ -56,6 +61,16 @@ def divide_rows(rows: list[Row], notes: list[str], kind: str) -> tuple[list[Row]
     if column != "split" and (found[TEST] or found[VAL]):
         notes.append(f"Column '{column}' tells which {kind} are held out.")
     return found[TRAIN], answered_part(found[TRAIN], found[TEST], found[VAL], notes, kind)
+
+
+def _undivided(rows: Sequence[Row]) -> list[str]:
+    """Return a line on a column that is called as those of parts are and holds a few numbers, which name none."""
+    for name in (name for name in (rows[0].values if rows else ()) if _plain(str(name)) in _NAMED):
+        values = sorted({str(row.values.get(name)) for row in rows if not _empty(row.values.get(name))})
+        if 1 < len(values) <= _FEW and len(rows) > len(values) and all(value.isdecimal() for value in values):
+            seen = ", ".join(values[:_SHOWN])
+            return [f"Column '{name}' ({seen}) is not used: its numbers name no parts. Write train and test in it."]
+    return []
 
 
 def names_parts(column: str) -> bool:
@@ -121,9 +136,11 @@ def _are_parts(name: str, values: set[str]) -> bool:
 
 def _flag(name: str, values: set[str], rows: Sequence[Row]) -> PartOf | None:
     """Return what truth values mean; ``is_valid`` that holds for most rows says that they are right, not held out."""
-    if _plain(name) not in _FLAGS or not all(value.lower() in _TRUE | _FALSE for value in values):
+    wrapped = _WRAPPED.fullmatch(_plain(name))
+    parts = None if wrapped is None else _FLAGS.get(wrapped[1] or wrapped[3])
+    if parts is None or not all(value.lower() in _TRUE | _FALSE for value in values):
         return None
-    held, other = _FLAGS[_plain(name)]
+    held, other = parts
     true = sum(_holds(row.values.get(name)) for row in rows)
     held_out = len(rows) - true if held == TRAIN else true
     if not 0 < held_out <= len(rows) / 2:

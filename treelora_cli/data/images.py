@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.beside import read_beside, refuse_unclear
@@ -28,7 +29,7 @@ from treelora_cli.data.names import is_text, label_key, one_spelling, tidy_label
 from treelora_cli.data.paths import existing, once, paths_of
 from treelora_cli.data.pixels import is_image
 from treelora_cli.data.table_folders import tables_in
-from treelora_cli.data.tables import Row, is_table, table_suffix
+from treelora_cli.data.tables import TABLE_SUFFIXES, Row, is_table, table_suffix
 from treelora_cli.errors import DataError
 
 _TEXT_SUFFIXES = {".txt", ".md"}
@@ -76,6 +77,7 @@ def list_images(request: DataRequest) -> ImageListing:
         test, change = find_recorded(test, train, request.recorded.held_out, hash_of_image)
         test = _limit(test, request.recorded.limit, request.seed)
         return ImageListing(labels, train, test, tuple(notes), change)
+    notes += _unscored(labels, test)
     if not test and request.held_out > 0:
         train, test = _split(train, request)
         notes.append(f"No held-out data given: {len(test)} of {len(train) + len(test)} images kept for scoring.")
@@ -131,7 +133,7 @@ def _read(path: Path, request: DataRequest, notes: list[str]) -> Parts:
     if path.is_dir():
         return _read_folder(path, request, notes)
     refuse_archive(path)
-    if table_suffix(path) in _TEXT_SUFFIXES or is_image(path):
+    if (table_suffix(path) in _TEXT_SUFFIXES and request.data_format is None) or is_image(path):
         raise DataError(f"{path.name}: {WRONG_KIND}")
     if request.data_format is None and not is_table(path):
         raise DataError(f"{path.name}: {WRONG_KIND}")
@@ -158,6 +160,7 @@ def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
         listed = ", ".join(file.name for file in [*tables.train, *tables.test, *tables.val][:_SHOWN])
         notes.append(f"No folder of {path} names a class; its labels are in {listed}.")
         return read_manifests(tables, request, notes)
+    _refuse_doubtful_class(path, layout.train, passed, request)
     notes += passed.lines(path, "images")
     given = (("--map", request.columns), ("--format", request.data_format))
     notes += [f"{flag} is not used: {path.name} is a folder of classes and no table." for flag, one in given if one]
@@ -165,6 +168,18 @@ def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
         notes += names_beside(sorted({label for label, _ in layout.train}), path)
     train, test = (_items(part, request, path) for part in (layout.train, layout.test))
     return train, test
+
+
+def _refuse_doubtful_class(path: Path, train: Sequence[Labelled], passed: Passed, request: DataRequest) -> None:
+    """Raise ``DataError`` where one folder holds all images, and tables beside it may tell their classes."""
+    names = {label for label, _ in train}
+    tables = [ending for ending in passed.others if ending in TABLE_SUFFIXES and ending != ".json"]
+    if len(names) == 1 and tables and request.classes is None:
+        name = names.pop()
+        raise DataError(
+            f"{path}: all images are in {name}/, and there is a table ({tables[0]}) beside them. If the folder names"
+            f" their class: --classes {quote(name)}; if the table names classes, give the table."
+        )
 
 
 def _items(part: Sequence[Labelled], request: DataRequest, path: Path) -> list[ImageItem]:
@@ -216,6 +231,17 @@ def _check_classes(path: Path, labels: Sequence[str], test: Sequence[ImageItem],
             f"{request.val or path}: held-out class '{strange[0]}' has no training images. Remove it, or name"
             " the classes to learn with --classes."
         )
+
+
+def _unscored(labels: Sequence[str], test: Sequence[ImageItem]) -> list[str]:
+    """Return a line on the classes that a held-out part has no images of."""
+    lacking = sorted(set(labels) - {item.label for item in test})
+    if not test or not lacking:
+        return []
+    named = ", ".join(lacking[:_SHOWN]) + (", ..." if len(lacking) > _SHOWN else "")
+    return [
+        f"The held-out part has no images of {len(lacking)} of {len(labels)} classes, which no score tells of: {named}."
+    ]
 
 
 def _split(items: Sequence[ImageItem], request: DataRequest) -> tuple[list[ImageItem], list[ImageItem]]:

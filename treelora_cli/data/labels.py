@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from treelora_cli.data.names import tidy_label
-from treelora_cli.data.tables import Row
+from treelora_cli.data.tables import Row, plain_name
 from treelora_cli.errors import SKIP_BAD, DataError
 
 _WRITTEN_GAPS = {
@@ -32,18 +32,9 @@ _MONTHS = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
 _DATED = re.compile(rf"\d{{1,2}}-({_MONTHS})|({_MONTHS})-\d{{2}}")
 """Numbers and dates that a spreadsheet writes in place of ``123456789012`` and ``MARCH1``."""
 _SEVERAL = 2
-_NAMES = (
-    "label_name",
-    "label_text",
-    "labelname",
-    "labeltext",
-    "class_name",
-    "classname",
-    "class",
-    "category",
-    "species",
-)
-"""Columns that may hold the names of a column of numbers."""
+_KIND = "(label|class|target|category|cat|species|breed|diagnosis|labelclass|classlabel)"
+_NAMES = re.compile(f"{_KIND}?names?|{_KIND}(text|str|string|title|description)|{_KIND}{{1,2}}s?")
+"""What columns that may hold the names of a column of numbers are called, without signs."""
 _BETWEEN = (",", ";", "|")
 _LONGEST = 500
 """Characters of a class name; what is longer is a text in the wrong column."""
@@ -111,7 +102,9 @@ def _label_text(row: Row, column: str) -> str | None:
     if isinstance(value, date):
         value = value.isoformat()
     if not isinstance(value, str | int | float | Decimal):
-        raise DataError(f"{row.where}: label is not a name but {type(value).__name__}.")
+        fields = [name for name, one in value.items() if isinstance(one, str)] if isinstance(value, dict) else []
+        inside = f" To take a name in it: --map {column}.{fields[0]}=label" if fields else ""
+        raise DataError(f"{row.where}: label is not a name but {type(value).__name__}.{inside}")
     text = tidy_label(str(value))
     if len(text) > _LONGEST:
         raise DataError(f"{row.where}: a label of {len(text)} characters; is '{column}' the column of labels?")
@@ -145,12 +138,13 @@ def column_of_names(rows: Sequence[Row], column: str) -> str:
     numbers = label_texts(rows, column)
     if not all(text is None or re.fullmatch(r"-?\d+", text) for text in numbers):
         return column
-    for name in (name for name in _NAMES if name != column and name in rows[0].values):
+    for name in (name for name in rows[0].values if name != column and _NAMES.fullmatch(plain_name(str(name)))):
         values = [row.values.get(name) for row in rows]
         if not all(isinstance(value, str) and not is_missing(value) for value in values):
             continue
-        pairs = set(zip(numbers, values, strict=True))
-        if not are_numbers([str(value) for value in values]) and len(pairs) == len(set(numbers)) == len(set(values)):
+        pairs, each = set(zip(numbers, values, strict=True)), len(set(numbers))
+        of_rows = plain_name(str(name)) in ("name", "names") and each == len(rows)  # names of what is shown, perhaps
+        if not are_numbers([str(value) for value in values]) and len(pairs) == each == len(set(values)) and not of_rows:
             return name
     return column
 
@@ -178,6 +172,10 @@ def _number_notes(labels: Sequence[str]) -> list[str]:
     short = next((label for label in sorted(set(labels)) if _SHORTENED.fullmatch(label)), None)
     dated = sorted({label for label in labels if _DATED.fullmatch(label)})
     lines = []
+    truths = sorted({label for label in labels if label.lower() in ("true", "false")})
+    bits = sorted({"0", "1"} & set(labels))
+    if truths and bits:
+        lines.append(f"Labels '{truths[0]}' and '{bits[0]}' may mean the same, and are two classes here.")
     if twice is not None:
         lines.append(f"Labels '{twice[0]}' and '{twice[1]}' are the same number, and two classes here.")
     if short is not None:

@@ -25,12 +25,15 @@ from treelora_cli.data.names import (
     TRAIN,
     VAL,
     copied_from,
+    label_key,
     one_spelling,
     part_of,
     parts_among,
     parts_and_classes,
+    say_files,
     says_about_pictures,
     says_files,
+    says_leftover,
     says_no_class,
     says_unlabelled,
     shared_words,
@@ -40,6 +43,7 @@ from treelora_cli.data.names import (
 from treelora_cli.errors import DataError
 
 _SHOWN = 6
+_NEXT = "Put them into folders CLASS/*.png, or write a table of path,label."
 
 Labelled = tuple[str, Path]
 """Class name and file."""
@@ -128,12 +132,14 @@ class _Reader:
 
     def _labelled(self, folder: Folder) -> Folder:
         """Return the folder without folders in it that say they are unlabelled, unless there are no others."""
-        unlabelled = [inner for inner in folder.inner if surely_unlabelled(inner.name)]
-        if not unlabelled or len(unlabelled) == len(folder.inner):
+        left = {inner.path: "says that it has no labels" for inner in folder.inner if surely_unlabelled(inner.name)}
+        left |= {inner.path: "is no class by its name" for inner in folder.inner if says_leftover(inner.name)}
+        if not left or len(left) == len(folder.inner):
             return folder
-        for inner in unlabelled:
-            self._leave(inner, "says that it has no labels")
-        return replace(folder, inner=tuple(inner for inner in folder.inner if inner not in unlabelled))
+        for inner in folder.inner:
+            if inner.path in left:
+                self._leave(inner, left[inner.path])
+        return replace(folder, inner=tuple(inner for inner in folder.inner if inner.path not in left))
 
     def _are_train_and_test(self, parts: Sequence[Folder], meant: Mapping[str, str | None]) -> bool:
         """True when there is a training part with class folders and a held-out part: nothing beside them is a class."""
@@ -199,7 +205,9 @@ class _Reader:
                 found[part] += self._classes(self._unwrapped(folder))
         if not any(found.values()):
             seen = ", ".join(f"{folder.name}/ ({len(folder.all_files())})" for folder in parts)
-            raise NoLabelError(f"{self.root}: {self.kind} in {seen} but no class folders in them; there is no label.")
+            raise NoLabelError(
+                f"{self.root}: {self.kind} in {seen} but no class folders in them; there is no label. {_NEXT}"
+            )
         train = next((folder for folder in parts if meant[folder.name] == TRAIN), None)
         if train is not None and not found[TRAIN]:
             labelled = next(folder for folder in parts if not self._is_unlabelled(folder))
@@ -227,24 +235,40 @@ class _Reader:
 
     def _is_unlabelled(self, folder: Folder) -> bool:
         inner = self._unwrapped(folder).inner
-        return not inner or (len(inner) == 1 and says_no_class(inner[0].name) and not inner[0].inner)
+        if len(inner) != 1 or inner[0].inner:
+            return not inner
+        return says_no_class(inner[0].name) or inner[0].name == folder.name
 
     def _classes(self, folder: Folder) -> list[Labelled]:
         """Take each folder in ``folder`` as a class."""
         if not self._asked_for(folder):
             folder = replace(folder, inner=tuple(map(self._without_masks, folder.inner)))
-        nested = [inner for inner in folder.inner if not inner.files]
-        if not self._asked_for(folder) and nested and len(nested) == len(folder.inner):
-            branching = [inner for inner in nested if len(inner.inner) > 1]
-            if branching:
-                raise self._ambiguous(folder, f"two levels of folders could be classes. Give {nested[0].path}, or name")
         if not self._asked_for(folder):
+            self._refuse_two_levels(folder)
             folder = self._named(folder)
         if folder.files and folder.inner:
             self.passed.notes.append(f"{len(folder.files)} {self.kind} beside the class folders were left out.")
         self._say_nested(folder)
         wanted = [inner for inner in folder.inner if self.classes is None or tidy_label(inner.name) in self.classes]
         return [(inner.name, file) for inner in wanted for file in inner.all_files()]
+
+    def _refuse_two_levels(self, folder: Folder) -> None:
+        """Raise ``DataError`` where folders and the folders in them could be the classes."""
+        nested = [inner for inner in folder.inner if not self._unfiled(inner).files]
+        branching = [inner for inner in nested if len(self._unfiled(inner).inner) > 1]
+        if branching and len(nested) == len(folder.inner):
+            raise self._ambiguous(folder, f"two levels of folders could be classes. Give {nested[0].path}, or name")
+        for inner in branching:
+            beside = {label_key(one.name) for one in folder.inner if one is not inner}
+            repeated = [one.name for one in self._unfiled(inner).inner if label_key(one.name) in beside]
+            if repeated:
+                raise self._ambiguous(
+                    folder, f"'{repeated[0]}' is here and in {inner.path}, too. Give that, remove one of them, or name"
+                )
+            if says_files(inner.name):
+                raise self._ambiguous(
+                    folder, f"is '{inner.name}' a class, or what is in it? Give {inner.path}, or name"
+                )
 
     def _say_nested(self, folder: Folder) -> None:
         """Say which classes take their pictures from several folders."""
@@ -264,9 +288,10 @@ class _Reader:
         names = [inner.name for inner in folder.inner]
         if len(names) == 1 and says_no_class(names[0]):
             raise NoLabelError(
-                f"{folder.path}: {self.kind} in {names[0]}/ only, which names no class; there is no label."
+                f"{folder.path}: {self.kind} in {names[0]}/ only, which names no class; there is no label. {_NEXT}"
             )
-        if any(map(says_files, names)) and all(says_files(name) or says_about_pictures(name) for name in names):
+        about = any(map(says_files, names)) and all(says_files(name) or says_about_pictures(name) for name in names)
+        if about or say_files(names):
             seen = ", ".join(f"{name}/" for name in names[:_SHOWN])
             raise NoLabelError(
                 f"{folder.path}: {self.kind} in {seen}, which name no classes. If they do, name them with --classes."

@@ -114,7 +114,8 @@ class _Reader:
         found = list(rows[0].values)
         picture, label = column_called(PICTURES, found), column_called(_LABELS, found)
         if picture is None or label is None:
-            shown = ", ".join([*map(str, found[:_SHOWN]), *(["..."] if len(found) > _SHOWN else [])])
+            all_names = [name for column in found for name in _with_inner(column, rows[0].values[column])]
+            shown = ", ".join([*all_names[:_SHOWN], *(["..."] if len(all_names) > _SHOWN else [])])
             if any(Path(str(name)).suffix.lower() in IMAGE_SUFFIXES for name in found):
                 raise DataError(
                     f"{path.name}: its first line is a record ({shown}). Where no line names the"
@@ -192,6 +193,13 @@ class _Reader:
             raise DataError(f"{row.where}: '{self.picture}' is neither a path nor image bytes. Write image files.")
         file = self.files.find(value, row.where)
         return ImageItem(str(file), label, file.read_bytes, numbered)
+
+
+def _with_inner(column: str, value: Any) -> list[str]:
+    """Return a column's name, or those of the fields of the records in it, as ``--map`` takes them."""
+    if not isinstance(value, dict) or not value or isinstance(value.get("bytes"), bytes):
+        return [str(column)]
+    return [f"{column}.{inner}" for inner in value]
 
 
 def _columns_notes(rows: Sequence[Row], label: str) -> list[str]:

@@ -21,6 +21,7 @@ _FILLERS = {
     *("image", "images", "img", "imgs", "jpeg", "jpg", "png", "jpegimages", "picture", "pictures", "photo", "photos"),
     *("frame", "frames", "file", "files", "data", "dataset", "set", "split", "part", "folder", "dir", "sample"),
     *("samples", "all", "of", "v", "class", "classes", "text", "texts", "public", "private"),
+    *("batch", "batches", "fold", "folds", "shard", "shards", "chunk", "chunks"),
 }
 _UNLABELLED = {
     *("unlabeled", "unlabelled", "unlabel", "unsup", "unsupervised", "nolabel", "nolabels"),
@@ -34,13 +35,26 @@ _ABOUT_PICTURES = {
     *("mask", "masks", "label", "labels", "annotation", "annotations", "anno", "annos", "segmentation", "trimap"),
     *("trimaps", "segmentations", "segmentationclass", "segmentationobject", "bbox", "bboxes", "box", "boxes", "xml"),
     *("xmls", "gt", "groundtruth", "depth", "depths", "keypoints", "edges", "imagesets"),
+    *("thumbnail", "thumbnails", "thumbs"),
 }
-_INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u200e\u200f]")
+_LEFTOVERS = {"thumbnail", "thumbnails", "thumbs", "checkpoint", "checkpoints", "tmp", "temp", "backup", "backups"}
+"""Folders that programs make beside classes, and nobody calls a class so."""
+_INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Spaces of no width, marks of byte order and direction; joiners are parts of letters and emoji."""
+_VARIANTS = re.compile("[\ufe0e\ufe0f]")
+"""Behind a sign that can be drawn as a letter or as a picture."""
+_DAY = re.compile(r"(19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d")
+_CAMERAS = re.compile(r"[1-9]\d\d[A-Z_]{5}")
+"""What cameras call their folders: ``100CANON``, ``101APPLE``."""
 _SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+([-_.][0-9a-f]+)?$", re.IGNORECASE)
 """``-00000-of-00002``, and the hash that may follow."""
-_SIZES = {"mini", "tiny", "small", "medium", "large", "big", "full", "lite", "subset"}
-"""What a part is called beside its name where a dataset comes in several sizes."""
+_FORMS = {
+    *("mini", "tiny", "small", "medium", "large", "big", "full", "lite", "subset"),
+    *("aug", "augmented", "resized", "cropped", "clean", "cleaned", "balanced", "processed", "preprocessed"),
+    *("original", "orig", "new", "final", "labeled", "labelled"),
+}
+"""What a part is called beside its name where a dataset comes in several sizes or states."""
+_AND = {"and", "plus", "n"}
 _BETWEEN = "-_. "
 _SIGNS = re.compile(f"[{_BETWEEN}]+")
 _GLUED = ("dataset", "images", "image", "imgs", "data", "set", "split")
@@ -62,7 +76,7 @@ def parts_among(names: Iterable[str]) -> dict[str, str | None]:
     listed = list(names)
     shared = shared_words(listed)
     meant = {name: part_of(name, shared) for name in listed}
-    sized = {name: part_of(name, shared | _SIZES) for name in listed if meant[name] is None}
+    sized = {name: part_of(name, shared | _FORMS) for name in listed if meant[name] is None}
     once = Counter(part for part in sized.values() if part is not None and part not in meant.values())
     return {**meant, **{name: part for name, part in sized.items() if part is not None and once[part] == 1}}
 
@@ -81,7 +95,9 @@ def part_of(name: str, beside: Container[str] = ()) -> str | None:
     """
     words = [word for word in _words(name) if word not in _FILLERS and word not in beside]
     words = [word for word in words if len(word) > 1] or words  # testA, train_x
-    meant = [_PARTS.get(_unglued(word)) for word in words]
+    meant = [_PARTS.get(_unglued(word)) for word in words if word not in _AND]
+    if sorted(map(str, meant)) == [TRAIN, VAL]:
+        return TRAIN
     return meant[0] if len(meant) == 1 else None
 
 
@@ -119,6 +135,26 @@ def says_files(name: str) -> bool:
     """Return whether a name says only that there are files: ``images``, ``JPEGImages``, ``data2``."""
     words = _words(name)
     return bool(words) and all(word in _FILLERS for word in words)
+
+
+def say_files(names: Iterable[str]) -> bool:
+    """Return whether neighbours' names say only where files lie, whatever words they share.
+
+    ``ham_images_part_1`` and ``ham_images_part_2`` do, so do days and the folders of a camera; ``type_1`` and
+    ``type_2`` do not.
+    """
+    listed = list(names)
+    shared = shared_words(listed) - _FILLERS
+    left = [[word for word in _words(name) if word not in shared] for name in listed]
+    if all(words and set(words) <= _FILLERS - {"class", "classes"} for words in left):
+        return True
+    return len(listed) > 1 and any(all(map(form.fullmatch, listed)) for form in (_DAY, _CAMERAS))
+
+
+def says_leftover(name: str) -> bool:
+    """Return whether a folder is one that programs make beside classes: ``thumbnails``, ``checkpoints``."""
+    words = [word for word in _words(name) if word not in _FILLERS]
+    return len(words) == 1 and words[0] in _LEFTOVERS
 
 
 def says_about_pictures(name: str) -> bool:
@@ -159,7 +195,7 @@ def label_key(name: str) -> str:
 
     The case of a single letter counts: ``A`` and ``a`` are classes of handwriting.
     """
-    plain = " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", name)).split())
+    plain = " ".join(unicodedata.normalize("NFC", _VARIANTS.sub("", _INVISIBLE.sub("", name))).split())
     return plain if len(plain) == 1 else unicodedata.normalize("NFC", plain.casefold())
 
 

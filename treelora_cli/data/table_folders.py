@@ -51,8 +51,10 @@ def tables_in(root: Path, notes: list[str]) -> TableParts | None:
     return _by_folder(folder, notes) if folder.inner else None
 
 
-def _by_name(folder: Path, files: Sequence[Path], notes: list[str]) -> TableParts:
-    files = [file for file in files if not _EXAMPLE.match(file.name)] or files
+def _by_name(folder: Path, files: Sequence[Path], notes: list[str]) -> TableParts | None:
+    files = [file for file in files if not _EXAMPLE.match(file.name)]
+    if not files:
+        return None
     meant = parts_among(table_stem(file) for file in files)
     found: dict[str | None, list[Path]] = {TRAIN: [], TEST: [], VAL: [], None: []}
     for file in files:

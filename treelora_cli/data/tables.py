@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -288,7 +289,7 @@ def _record(value: Any, where: str) -> Row:
 def _read_parquet(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
     from pyarrow import parquet
 
-    return _read_arrow_table(data, path, "parquet", parquet.read_table)
+    return _read_arrow_table(data, path, "parquet", lambda buffer: parquet.ParquetFile(buffer).read())
 
 
 def _read_arrow(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
@@ -310,6 +311,9 @@ def _read_arrow_table(data: bytes, path: Path, kind: str, read: Callable[[Any], 
         raise
     except Exception as error:  # arrow's own errors, and Python's for values it cannot hold, such as year 20000
         raise DataError(f"{path.name}: invalid {kind} ({first_line(error, 'damaged')}).") from error
+    twice = next((name for name, count in Counter(table.column_names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{path.name}: two columns are called '{twice}'.")
     for column, found in names.items():
         if len(set(found)) < len(found):
             raise DataError(f"{path.name}: the class names of '{column}' in its schema are not distinct.")
