@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -272,6 +273,42 @@ def test_calls_of_tools_are_learned_with_or_without_the_templates_help():
     assert encoder_of(TOOLS).body(example) == '<call>sum {"a": 1}</call>'
     plain = parts(encoder_of(TEMPLATE), example)
     assert plain == ("<|user|>1?<|end|><|assistant|>", ['{"name": "sum", "arguments": {"a": 1}}<|end|>'])
+    later = replace(example, turns=(*example.messages, Turn("tool", "1")), last=Turn("assistant", "One."))
+    assert parts(encoder_of(TOOLS), later)[1] == ['<call>sum {"a": 1}</call><|end|>', "One.<|end|>"]
+    assert parts(encoder_of(TEMPLATE), later) == (plain[0], [*plain[1], "One.<|end|>"])
+    asked = encoder_of(TEMPLATE).prompt_text(later, "chat", ())
+    assert asked == f"{plain[0]}{plain[1][0]}<|tool|>1<|end|><|assistant|>"
+
+
+def test_a_message_as_a_list_of_parts_is_what_some_templates_want():
+    whole = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
+    encoder = encoder_of(TEMPLATE.replace("{{ m['content'] }}", whole))
+    example = chat("Hi", "Ho", "And?", "Yes", system="Be kind.")
+    assert (encoder.template.takes_parts, encoder_of(TEMPLATE).template.takes_parts) == (True, False)
+    assert parts(encoder, example) == parts(encoder_of(TEMPLATE), example)
+    assert encoder.stop_ids == encoder_of(TEMPLATE).stop_ids
+
+
+def test_what_a_template_does_to_answers_is_said(tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    code = {"role": "assistant", "content": "    return 1"}
+    record = {"messages": [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "1"}, code]}
+    path = written(tmp_path / "d.jsonl", record)
+    strips = TEMPLATE.replace("m['content']", "m['content'] | trim")
+    notes = {t: read_lm_task(DataRequest(path, held_out=0.0), encoder_of(t), Silent()).notes for t in (strips, TOOLS)}
+    assert notes[strips] == (
+        "The chat template writes no calls of tools: they stand in the messages as JSON instead.",
+        "The chat template strips white space around messages: indentation before an answer is not learned.",
+    )
+    assert notes[TOOLS] == ()
+
+
+def test_an_answer_is_scored_without_the_thoughts_that_are_not_learned(tmp_path):
+    said = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHo"}
+    path = written(tmp_path / "d.jsonl", {"messages": [{"role": "user", "content": "Hi"}, said]})
+    encoder = encoder_of(R1, "<|User|>", "<|Assistant|>")
+    (one,) = read_lm_task(DataRequest(path, val=path), encoder, Silent()).test
+    assert one.answer == "Ho"
 
 
 def test_code_keeps_its_indentation():

@@ -51,7 +51,10 @@ def test_messages_that_the_template_refuses_are_named(tmp_path):
         {"messages": [{"role": r, "content": "x"} for r in roles]}
         for roles in (("user", "assistant"), ("assistant",) * 2)
     ]
-    with pytest.raises(DataError, match=r"d.jsonl:2: the model's chat template refuses .* \(Begin with the user\)"):
+    with pytest.raises(
+        DataError,
+        match=r"d.jsonl:2: the model's chat template refuses .* \(Begin with the user\)\. Mend it, or pass --skip",
+    ):
         read_lm_task(DataRequest(written(tmp_path / "d.jsonl", *rows), held_out=0.0), encoder_of(strict), Silent())
 
 

@@ -142,6 +142,7 @@ def _facts(base: LoadedLm, memory: Memory) -> dict[str, Any]:
         "start_id": encoder.start_id,
         "has_template": encoder.has_template,
         "takes_system": encoder.template.takes_system,
+        "takes_parts": encoder.template.takes_parts,
         "only_asked": form.only_asked if form else "",
         "opening": encoder.template.form.opening,
     }

@@ -186,10 +186,16 @@ class Routed:
         if not self.config["has_template"]:
             return "\n".join([*(f"{one['role'].capitalize()}: {one['content']}" for one in messages), "Assistant:"])
         written = self.tokenizer.apply_chat_template(
-            self._adapted(messages), tokenize=False, add_generation_prompt=True
+            self._in_parts(self._adapted(messages)), tokenize=False, add_generation_prompt=True
         )
         extra = self.config["only_asked"]
         return str(written)[: len(written) - len(extra)] if extra and written.endswith(extra) else str(written)
+
+    def _in_parts(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return messages whose text is a list of its one part, where the template wants that."""
+        if not self.config["takes_parts"]:
+            return [dict(one) for one in messages]
+        return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
 
     def _adapted(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages as the template takes them: a system prompt it does not take opens the first question."""

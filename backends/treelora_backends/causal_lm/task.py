@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from treelora_backends.causal_lm.render import Encoded, Encoder, placed
+from treelora_backends.causal_lm.template import THOUGHT_ENDS
 from treelora_cli.backend.runtime import Reporter
 from treelora_cli.backend.values import Change, DataRequest
-from treelora_cli.data.examples import TextExample
+from treelora_cli.data.examples import TextExample, calls_text
 from treelora_cli.data.text import TextListing, hash_of_text, list_texts
-from treelora_cli.errors import DataError, UsageError, skipped
+from treelora_cli.errors import SKIP_BAD, DataError, UsageError, skipped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +115,7 @@ def read_lm_task(request: DataRequest, encoder: Encoder, reporter: Reporter) -> 
     test = listing.test
     if not request.test_only or request.skip_bad:
         test = [one for one in test if reading.accepts(one)]
-    generated = [replace(one, answer=encoder.body(one)) if one.last and one.last.more else one for one in test]
+    generated = [replace(one, answer=encoder.body(one)) if _is_rewritten(one) else one for one in test]
     if wanted and not pairs:
         raise DataError(f"No example is left: {reading.bad[0]}")
     train = [encoded for _, encoded in pairs]
@@ -175,7 +176,7 @@ class _Reading:
             return [(part, self.encoder.encode(part, self.style, self.labels)) for part in parts]
         except DataError as error:
             if not self.skip_bad:
-                raise
+                raise DataError(f"{str(error).removesuffix('.')}.{SKIP_BAD}") from error
             self.bad.append(str(error))
             return []
 
@@ -185,7 +186,7 @@ class _Reading:
             self.encoder.encode(one, self.style, self.labels)
         except DataError as error:
             if not self.skip_bad:
-                raise
+                raise DataError(f"{str(error).removesuffix('.')}.{SKIP_BAD}") from error
             self.bad.append(str(error))
             return False
         return True
@@ -240,9 +241,24 @@ def _template_notes(listing: TextListing, records: int, encoder: Encoder) -> lis
         notes.append(f"The chat template leaves out what stands in {', '.join(silent)}: the model does not read it.")
     if any(map(encoder.template.drops_thoughts, examples)):
         notes.append("The chat template leaves out the thoughts before an answer: they are not learned.")
+    if not encoder.template.writes_calls and any(calls_text(turn) for one in examples for turn in one.messages):
+        notes.append("The chat template writes no calls of tools: they stand in the messages as JSON instead.")
+    if not encoder.template.keeps_indentation and any(map(_is_indented, examples)):
+        notes.append(
+            "The chat template strips white space around messages: indentation before an answer is not learned."
+        )
     if records and len(listing.train) > records:
         notes.append(f"{records} chats are learned as {len(listing.train)} examples, one for each answer.")
     return notes
+
+
+def _is_indented(example: TextExample) -> bool:
+    return any(turn.role == "assistant" and turn.content[:1].isspace() for turn in example.messages)
+
+
+def _is_rewritten(example: TextExample) -> bool:
+    """Return whether a template may write an answer otherwise than it stands: without its thoughts, or with calls."""
+    return example.last is not None and bool(example.last.more or THOUGHT_ENDS in example.last.content)
 
 
 def _shortened(text: str) -> str:

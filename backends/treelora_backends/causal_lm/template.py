@@ -7,6 +7,7 @@ only the beginning has, such as an opened ``<think>``, is left out of prompts.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,9 @@ from treelora_cli.errors import DataError
 _ANSWER = "Treelora7answer"
 _SYSTEM = "Treelora7system"
 _USER = "Hello"
-_THOUGHT_BEGINS, _THOUGHT_ENDS = "<think>", "</think>"
+_QUESTION = "Treelora7question"
+_CALL = "Treelora7call"
+_THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
 _THOUGHTS = ("reasoning_content", "thinking")
 """What messages call thoughts that stand beside their content."""
 _CLOCK = re.compile(r"\bstrftime_now\(\s*(['\"])(.*?)\1\s*\)")
@@ -117,15 +120,49 @@ class ChatTemplate:
         known = [*map(str, self.tokenizer.all_special_tokens), *(str(one) for one in added)]
         return [one for one in dict.fromkeys(known) if one.strip()]
 
-    def _applied(self, turns: Sequence[Turn], tools: str, *, asks: bool) -> str:
-        import json
+    @cached_property
+    def takes_parts(self) -> bool:
+        """True when a message's text is written only as a list of parts, as models that see pictures have it."""
+        asked = [{"role": "user", "content": content} for content in (_QUESTION, text_part(_QUESTION))]
+        return self.exists and [self._writes(_QUESTION, [one]) for one in asked] == [False, True]
 
+    @cached_property
+    def writes_calls(self) -> bool:
+        """True when calls of tools in a message are written, and not refused or dropped."""
+        function = {"name": _CALL, "arguments": {}}
+        calls = [{"id": "treelora7", "type": "function", "function": function}]
+        content = text_part("") if self.takes_parts else ""
+        turns = [{"role": "user", "content": text_part(_USER) if self.takes_parts else _USER}]
+        return self.exists and self._writes(
+            _CALL, [*turns, {"role": "assistant", "content": content, "tool_calls": calls}]
+        )
+
+    @cached_property
+    def keeps_indentation(self) -> bool:
+        """True when white space before an answer is written."""
+        answer = f"    {_ANSWER}"
+        return not self.exists or answer in self._applied(
+            [Turn("user", _USER), Turn("assistant", answer)], "", asks=False
+        )
+
+    def _writes(self, text: str, messages: Sequence[dict[str, Any]]) -> bool:
+        try:
+            return text in self._rendered(messages, "", asks=False)
+        except DataError:
+            return False
+
+    def _applied(self, turns: Sequence[Turn], tools: str, *, asks: bool) -> str:
         fields = [turn.fields() for turn in turns]
+        if self.takes_parts:
+            fields = [{**one, "content": text_part(one["content"])} for one in fields]
+        return self._rendered(fields, tools, asks=asks)
+
+    def _rendered(self, fields: Sequence[dict[str, Any]], tools: str, *, asks: bool) -> str:
         more = {"tools": json.loads(tools)} if tools else {}
         if self._frozen is not None:
             more["chat_template"] = self._frozen
         try:
-            text = self.tokenizer.apply_chat_template(fields, tokenize=False, add_generation_prompt=asks, **more)
+            text = self.tokenizer.apply_chat_template(list(fields), tokenize=False, add_generation_prompt=asks, **more)
         except Exception as error:  # a template is a program, and may raise anything
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(f"the model's chat template refuses these messages ({reason[0][:160]})") from error
@@ -134,7 +171,12 @@ class ChatTemplate:
     # -- chats ----------------------------------------------------------------------------------------
 
     def adapted(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Return turns as the template takes them: a system prompt it does not take opens the user's first message."""
+        """Return turns as the template takes them.
+
+        A system prompt that it does not take opens the user's first message; calls of tools that it does not write
+        become their message's content.
+        """
+        turns = [self._spoken(turn) for turn in turns]
         if self.takes_system or not any(turn.role == "system" for turn in turns):
             return list(turns)
         system = "\n".join(turn.content for turn in turns if turn.role == "system")
@@ -160,7 +202,7 @@ class ChatTemplate:
             return set()
         asked, piece = self.written(example.messages, example.tools)
         written = asked + piece.text
-        turns = [turn for turn in self.adapted(example.messages)[:-1] if _THOUGHT_ENDS not in turn.content]
+        turns = [turn for turn in self.adapted(example.messages)[:-1] if THOUGHT_ENDS not in turn.content]
         silent = {turn.role for turn in turns if turn.content.strip() not in written}
         silently, said = self.written(example.messages, "")
         deaf = bool(example.tools) and written == silently + said.text
@@ -171,7 +213,7 @@ class ChatTemplate:
         last = example.messages[-1]
         fields = last.fields()
         thoughts = [fields.get(name) for name in _THOUGHTS]
-        before, mark, _ = last.content.partition(_THOUGHT_ENDS)
+        before, mark, _ = last.content.partition(THOUGHT_ENDS)
         thoughts.append(before.rpartition(_THOUGHT_BEGINS)[2] if mark else "")
         said = [one.strip() for one in thoughts if isinstance(one, str) and one.strip()]
         return bool(said) and not any(one in self.written(example.messages, example.tools)[1].text for one in said)
@@ -183,7 +225,6 @@ class ChatTemplate:
 
     def written(self, turns: Sequence[Turn], tools: str = "") -> tuple[str, Piece]:
         """Return what the model reads and what it learns to write of a chat's last turn, its end included."""
-        turns = [*turns[:-1], self._spoken(turns[-1], turns, tools)]
         asked, finished = self.asked(turns[:-1], tools), self.finished(turns, tools)
         common = _in_common(asked, finished)
         if self._is_rewritten(turns, tools, asked, common):
@@ -206,15 +247,14 @@ class ChatTemplate:
             return False
         return common < _in_common(asked, self.finished(turns[:-1], tools))
 
-    def _spoken(self, turn: Turn, turns: Sequence[Turn], tools: str) -> Turn:
+    def _spoken(self, turn: Turn) -> Turn:
         """Return a turn; calls of tools that the template leaves out become its content."""
         calls = calls_text(turn)
-        if not calls or not self.exists:
+        if not calls or not self.exists or self.writes_calls:
             return turn
-        silent = [*turns[:-1], Turn("assistant", turn.content)]
-        if self.finished(turns, tools) != self.finished(silent, tools):
-            return turn
-        return Turn("assistant", f"{turn.content}\n{calls}".strip(), learned=turn.learned)
+        more = {key: value for key, value in turn.fields().items() if key not in ("role", "content", "tool_calls")}
+        written = json.dumps(more, ensure_ascii=False) if more else ""
+        return replace(turn, content=f"{turn.content}\n{calls}".strip(), more=written)
 
     def pieces(self, example: TextExample, learn: str) -> list[Piece] | None:
         """Return a chat in parts, what is read and what is learned in turns.
@@ -262,6 +302,11 @@ def shortened(example: TextExample, start: int) -> TextExample | None:
         return None
     kept = [turn for turn in example.turns[: users[start]] if turn.role == "system"]
     return replace(example, turns=(*kept, *example.turns[users[start] :]))
+
+
+def text_part(content: str) -> list[dict[str, str]]:
+    """Return a message's text as a list of its one part."""
+    return [{"type": "text", "text": content}]
 
 
 def _without_clock(template: str) -> str:
