@@ -87,8 +87,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def suggest(value: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known name nearest to ``value``, or nothing."""
-    near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.6)
-    return f" (did you mean '{near[0]}'?)" if near else ""
+    near = nearest(value, known)
+    return "" if near is None else f" (did you mean '{near}'?)"
+
+
+def nearest(value: str, known: Iterable[str]) -> str | None:
+    """Return the known name nearest to ``value``, whatever its case; ``None`` where none is near."""
+    names = sorted(known)
+    same = next((name for name in names if name.casefold() == value.casefold()), None)
+    return same or next(iter(difflib.get_close_matches(value, names, n=1, cutoff=0.6)), None)
 
 
 def first_line(error: BaseException, otherwise: str = "") -> str:

@@ -270,3 +270,10 @@ def test_twenty_thousand_images_are_listed_in_seconds(tmp_path: Path) -> None:
     began = time.process_time()
     assert len(listed(tmp_path, held_out=0).train) == 20_000
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(("given", "there"), [("IT'S.JPG", "it's.jpg"), ("it's.jpeg", "it's.jpg"), ("CATS", "cats")])
+def test_a_suggestion_is_a_whole_name_in_its_own_case(tmp_path: Path, given: str, there: str) -> None:
+    (tmp_path / there).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"{given} not found\. Did you mean .*/{there}\?$"):
+        list_images(DataRequest(path=tmp_path / given))

@@ -6,8 +6,10 @@ import io
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 from conftest import picture
+from pyarrow import parquet
 
 from treelora_cli.backend.values import Turn
 from treelora_cli.data.inputs import image_inputs, text_inputs
@@ -182,3 +184,10 @@ def test_a_record_with_a_system_prompt_is_a_chat(tmp_path: Path) -> None:
     assert text_inputs([str(tmp_path / "d.csv")], nothing) == [kind, "Ho"]
     record = b'{"system_prompt": "Be kind.", "instruction": "Hi", "input": "", "output": "x"}\n'
     assert text_inputs(["-"], lambda: record) == [kind]
+
+
+def test_a_table_that_holds_images_is_not_answered(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"image": [{"bytes": b"x", "path": None}]}), path)
+    with pytest.raises(DataError, match=r"t\.parquet row 1: 'image' holds the image itself; predict reads files\."):
+        image_inputs([str(path)], nothing)

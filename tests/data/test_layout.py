@@ -399,7 +399,13 @@ def test_a_held_out_class_that_nobody_learns_is_refused_with_what_to_do(tmp_path
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a.tfrecord-00000-of-00002", "a TFRecord of TensorFlow"), ("1.0.0/b.tfrecord", "a TFRecord"), ("x.h5", "HDF5")],
+    [
+        ("a.tfrecord-00000-of-00002", "a TFRecord of TensorFlow"),
+        ("1.0.0/b.tfrecord", "a TFRecord"),
+        ("x.h5", "HDF5"),
+        ("cat/a.nii.gz", "a volume of"),
+        ("cat/a.MP4", "a video"),
+    ],
 )
 def test_data_of_other_tools_is_named(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / name

@@ -85,3 +85,13 @@ def test_many_links_are_each_followed_once(tmp_path: Path, monkeypatch: pytest.M
     }
     assert len(followed) == 61, "each link, and the folder"
     assert len(pairs) < 10 * 60
+
+
+def test_a_link_to_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """As of a disk that is not mounted: without it the held-out part would be learned."""
+    folder = make_images(tmp_path / "d", ["red", "blue"], train=0, test=4)
+    (folder / "train").symlink_to("/nowhere/train")
+    with pytest.raises(
+        DataError, match=r"d/train leads to /nowhere/train, which is not there\. Mend the link or remov"
+    ):
+        list_images(DataRequest(path=folder))

@@ -33,6 +33,8 @@ _FOREIGN = {
     **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".joblib"), "a pickle, which is never opened"),
     ".mat": "MATLAB's",
     ".mdb": "LMDB",
+    **dict.fromkeys((".nii", ".nrrd", ".mha", ".mhd"), "a volume of medical images"),
+    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".m4v", ".wmv"), "a video"),
 }
 """Files that hold data which is not read here, by a part of their names."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"

@@ -105,6 +105,10 @@ def _scan(path: Path, wanted: Callable[[Path], bool], passed: Passed, above: fro
         elif entry.is_file() or not entry.exists():  # a link that leads nowhere is an unreadable file
             if wanted(entry):
                 files.append(entry)
+            elif not entry.exists() and not entry.suffix:
+                raise DataError(
+                    f"{entry} leads to {os.readlink(entry)}, which is not there. Mend the link or remove it."
+                )
             else:
                 passed.others[entry.suffix.lower()] += 1
     return Folder(path, tuple(files), tuple(inner))

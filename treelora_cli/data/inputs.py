@@ -157,6 +157,8 @@ def _text_of(row: Row, columns: Sequence[str], wanted: str) -> str:
         chat = " A file of chats is given as --messages." if "messages" in row.values else ""
         raise DataError(f"{row.where}: Found {found}; need '{wanted}'.{chat}")
     value = row.values[column]
+    if isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes)):
+        raise DataError(f"{row.where}: '{column}' holds the image itself; predict reads files. Write it to one.")
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{row.where}: '{column}' is no text.")
     check_text(row)

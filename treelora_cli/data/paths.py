@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.names import is_text
-from treelora_cli.errors import DataError, suggest
+from treelora_cli.errors import DataError, nearest
 
 _ADDRESS = re.compile(r"(?:^|/)(https?|s3|gs|hf|ftp):/{1,2}(.*)", re.IGNORECASE)
 """An address, also after it was taken for a path, which leaves one of its slashes."""
@@ -37,10 +37,9 @@ def existing(path: Path) -> Path:
     if os.path.islink(path):
         raise DataError(f"{path} is a link to {os.readlink(path)}, which is not there.")
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = suggest(path.name, siblings)
-    if near:
-        name = near.split("'")[1]
-        raise DataError(f"{path} not found. Did you mean {path.parent / name}?")
+    near = nearest(path.name, siblings)
+    if near is not None:
+        raise DataError(f"{path} not found. Did you mean {path.parent / near}?")
     raise DataError(f"{path} not found.")
 
 

@@ -29,7 +29,7 @@ _FORMATS = (
 _UNREADABLE = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC"),
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"), "a camera's raw format"),
-    **{".svg": "SVG", ".psd": "Photoshop", ".jxl": "JPEG XL", ".eps": "EPS"},
+    **{".svg": "SVG", ".psd": "Photoshop", ".jxl": "JPEG XL", ".eps": "EPS", ".dcm": "DICOM", ".dicom": "DICOM"},
 }
 """Pictures that are not read here; they are named, not passed over."""
 _HEIC = re.compile(rb".{4}ftyp(heic|heix|hevc|mif1|msf1)", re.DOTALL)
@@ -37,7 +37,16 @@ _MAGIC_UNREADABLE = (
     (_HEIC, "HEIC"),
     (re.compile(rb"8BPS"), "Photoshop"),
     (re.compile(rb"II[*+]\0|MM\0[*+]"), "a damaged or unusual TIFF"),
+    (re.compile(rb".{128}DICM", re.DOTALL), "DICOM"),
+    (re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg.{0,200})?<svg\b", re.DOTALL), "SVG"),
+    (re.compile(rb"%PDF-"), "PDF"),
+    (re.compile(rb".{4}ftyp(?!avi|jxl|jp2)|RIFF.{4}AVI |\x1aE\xdf\xa3", re.DOTALL), "a video"),
 )
+_MAGIC_NO_IMAGE = (
+    (re.compile(rb"\s*<(!doctype\s+html|html|head|body)\b", re.IGNORECASE), "a web page; download the image again"),
+    (re.compile(rb"\s*[{\[<]"), "a text, as a server writes for an error; download the image again"),
+)
+_HEAD = 1000
 _MAGIC = re.compile(
     rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0\0\0\0|RIFF.{4}WEBP|II\*\0|MM\0\*|P[1-6][\s#]|\0\0\0\x0cjP  "
     rb"|.{4}ftyp(?:avif|heic|heix|hevc|mif1|msf1)",
@@ -182,11 +191,13 @@ def _kind_of(data: bytes, name: str) -> str:
         return "it is empty"
     if data.startswith(LFS_POINTER):
         return "a pointer of Git LFS; fetch the files with git lfs pull"
-    by_bytes = next((kind for magic, kind in _MAGIC_UNREADABLE if magic.match(data)), None)
+    by_bytes = next((kind for magic, kind in _MAGIC_UNREADABLE if magic.match(data[:_HEAD])), None)
     kind = _UNREADABLE.get(Path(name).suffix.lower()) or by_bytes
     if kind == "HEIC" and not _decodes_heic():
         return "HEIC; pip install pillow-heif, or convert it to PNG or JPEG"
-    return f"{kind}, which is not read here; convert it to PNG or JPEG" if kind else "no known format"
+    if kind:
+        return f"{kind}, which is not read here; convert it to PNG or JPEG"
+    return next((what for magic, what in _MAGIC_NO_IMAGE if magic.match(data[:_HEAD])), "no known format")
 
 
 def _refuse_misread(opened: Any, name: str) -> None:
