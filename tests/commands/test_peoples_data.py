@@ -184,3 +184,22 @@ def test_animations_are_said_and_links_that_lead_nowhere_are_unreadable(
     told = "\n".join(cli(*train, "--skip-bad").json["notes"])
     assert "1 unreadable images were skipped, such as " in told
     assert "turn.gif; the first is taken." in told
+
+
+def test_folders_called_by_numbers_are_not_taken_for_an_earlier_tasks(
+    cli: Cli, empty_project: Path, tmp_path: Path
+) -> None:
+    for name, colours in (("a", ("red", "blue")), ("b", ("green", "black"))):
+        for number, colour in enumerate(colours):
+            make_images(tmp_path / name, [colour], test=1)
+            for part in ("train", "test"):
+                (tmp_path / name / part / colour).rename(tmp_path / name / part / str(number))
+    train = ("-C", empty_project, "train-task", "--device", "cpu", "--no-eval")
+    assert cli(*train, tmp_path / "a").code == 0
+    check_error(
+        cli(*train, tmp_path / "b"), 4, r"Labels 0, 1 are bare numbers, and task 'a' has the same ones: do they"
+    )
+    (tmp_path / "names.txt").write_text("green\nblack\n")
+    assert cli(*train, tmp_path / "b", "--label-names", tmp_path / "names.txt").code == 0
+    assert json.loads((empty_project / "tasks/002-b/labels.json").read_text()) == ["black", "green"]
+    assert cli(*train, tmp_path / "b", "--name", "c", "--label-prefix", "").code == 0

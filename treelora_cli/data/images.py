@@ -46,7 +46,7 @@ class ImageListing:
         test: Held-out images.
         notes: Lines for the user.
         change: What differs from the recorded held-out images, if anything.
-        numbered: The labels are numbers in a table's own order.
+        numbered: The labels are numbers in a table's or folder's own order.
     """
 
     labels: tuple[str, ...]
@@ -193,7 +193,7 @@ def _items(part: Sequence[Labelled], request: DataRequest, path: Path) -> list[I
         labels = named(labels, [Row({}, str(file)) for _, file in part], found[1], found[0])
     prefix = request.label_prefix or ""
     return [
-        ImageItem(str(file), prefix + str(label), file.read_bytes)
+        ImageItem(str(file), prefix + str(label), file.read_bytes, numbered=request.label_names is None)
         for label, (_, file) in zip(labels, part, strict=True)
     ]
 

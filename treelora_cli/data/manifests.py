@@ -51,7 +51,7 @@ class ImageItem:
         name: For messages.
         label: Class name.
         read: Returns the encoded bytes.
-        numbered: The label is a number in a table, without a name.
+        numbered: If the label is a number, nothing names it.
     """
 
     name: str
