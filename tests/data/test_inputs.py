@@ -122,6 +122,11 @@ def test_prompts_from_tables_text_files_folders_and_patterns(tmp_path: Path, mon
     assert text_inputs(["c.txt"], nothing) == ["four", "five"]
     assert text_inputs(["d"], nothing) == ["six\nseven", "eight"]
     assert text_inputs(["*.jsonl"], nothing) == ["one", "two"]
+    Path("f").mkdir()
+    for number in (2, 1):
+        Path("f", f"part-{number}.jsonl").write_text(json.dumps({"prompt": f"p{number}", "answer": "x"}))
+    Path("f", "README.md").write_text("About these.")
+    assert text_inputs(["f"], nothing) == ["p1", "p2"]
     Path("e.jsonl").write_text(json.dumps({"messages": []}))
     with pytest.raises(DataError, match=r"e\.jsonl:1: Found messages; need 'prompt'\. A file of chats is given as --m"):
         text_inputs(["e.jsonl"], nothing)

@@ -60,6 +60,14 @@ SQUAD = {"text": ["Rome", "the city of Rome", "Rome"], "answer_start": [0, 4, 9]
             "A",
         ),
         ({"question": "Sky?", "choices": ["red", "blue"], "answer": "1"}, "plain", "Sky?\nA. red\nB. blue", "B"),
+        ({"question": "Sky?", "choices": "['red', 'blue']", "answer": 1}, "plain", "Sky?\nA. red\nB. blue", "B"),
+        (
+            {"question": "Sky?", "choices": [{"label": c, "text": c * 3} for c in "AB"], "answerKey": "B"},
+            "plain",
+            "Sky?\nA. AAA\nB. BBB",
+            "B",
+        ),
+        ({"text": "A long bill.", "summary": "Short."}, "plain", "A long bill.", "Short."),
         ({"prompt": "Hi", "completion": "Ho"}, "plain", "Hi", "Ho"),
         ({"question": "Hi", "chosen": "Ho", "rejected": "Na"}, "plain", "Hi", "Ho"),
         ({"instruction": "Hi", "input": "you", "chosen": "Ho", "rejected": "Na"}, "plain", "Hi\n\nyou", "Ho"),
@@ -230,10 +238,47 @@ def test_labels_by_other_names(read, column, read_as):
 
 
 def test_a_target_that_is_no_label_is_none(read):
-    _, style, notes = read(
-        *({"text": f"t{n}", "target": f"a long sentence of its own, number {n} " * 3} for n in range(4))
-    )
+    rows = [{"text": f"t{n}", "target": f"a long sentence of its own, number {n} " * 3} for n in range(4)]
+    with pytest.raises(DataError, match="pass --map text=prompt --map target=answer; to learn the texts alone, --map"):
+        read(*rows)
+    _, style, notes = read(*rows, columns={"text": "text"})
     assert (style, notes) == ("text", ("Read: text. Not used, though there is text in it: target.",))
+
+
+@pytest.mark.parametrize(
+    ("column", "typed"),
+    [("code", "--map text=prompt --map code=answer;"), ("answer", "--map text=prompt;"), ("output", "output=answer;")],
+)
+def test_an_answer_beside_a_text_is_asked_about(read, column, typed):
+    with pytest.raises(DataError, match=f"d.jsonl:1: 'text' beside '{column}': to learn the one .* {typed} to learn"):
+        read({"text": "Add them.", column: "    a + b"})
+
+
+def test_many_labels_are_labels_where_they_come_back(read):
+    one, style, _ = read(*({"text": f"t{n}", "intent": f"i{n % 77}"} for n in range(77 * 4)))
+    assert (style, one.answer) == ("labels", "i0")
+    assert read(*({"text": f"t{n}", "intent": f"i{n % 77}"} for n in range(77 * 3)))[1] == "text"
+    assert read({"text": "a", "stars": 5}, {"text": "b", "stars": 1})[1] == "labels"
+
+
+def test_labels_of_minus_one_alone_are_none(read):
+    with pytest.raises(DataError, match=r"d\.jsonl:1: every label is -1, which says that none is known"):
+        read({"sentence": "a", "label": -1}, {"sentence": "b", "label": -1})
+
+
+def test_answers_that_recur_keep_their_indentation(tmp_path):
+    def listed(*answers):
+        path = tmp_path / "d.jsonl"
+        path.write_text("".join(json.dumps({"prompt": f"p{n}", "answer": answers[n % 2]}) + "\n" for n in range(20)))
+        return list_texts(DataRequest(path, held_out=0.0)).labels
+
+    assert listed("    pass", "    return") == ()
+    assert listed(" yes\n", " no\n") == ("no", "yes")
+
+
+def test_a_letter_without_choices_is_no_answer(read):
+    with pytest.raises(DataError, match="Found question, answerKey"):
+        read({"question": "Sky?", "answerKey": "B"})
 
 
 def test_numbers_beside_free_text_are_named(read):
@@ -433,6 +478,10 @@ def test_records_that_fit_no_shape_are_refused_with_their_line(read, record, mes
         (
             {"question": "Q", "best_answer": "a", "incorrect_answers": ["b", "c"]},
             "Try --map question=prompt --map best_answer=answer$",
+        ),
+        (
+            {"question": "Q", "options": ["a", "b"], "rationale": "r", "correct": "A"},
+            "Try --map options=choices --map correct=answer$",
         ),
         ({"question": "Q", "answer": {"aliases": ["a"], "value": "A"}}, "with --map answer.value=answer$"),
         ({"context": {"title": ["a"]}, "question": "Q", "answer": "A"}, "Leave it out with --map context=other$"),

@@ -18,11 +18,12 @@ TEXTS = (
     *("question_text", "comment_text", "review_text"),
 )
 """Columns of a text that has a label, the likeliest first."""
-LABELS = ("labels", "class", "target", "sentiment", "intent", "emotion", "category")
+LABELS = ("labels", "class", "target", "sentiment", "intent", "emotion", "category", "rating", "stars")
 """Columns of labels beside ``label``, where they hold few short values; otherwise something else."""
 ASKED = (
     *(("input", "output"), ("query", "response"), ("query", "answer"), ("inputs", "targets"), ("source", "target")),
     *(("document", "summary"), ("dialogue", "summary"), ("article", "summary"), ("article", "highlights")),
+    ("text", "summary"),
 )
 """Columns of a prompt and its answer that go by other names."""
 PREFERRED, REFUSED = "chosen", "rejected"

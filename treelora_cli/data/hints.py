@@ -18,6 +18,18 @@ from treelora_cli.errors import DataError
 
 _PERHAPS_ANSWERS = (*ANSWERS, "output", "target", *LABELS, "summary", "solution", "translation", "answers", "ideal")
 _PERHAPS_ASKED = ("prompt", "question", "query", "input", "problem", "ctx")
+_PERHAPS_RIGHT = (
+    "label",
+    "target",
+    *ANSWERS,
+    "gold",
+    "correct",
+    "correct_answer",
+    "correct_option",
+    "answer_idx",
+    "cop",
+)
+"""Names of columns that say which choice is right, the likeliest first."""
 _ENDS_OF_ANSWERS = ("answer", "solution", "response", "completion", "output")
 _WRONG = re.compile(r"(distractor|incorrect|wrong|false|bad|worst|negative|rejected)", re.IGNORECASE)
 """How names of columns begin that hold what is not to be learned."""
@@ -42,6 +54,21 @@ def refuse_single_messages(rows: Sequence[Row]) -> None:
             f"{rows[0].where}: each record holds single messages and not a chat. Write one record for each chat:"
             ' {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
         )
+
+
+def refuse_answers_beside(rows: Sequence[Row]) -> None:
+    """Raise ``DataError`` when texts that would be learned alone stand beside what may be their answers."""
+    wanted = (*ANSWERS, "output", "target", "solution", "translation", "code")
+    answer = next((name for name in wanted if isinstance(one := rows[0].values.get(name), str) and one.strip()), None)
+    if answer is not None:
+        raise DataError(
+            f"{rows[0].where}: 'text' beside '{answer}': to learn the one as the answer to the other pass --map"
+            f" text=prompt{_answer_map(answer)}; to learn the texts alone, --map text=text"
+        )
+
+
+def _answer_map(name: str) -> str:
+    return "" if name in ANSWERS else f" --map {quote(f'{name}=answer')}"
 
 
 def refuse_unknown(rows: Sequence[Row]) -> NoReturn:
@@ -130,7 +157,7 @@ def _question(rows: Sequence[Row], others: Sequence[str]) -> str | None:
 
 def _hint_of_choices(rows: Sequence[Row], names: Sequence[str], choices: str) -> str:
     """Guess what the columns of a question with a list of choices are; empty where nothing says which is right."""
-    right = next((name for name in ("label", "target", *ANSWERS, "gold") if name in names), None)
+    right = next((name for name in _PERHAPS_RIGHT if name in names), None)
     question = _question(rows, [name for name in names if _length(rows, name) and name != right and not _is_id(name)])
     if right is None or question is None:
         return ""

@@ -18,7 +18,9 @@ from treelora_cli.data.messages import system_text
 from treelora_cli.data.paths import existing, expanded, is_address, is_pattern, named_file, without_scheme
 from treelora_cli.data.pixels import is_image, looks_like_image
 from treelora_cli.data.records import prompt_of
+from treelora_cli.data.table_folders import ABOUT as ABOUT_TABLES
 from treelora_cli.data.tables import TEXT_SUFFIXES, Row, check_text, column_called, is_table, read_table, table_suffix
+from treelora_cli.data.text_files import ABOUT
 from treelora_cli.errors import DataError
 
 PICTURES = (
@@ -93,8 +95,8 @@ def as_typed(pattern: str) -> list[Path]:
 def text_inputs(inputs: Sequence[str], standard_input: Callable[[], bytes]) -> list[str | list[Turn]]:
     """Return the prompts that inputs mean: texts as typed, tables and text files that exist, folders of texts, ``-``.
 
-    A text file holds a prompt a line, a file in a folder is one prompt. ``-`` reads one prompt, or JSONL. A record with
-    a system prompt is a chat.
+    A text file holds a prompt a line; in a folder without tables it is one prompt. ``-`` reads one prompt, or JSONL. A
+    record with a system prompt is a chat.
 
     Raises:
         DataError: A table without prompts, an empty folder, or text that cannot be read.
@@ -115,13 +117,16 @@ def _texts(one: str, standard_input: Callable[[], bytes]) -> Iterator[str | list
     if not named:
         yield one
     for path in named:
+        tables = [path]
         if path.is_dir():
-            files = [file for file in sorted(path.iterdir()) if file.is_file() and table_suffix(file) in TEXT_SUFFIXES]
-            if not files:
-                raise DataError(f"{path} holds no prompts: give a folder of .txt files, a table, or a text.")
-            yield from (decode(file.read_bytes(), file, [], western=True).strip() for file in files)
-            continue
-        for row in read_table(path, None, {}):
+            files = [file for file in sorted(path.iterdir()) if file.is_file()]
+            tables = [file for file in files if is_table(file) and file.name.lower() not in ABOUT_TABLES]
+            texts = [file for file in files if table_suffix(file) in TEXT_SUFFIXES and not ABOUT.fullmatch(file.stem)]
+            if not tables and not texts:
+                raise DataError(f"{path} holds no prompts: give a folder of .txt files or tables, a table, or a text.")
+            if not tables:
+                yield from (decode(file.read_bytes(), file, [], western=True).strip() for file in texts)
+        for row in (row for table in tables for row in read_table(table, None, {})):
             yield _prompt_of(row)
 
 

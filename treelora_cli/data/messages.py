@@ -120,9 +120,9 @@ def chat_of(row: Row, messages: Any, column: str) -> TextExample:
     Raises:
         DataError: The column holds no messages, or they do not end with the assistant's; names file and line.
     """
-    messages = _turned(_from_json(messages, row, column))
+    messages = _turned(from_json(messages, row, column))
     if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages) or len(messages) < 2:
-        raise DataError(f"{row.where}: '{column}' is a list of two or more records with role and content.")
+        raise DataError(f"{row.where}: '{column}' is a list of two or more records with role and content.{SKIP_BAD}")
     try:
         turns = _turns(messages, row.where)
     except DataError as error:
@@ -185,7 +185,7 @@ def read_messages(messages: Any, where: str) -> list[Turn]:
         waiting = [name for name, value in row.values.items() if waits_for_answer(value)]
         column = next((name for name in (*CHATS, *waiting) if name in row.values), None)
         system = system_text(row.values.get("system"), where)
-        messages = messages if column is None else _turned(_from_json(row.values[column], row, column))
+        messages = messages if column is None else _turned(from_json(row.values[column], row, column))
     if not is_chat(messages):
         raise DataError(f"{where}: expected a list of messages with role and content.")
     turns = _turns(messages, where)
@@ -291,13 +291,18 @@ def _tools(row: Row) -> str:
 
 
 def _list(value: Any, row: Row, column: str) -> list[Any]:
-    tools = _from_json(value or [], row, column)
+    tools = from_json(value or [], row, column)
     if not isinstance(tools, list):
         raise DataError(f"{row.where}: '{column}' is a list of records.")
     return tools
 
 
-def _from_json(value: Any, row: Row, column: str) -> Any:
+def from_json(value: Any, row: Row, column: str) -> Any:
+    """Return what a text holds as JSON, or as pandas writes a list; other values as they are.
+
+    Raises:
+        DataError: It is neither; names file and line.
+    """
     if not isinstance(value, str):
         return value
     try:

@@ -50,6 +50,7 @@ from treelora_cli.data.labels import is_written_gap
 from treelora_cli.data.messages import (
     chat_of,
     ends_with_answer,
+    from_json,
     is_chat,
     prompt_chat,
     system_text,
@@ -59,7 +60,7 @@ from treelora_cli.data.messages import (
 from treelora_cli.data.tables import Row, texts_in
 from treelora_cli.errors import SKIP_BAD, DataError
 
-_FEW, _SHORT = 64, 60
+_FEW, _SHORT, _RECURRING = 64, 60, 4
 NEED = "Need messages, prompt+answer, sentence+label or text."
 _LOOKED_AT = 200
 """Rows that are searched for text which is not used."""
@@ -150,7 +151,7 @@ def unused_text(rows: Sequence[Row], shape: Shape) -> list[str]:
     for row in rows[:_LOOKED_AT]:
         for name, value in row.values.items():
             if name in shape.used:
-                found |= dict.fromkeys(_unread_in(name, value))
+                found |= dict.fromkeys(_unread_in(name, value) if shape.style == "chat" else ())
             elif name != worse and (_holds_text(value) or (shape.style == "text" and value is not None)):
                 found[str(name)] = None
     return list(found)
@@ -287,12 +288,12 @@ def _instruction_chat(row: Row, answer: str) -> TextExample:
 
 
 def _as_question(names: set[Any], _rows: Sequence[Row]) -> Shape | None:
-    answer = _first(names, ("answers", "answerKey", *ANSWERS, PREFERRED))
+    choices = _first(names, CHOICES)
+    answer = _first(names, ("answers", *(["answerKey"] if choices else []), *ANSWERS, PREFERRED))
     if "question" not in names or answer is None:
         return None
     passage = _first(names, PASSAGES)
     used = frozenset({"question", answer, *([passage] if passage else [])})
-    choices = _first(names, CHOICES)
     if choices is not None:
         return Shape("plain", used | {choices}, lambda row: _choice(row, passage, choices, answer))
     return Shape("plain", used, lambda row: _asked(row, passage, answer))
@@ -329,7 +330,9 @@ def _with_choices(row: Row, passage: str | None, texts: Sequence[str], letters: 
 
 def _choices(row: Row, column: str) -> tuple[list[str], list[str]]:
     """Return the choices' texts and letters: of a list, of texts beside labels, or of texts by letter."""
-    choices = row.values.get(column)
+    choices = from_json(row.values.get(column), row, column)
+    if isinstance(choices, list) and all(isinstance(one, dict) and {"text", "label"} <= set(one) for one in choices):
+        choices = {key: [one[key] for one in choices] for key in ("text", "label")}
     texts, named = (choices.get("text"), choices.get("label")) if isinstance(choices, dict) else (choices, None)
     if isinstance(choices, dict) and texts is None:
         texts, named = list(choices.values()), list(choices)
@@ -371,8 +374,10 @@ def _as_labelled(names: set[Any], rows: Sequence[Row]) -> Shape | None:
 
 
 def _holds_labels(name: str, rows: Sequence[Row]) -> bool:
-    values = {str(row.values[name]) for row in rows if row.values.get(name) is not None}
-    return 2 <= len(values) <= _FEW and all(len(value) <= _SHORT for value in values)
+    given = [str(row.values[name]) for row in rows if row.values.get(name) is not None]
+    values = set(given)
+    recur = len(values) <= _FEW or len(values) * _RECURRING <= len(given)
+    return len(values) > 1 and recur and all(len(value) <= _SHORT for value in values)
 
 
 def _labelled(row: Row, columns: Sequence[str], label: str) -> TextExample:

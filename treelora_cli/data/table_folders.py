@@ -13,7 +13,7 @@ from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, parts_among, says
 from treelora_cli.data.tables import is_table, table_stem, table_suffix
 from treelora_cli.errors import DataError
 
-_ABOUT = {
+ABOUT = {
     *("labels.json", "dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json", "config.json"),
     *("metadata.json", "dataset-metadata.json", "info.json", "description.json", "croissant.json", "package.json"),
 }
@@ -43,7 +43,7 @@ def tables_in(root: Path, notes: list[str]) -> TableParts | None:
     Raises:
         DataError: It cannot be told which of them is meant.
     """
-    folder = scan(root, lambda file: is_table(file) and file.name.lower() not in _ABOUT, Passed())
+    folder = scan(root, lambda file: is_table(file) and file.name.lower() not in ABOUT, Passed())
     while not folder.files and len(folder.inner) == 1:
         folder = folder.inner[0]
     if folder.files:

@@ -22,7 +22,7 @@ from treelora_cli.data.held_out import (
     set_aside,
     set_aside_by_position,
 )
-from treelora_cli.data.hints import refuse_single_messages, refuse_unknown
+from treelora_cli.data.hints import refuse_answers_beside, refuse_single_messages, refuse_unknown
 from treelora_cli.data.label_files import Names, label_names, named, names_beside
 from treelora_cli.data.labels import (
     Several,
@@ -118,7 +118,7 @@ def list_texts(request: DataRequest) -> TextListing:
     if style == "labels":
         notes += label_notes([one.answer for one in train])
         notes += names_beside(labels, path) if names is None else []
-        _check_labels(labels, test)
+        _check_labels(labels, train, test)
     notes += _shared(train, test)
     metric = _metric(request.metric, style, labels, train or test)
     return _held_out(TextListing(style, labels, metric, train, test, tuple(notes)), request)
@@ -217,6 +217,8 @@ def _shape(rows: Sequence[Row], columns: Mapping[str, str]) -> Shape:
         refuse_single_messages(rows)
     if found is None:
         refuse_unknown(rows)
+    if found.style == "text" and "text" not in columns.values():
+        refuse_answers_beside(rows)
     return found
 
 
@@ -299,10 +301,14 @@ def _labels_of(examples: Sequence[TextExample], style: str) -> tuple[str, ...]:
     if style == "text" or not 2 <= len(counts) <= _CLOSED_ANSWERS:
         return ()
     closed = min(counts.values()) >= _CLOSED_REPEATS and all(len(answer) <= _CLOSED_LENGTH for answer in counts)
-    return tuple(sorted(counts)) if closed else ()
+    indented = any(one.answer[:2].isspace() and len(one.answer) > 1 for one in examples)  # one space divides
+    return tuple(sorted(counts)) if closed and not indented else ()
 
 
-def _check_labels(labels: Sequence[str], test: Sequence[TextExample]) -> None:
+def _check_labels(labels: Sequence[str], train: Sequence[TextExample], test: Sequence[TextExample]) -> None:
+    if list(labels) == ["-1"]:
+        one = (train or test)[0]
+        raise DataError(f"{one.where}: every label is -1, which says that none is known; there is nothing to learn.")
     strange = next((one for one in test if one.answer not in labels), None)
     if strange is not None:
         raise DataError(f"{strange.where}: held-out label '{strange.answer}' has no training examples.")

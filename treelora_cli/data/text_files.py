@@ -29,7 +29,7 @@ WRONG_KIND = (
     "This project's backend is causal-lm: give JSONL, JSON, CSV or parquet with messages, prompt+answer,"
     " sentence+label or text."
 )
-_ABOUT = re.compile(r"(read[ _-]?me|licen[cs]e|notice|changelog|changes|citation)\b.*", re.IGNORECASE)
+ABOUT = re.compile(r"(read[ _-]?me|licen[cs]e|notice|changelog|changes|citation)\b.*", re.IGNORECASE)
 """Texts beside the data that say something about it."""
 
 Parts = tuple[list[Row], list[Row]]
@@ -63,7 +63,7 @@ def _texts_in(path: Path) -> Folder:
     """Find text files: by their ending or, where none has it, those without any that hold text."""
     found = scan(path, lambda file: table_suffix(file) == ".txt", Passed())
     if not found.files and not found.inner:
-        found = scan(path, lambda file: table_suffix(file) == ".md" and not _ABOUT.fullmatch(file.stem), Passed())
+        found = scan(path, lambda file: table_suffix(file) == ".md" and not ABOUT.fullmatch(file.stem), Passed())
     if not found.files and not found.inner:
         found = scan(path, _is_bare_text, Passed())
     return found
@@ -94,7 +94,7 @@ def _is_bare_text(file: Path) -> bool:
             head = opened.read(4096)
     except OSError:
         return False
-    return bool(head.strip()) and not any(sign < 9 for sign in head) and not _ABOUT.fullmatch(file.name)
+    return bool(head.strip()) and not any(sign < 9 for sign in head) and not ABOUT.fullmatch(file.name)
 
 
 class _Reader:
@@ -140,7 +140,7 @@ class _Reader:
 
     def _read_texts(self, folder: Folder) -> Parts:
         """Read text files: one text each; in class folders the folder's name is the label."""
-        own = [file for file in folder.files if not _ABOUT.fullmatch(file.stem)]
+        own = [file for file in folder.files if not ABOUT.fullmatch(file.stem)]
         if len(own) < len(folder.files):
             self.notes.append(f"{len(folder.files) - len(own)} texts about the data were left out.")
         if own and folder.inner:
