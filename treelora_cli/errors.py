@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -112,6 +113,14 @@ def skipped(bad: Sequence[str], kind: str) -> str:
     return f"{len(bad)} bad {kind} were skipped, such as {bad[0].removesuffix(SKIP_BAD)}"
 
 
+def _errno_of(error: BaseException) -> int | None:
+    """Return the system's number of an error, also where a library in Rust wrapped it, as safetensors does."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return None if found is None else int(found[1])
+
+
 def describe_error(error: BaseException) -> tuple[str, int]:
     """Return the line to show and the exit code."""
     if isinstance(error, TreeLoraError):
@@ -127,6 +136,6 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return f"{format_message()}{hint}", 2
     if is_out_of_memory(error):
         return "Out of memory; nothing was committed. Retry with a smaller --batch-size.", ResourceError.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if _errno_of(error) in (errno.ENOSPC, errno.EDQUOT):
         return "Disk full; nothing was committed. Free space and retry.", ResourceError.exit_code
     return f"Unexpected {type(error).__name__}: {first_line(error)}. Run again with --debug and report it.", 1

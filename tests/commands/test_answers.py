@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import STREAM, Cli, check_error
 
 from treelora_cli.views.answers import class_scores, confusion_csv, within
+from treelora_cli.views.delimited import csv_line
 
 CLASSES = [name for _, classes in STREAM for name in classes]
 
@@ -141,3 +143,11 @@ def test_an_empty_path_is_not_the_current_directory(
         check_error(cli(*root, *command), 2, line)
     done = cli(*root, "train-task", ".", "--label-prefix", "", "--dry-run", "--device", "cpu")
     assert done.code == 0, done.err
+
+
+def test_a_cell_of_csv_may_hold_several_lines() -> None:
+    cells = ["a\nb", "c\rd", 'say "x"', "e,f", "g"]
+    line = csv_line(cells)
+    assert line == '"a\nb","c\rd","say ""x""","e,f",g'
+    assert list(csv.reader(io.StringIO(line, newline=""))) == [cells]
+    assert confusion_csv({("a\nb", "a\nb"): 1}) == 'right answer,"a\nb"\n"a\nb",1\n'

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli
+from conftest import Cli, check_error
+from safetensors import SafetensorError
 
 from treelora_cli.backend.values import ExportCheck
 from treelora_cli.learning.export import ExportReport
@@ -181,3 +182,15 @@ def test_a_language_models_card_names_its_metric(cli: Cli, tmp_path: Path) -> No
     assert card.data.base_model == "llama" and card.data.library_name == "transformers"
     assert "the base with the adapter of task sums merged into its weights" in card.text
     assert "## How each task is asked" in card.text
+
+
+def test_a_disk_that_fills_in_an_export_is_no_surprise(
+    cli: Cli, learned_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    done = cli("-C", learned_project, "export", tmp_path / "out")
+    check_error(done, 6, r"Disk full; nothing was committed\. Free space and retry\.")
+    assert not (tmp_path / "out").exists()

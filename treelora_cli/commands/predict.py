@@ -72,7 +72,8 @@ def _show(
     session: Session, inference: str, answered: Iterator[tuple[str, Prediction]], shape: Shape, output_format: str
 ) -> None:
     """Write lines as answers come, or everything at the end."""
-    from treelora_cli.views.predictions import csv_line, json_line, prediction_table
+    from treelora_cli.views.delimited import csv_line
+    from treelora_cli.views.predictions import json_line, prediction_table
 
     if output_format == "table" or session.output.as_json:
         pairs: Sequence[tuple[str, Prediction]] = list(answered)

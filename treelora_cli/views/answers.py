@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from treelora_cli.views.delimited import csv_line
 from treelora_cli.views.scores import percent
 
 if TYPE_CHECKING:
@@ -82,12 +81,9 @@ def confusion_csv(confusion: Mapping[tuple[str, str], int]) -> str:
     """Return the confusion matrix as CSV: a row for each right answer, a column for each given one, counts."""
     rows = list(dict.fromkeys(right for right, _ in confusion))
     columns = list(dict.fromkeys([*rows, *(given for _, given in confusion)]))
-    sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(["right answer", *columns])
-    for right in rows:
-        writer.writerow([right, *(confusion.get((right, given), 0) for given in columns)])
-    return sink.getvalue()
+    lines = [csv_line(["right answer", *columns])]
+    lines += [csv_line([right, *(confusion.get((right, given), 0) for given in columns)]) for right in rows]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def within(top: int, answers: Iterable[Answers | None]) -> tuple[float | None, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,13 +91,6 @@ def prediction_table(rows: Sequence[Sequence[str]], shape: Shape) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def csv_line(cells: Sequence[str]) -> str:
-    """Return one line of CSV without its end."""
-    sink = io.StringIO()
-    csv.writer(sink, lineterminator="").writerow(cells)
-    return sink.getvalue()
 
 
 def json_line(record: dict[str, Any]) -> str:
