@@ -148,3 +148,52 @@ def test_a_base_without_an_end_token_is_said(tmp_path):
     task = read_lm_task(DataRequest(path, held_out=0.0), encoder, Silent())
     assert "have no end (the tokenizer names no end token)" in task.notes[-1]
     assert encoder.tokenizer.decode(task.train[0].answer.tolist()) == f" {task.listing.train[0].answer}"
+
+
+def test_an_end_inside_an_answer_is_said(tmp_path):
+    rows = [{"prompt": "a", "answer": "red </s> green"}, {"prompt": "b", "answer": "red</s>\n"}]
+    notes = read_lm_task(
+        DataRequest(written(tmp_path / "d.jsonl", *rows), held_out=0.0), encoder_of(None), Silent()
+    ).notes
+    assert notes == ("1 training examples hold '</s>' inside an answer: what is generated stops there.",)
+    turns = [{"role": "user", "content": "a </s> b"}, {"role": "assistant", "content": "red"}]
+    chats = written(tmp_path / "c.jsonl", {"messages": turns * 2})
+    assert read_lm_task(DataRequest(chats, held_out=0.0), encoder_of(TEMPLATE), Silent()).notes == ()
+
+
+def of_words(*words):
+    """Return a tokenizer that knows some words alone."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {word: place for place, word in enumerate([*words, "</s>"])}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="?" if "?" in words else None))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    unknown = {"unk_token": "?"} if "?" in words else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **unknown)
+
+
+def test_what_the_tokenizer_does_not_know_is_said(tmp_path):
+    rows = [
+        {"prompt": "A A", "answer": "A C"},
+        {"prompt": "A zebra", "answer": "C"},
+        {"prompt": "A", "answer": "zebra"},
+    ]
+    encoder = Encoder(of_words("?", "A", "C"), 16, [3])
+    notes = read_lm_task(DataRequest(written(tmp_path / "d.jsonl", *rows), held_out=0.0), encoder, Silent()).notes
+    assert notes == ("1 training examples hold what the tokenizer does not know: '?' is learned for it.",)
+
+
+def test_a_tokenizer_of_few_signs_and_a_template_that_writes_no_chat(tmp_path, capsys):
+    model = save_model(tmp_path / "m", "llama")
+    tokenizer = of_words("A", "C", "G", "T")
+    tokenizer.chat_template = "{{ raise_exception('no chats') }}"
+    tokenizer.save_pretrained(model)
+    path = written(tmp_path / "d.jsonl", *[{"prompt": f"A {w}", "answer": f"{w} A"} for w in "ACGT"])
+    assert run("init", tmp_path / "p", "--model", model, "--epochs", "1", "--blocks", "0") == 0
+    assert run("-C", tmp_path / "p", "train-task", path) == 0
+    assert run("-C", tmp_path / "p", "predict", "A C") == 0
+    assert run("-C", tmp_path / "p", "predict", "zebra") == 4
+    assert "prompt 1: the tokenizer refuses this text" in capsys.readouterr().err
+    for form in ("merged", "routed"):
+        assert run("-C", tmp_path / "p", "export", tmp_path / form, "--format", form) == 0

@@ -30,7 +30,7 @@ from treelora_backends.causal_lm.memory import clashes
 from treelora_backends.causal_lm.network.layers import blocks_of
 from treelora_backends.causal_lm.network.network import LmNetwork
 from treelora_backends.causal_lm.predictor import LmPredictor
-from treelora_backends.causal_lm.render import Encoder
+from treelora_backends.causal_lm.render import Encoder, placed
 from treelora_backends.causal_lm.routed import RoutedExport
 from treelora_backends.causal_lm.router import FeatureReader
 from treelora_backends.causal_lm.session import LmSession
@@ -39,7 +39,7 @@ from treelora_backends.kept import Keeping, planned
 from treelora_cli.backend import adapters
 from treelora_cli.backend.fingerprint import hash_parameters, identity
 from treelora_cli.config import LAST_QUARTER, AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig
-from treelora_cli.errors import ModelError, UsageError
+from treelora_cli.errors import DataError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from treelora_cli.backend.contract import ContenderModel, FurtherExport, TaskData
@@ -267,7 +267,11 @@ def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     refused where it is read.
     """
     rows = int(model.get_input_embeddings().weight.shape[0])
-    written = tokenizer(_SAMPLE)["input_ids"]
+    try:
+        with placed(name):
+            written = tokenizer(_SAMPLE)["input_ids"]
+    except DataError:  # it knows other signs alone, such as those of proteins; what data holds is read anyway
+        written = []
     beyond = {index: text for text, index in tokenizer.get_vocab().items() if index >= rows}
     special = {index for index, one in getattr(tokenizer, "added_tokens_decoder", {}).items() if one.special}
     template = str(getattr(tokenizer, "chat_template", None) or "")

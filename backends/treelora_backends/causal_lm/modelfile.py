@@ -118,7 +118,8 @@ def _taken_apart(template: ChatTemplate, begin: str) -> Wrapped:
 
 def begins_by_itself(tokenizer: Any) -> str:
     """Return the token that is put before every text, as Ollama then does, too; empty for none."""
-    begin, ids = tokenizer.bos_token_id, list(tokenizer("a")["input_ids"])
+    begin = tokenizer.bos_token_id
+    ids = [] if begin is None else list(tokenizer("a")["input_ids"])
     return str(tokenizer.bos_token) if begin is not None and ids[:1] == [begin] else ""
 
 

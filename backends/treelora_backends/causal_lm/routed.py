@@ -122,7 +122,10 @@ def load_standalone(out: Path, device: torch.device) -> Routed:
 def _facts(base: LoadedLm, memory: Memory) -> dict[str, Any]:
     """Return what the loader must know of the base and of the way texts are written."""
     encoder, source = base.encoder, source_of(str(base.config.base.model))
-    form = encoder.template.form if encoder.has_template else None
+    try:
+        form = encoder.template.form
+    except DataError:  # a template that writes no chat, so that none was learned
+        form = None
     return {
         "format": _FORMAT,
         "base": {
@@ -144,7 +147,7 @@ def _facts(base: LoadedLm, memory: Memory) -> dict[str, Any]:
         "takes_system": encoder.template.takes_system,
         "takes_parts": encoder.template.takes_parts,
         "only_asked": form.only_asked if form else "",
-        "opening": encoder.template.form.opening,
+        "opening": form.opening if form else "",
     }
 
 

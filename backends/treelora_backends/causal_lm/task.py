@@ -126,6 +126,7 @@ def read_lm_task(request: DataRequest, encoder: Encoder, reporter: Reporter) -> 
         *_cut_notes(train, encoder),
         *_template_notes(used, len(wanted), encoder),
         *_end_notes(train, encoder),
+        *_sign_notes([one for one, _ in pairs], train, encoder),
     )
     first = pairs[0][0] if pairs else None
     sample = "" if first is None else _shortened(encoder.show(first, listing.style, listing.labels))
@@ -217,6 +218,30 @@ def _end_notes(train: Sequence[Encoded], encoder: Encoder) -> list[str]:
         return []
     reason = "the template writes none that is learned" if encoder.end_ids else "the tokenizer names no end token"
     return [f"{endless} of {len(train)} training answers have no end ({reason}): what is generated runs to its limit."]
+
+
+def _sign_notes(examples: Sequence[TextExample], train: Sequence[Encoded], encoder: Encoder) -> list[str]:
+    """Say where texts that are learned hold an end before their own, or what the tokenizer does not know."""
+    notes = []
+    ends = [str(encoder.tokenizer.convert_ids_to_tokens(one)) for one in encoder.stop_ids]
+    for end in ends:
+        count = sum(any(end in said.rstrip().removesuffix(end) for said in _learned_texts(one)) for one in examples)
+        if count:
+            notes.append(f"{count} training examples hold '{end}' inside an answer: what is generated stops there.")
+    unknown = encoder.tokenizer.unk_token_id
+    if unknown is not None and unknown not in encoder.stop_ids:
+        count = sum(unknown in [int(one.answer[place]) for place in one.places] for one in train)
+        if count:
+            sign = encoder.tokenizer.unk_token
+            notes.append(
+                f"{count} training examples hold what the tokenizer does not know: '{sign}' is learned for it."
+            )
+    return notes
+
+
+def _learned_texts(example: TextExample) -> list[str]:
+    turns = [turn.content for turn in example.messages if turn.role == "assistant" and turn.learned]
+    return turns if example.turns else [example.answer]
 
 
 def _template_notes(listing: TextListing, records: int, encoder: Encoder) -> list[str]:
