@@ -227,6 +227,7 @@ def test_unlabelled_folders_beside_parts_are_left_out(tmp_path: Path) -> None:
         (["animals/cat/1.png", "animals/dog/1.png", "cars/vw/1.png"], r"two levels of folders could be classes\. Give"),
         (["bottle/train/good/1.png", "bottle/test/bad/1.png", "nut/train/good/1.png"], r"two levels of folders could"),
         (["train/cat/1.png", "train_masks/cat/1.png"], r"is 'train' a part or a class\?"),
+        (["rps/cat/1.png", "rps-val/1.png"], r"is 'rps-val' a part or a class\? Give .*/rps, or name --classes"),
         (["test/cat/1.png", "val/cat/1.png"], r"held-out parts and no labelled training part\."),
         (
             ["train/1.png", "test/cat/1.png"],

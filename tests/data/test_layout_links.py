@@ -11,6 +11,7 @@ from conftest import make_images
 from treelora_cli.backend.values import DataRequest
 from treelora_cli.data.folders import _repeated
 from treelora_cli.data.images import list_images
+from treelora_cli.data.text import list_texts
 from treelora_cli.errors import DataError
 
 
@@ -95,3 +96,40 @@ def test_a_link_to_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None
         DataError, match=r"d/train leads to /nowhere/train, which is not there\. Mend the link or remov"
     ):
         list_images(DataRequest(path=folder))
+
+
+def test_parts_that_are_given_one_by_one_are_parts(tmp_path: Path) -> None:
+    """As a shell writes out ``data/*``."""
+    folder = make_images(tmp_path / "d", ["red", "blue"], train=3, test=2)
+    for given in ((folder / "test", folder / "train"), (folder / "*",)):
+        found = list_images(DataRequest(path=given[0], more=given[1:]))
+        assert (len(found.train), len(found.test)) == (6, 4)
+        assert found.notes == ("Held out, as its name says: test.",)
+    make_images(tmp_path / "more", ["green"], train=1, test=0)
+    found = list_images(DataRequest(path=folder / "train", more=(tmp_path / "more",), held_out=0))
+    assert (len(found.train), found.labels) == (7, ("blue", "green", "red"))
+
+
+def test_tables_of_parts_that_are_given_one_by_one_are_parts(tmp_path: Path) -> None:
+    for name, labels in (("train", "ab"), ("test", "a"), ("val", "b"), ("extra", "b")):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"{name} {one},{one}\n" for one in labels))
+    found = list_texts(DataRequest(path=tmp_path / "*.csv"))
+    assert sorted(one.prompt for one in found.train) == ["extra b", "train a", "train b"]
+    assert [one.prompt for one in found.test] == ["test a"]
+    assert "Held out, as their names say: test.csv, val.csv." in found.notes
+    assert "Scored on the test part; the validation part (1 examples) is unused." in found.notes
+    (tmp_path / "test.csv").write_text("text,label\ntest a,\n")
+    found = list_texts(DataRequest(path=tmp_path / "train.csv", more=(tmp_path / "test.csv",)))
+    assert "The test part has no answers: its 1 examples were left out." in found.notes
+
+
+def test_class_folders_that_are_given_one_by_one_are_refused(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "d", ["red", "blue"], train=2, test=0) / "train"
+    with pytest.raises(DataError, match=r"blue and red hold images and no class folders\. Give .*/d/train\.$"):
+        list_images(DataRequest(path=folder / "*"))
+
+
+def test_a_folder_of_one_class_is_said_to_be(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "d", ["red"], train=4, test=0)
+    assert "All images are of one class, 'red'." in list_images(DataRequest(path=folder)).notes
+    assert "All images are of one class, 'red'." not in list_images(DataRequest(path=folder, classes=("red",))).notes

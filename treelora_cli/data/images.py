@@ -23,10 +23,10 @@ from treelora_cli.data.held_out import (
 )
 from treelora_cli.data.label_files import label_names, named, names_beside
 from treelora_cli.data.labels import are_numbers
-from treelora_cli.data.layout import Labelled, NoLabelError, read_layout
+from treelora_cli.data.layout import Labelled, NoLabelError, read_layout, val_unused
 from treelora_cli.data.manifests import WRONG_KIND, ImageItem, Parts, read_manifest, read_manifests
-from treelora_cli.data.names import is_text, label_key, one_spelling, tidy_label
-from treelora_cli.data.paths import existing, once, paths_of
+from treelora_cli.data.names import TEST, VAL, is_text, label_key, one_spelling, tidy_label
+from treelora_cli.data.paths import existing, once, parts_given, paths_of
 from treelora_cli.data.pixels import is_image
 from treelora_cli.data.table_folders import tables_in
 from treelora_cli.data.tables import TABLE_SUFFIXES, Row, is_table, table_suffix
@@ -121,12 +121,28 @@ def digest_of(items: Sequence[ImageItem]) -> str:
 
 def _read_all(paths: Sequence[Path], request: DataRequest, notes: list[str]) -> Parts:
     train: list[ImageItem] = []
-    test: list[ImageItem] = []
+    found: dict[str, list[ImageItem]] = {TEST: [], VAL: []}
+    _refuse_classes_given(paths)
+    held_out = parts_given(paths, notes)
     for path in paths:
         more = _read(path, request, notes)
-        train += more[0]
-        test += more[1]
-    return train, test
+        if path in held_out:
+            found[held_out[path]] += [*more[0], *more[1]]
+        else:
+            train += more[0]
+            found[TEST] += more[1]
+    if found[TEST] and found[VAL]:
+        notes.append(val_unused(len(found[VAL]), "images"))
+    return train, found[TEST] or found[VAL]
+
+
+def _refuse_classes_given(paths: Sequence[Path]) -> None:
+    """Raise ``DataError`` where all of several paths are folders of images beside one another, as of ``animals/*``."""
+    above = {path.parent for path in paths}
+    if len(paths) > 1 and len(above) == 1 and all(path.is_dir() for path in paths):
+        found = [scan(path, is_image, Passed()) for path in paths]
+        if all(folder.files and not folder.inner for folder in found):
+            raise DataError(f"{paths[0]} and {paths[1].name} hold images and no class folders. Give {above.pop()}.")
 
 
 def _read(path: Path, request: DataRequest, notes: list[str]) -> Parts:
@@ -162,6 +178,8 @@ def _read_folder(path: Path, request: DataRequest, notes: list[str]) -> Parts:
         return read_manifests(tables, request, notes)
     _refuse_doubtful_class(path, layout.train, passed, request)
     notes += passed.lines(path, "images")
+    if len(names := {label for label, _ in layout.train}) == 1 and request.classes is None:
+        notes.append(f"All images are of one class, '{names.pop()}'.")
     given = (("--map", request.columns), ("--format", request.data_format))
     notes += [f"{flag} is not used: {path.name} is a folder of classes and no table." for flag, one in given if one]
     if request.label_names is None:

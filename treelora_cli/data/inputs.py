@@ -25,7 +25,17 @@ from treelora_cli.errors import DataError
 
 PICTURES = (
     *("path", "image", "file", "file_name", "filename", "img", "filepath", "file_path", "image_path"),
-    *("image_id", "image_name", "image_file", "img_path", "img_name", "image_bytes", "img_bytes", "image_data"),
+    *(
+        "image_id",
+        "image_name",
+        "image_file",
+        "image_file_name",
+        "img_path",
+        "img_name",
+        "image_bytes",
+        "img_bytes",
+        "image_data",
+    ),
     *("jpg", "jpeg", "png", "webp", "images"),
 )
 """Columns that name an image file, the likeliest first."""

@@ -122,13 +122,16 @@ class _Reader:
             return Layout(self._classes(folder), [])  # a class that is called train, among others
         if len(parts) > 1:
             raise self._ambiguous(
-                folder, f"'{others[0].name}' is no part that is known. Give {self._best(parts, meant)}, or name"
+                folder,
+                f"'{others[0].name}' is no part that is known. Give {self._best(parts, meant, others[0])}, or name",
             )
-        raise self._ambiguous(folder, f"is '{parts[0].name}' a part or a class? Give {parts[0].path}, or name")
+        best = self._best(parts, meant, others[0])
+        raise self._ambiguous(folder, f"is '{parts[0].name}' a part or a class? Give {best}, or name")
 
     @staticmethod
-    def _best(parts: Sequence[Folder], meant: Mapping[str, str | None]) -> Path:
-        return next((part for part in parts if meant[part.name] == TRAIN), parts[-1]).path
+    def _best(parts: Sequence[Folder], meant: Mapping[str, str | None], other: Folder) -> Path:
+        """Return the folder to learn from, perhaps: the training part, else the one that is no held-out part."""
+        return next((part for part in parts if meant[part.name] == TRAIN), other).path
 
     def _labelled(self, folder: Folder) -> Folder:
         """Return the folder without folders in it that say they are unlabelled, unless there are no others."""

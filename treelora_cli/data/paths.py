@@ -7,12 +7,12 @@ import glob
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
 from treelora_cli.backend.values import DataRequest
-from treelora_cli.data.names import is_text
+from treelora_cli.data.names import TEST, TRAIN, VAL, is_text, parts_among
 from treelora_cli.errors import DataError, nearest
 
 _ADDRESS = re.compile(r"(?:^|/)(https?|s3|gs|hf|ftp):/{1,2}(.*)", re.IGNORECASE)
@@ -53,6 +53,24 @@ def once(paths: Sequence[Path], notes: list[str]) -> list[Path]:
         else:
             kept[real] = path
     return list(kept.values())
+
+
+def parts_given(paths: Sequence[Path], notes: list[str]) -> dict[Path, str]:
+    """Return which of several paths are held-out parts by their names, where another one is the training part.
+
+    So ``data/*`` means what ``data`` does where that holds ``train`` and ``test``. What is held out is said.
+    """
+    meant = parts_among({path.name.split(".")[0] for path in paths})
+    by_path = {path: meant[path.name.split(".")[0]] for path in paths}
+    held_out = {path: part for path, part in by_path.items() if part in (TEST, VAL)}
+    if not held_out or TRAIN not in by_path.values():
+        return {}
+    notes.append(f"Held out, as {'their names say' if len(held_out) > 1 else 'its name says'}: {_listed(held_out)}.")
+    return held_out
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(path.name for path in paths)
 
 
 def is_address(name: str) -> bool:

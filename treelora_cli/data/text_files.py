@@ -19,7 +19,7 @@ from treelora_cli.data.folders import Folder, Passed, scan
 from treelora_cli.data.layout import Labelled, read_layout
 from treelora_cli.data.names import TEST, TRAIN, VAL, part_of, parts_among
 from treelora_cli.data.one_hot import with_one_label
-from treelora_cli.data.paths import existing, once, paths_of
+from treelora_cli.data.paths import existing, once, parts_given, paths_of
 from treelora_cli.data.pixels import is_image
 from treelora_cli.data.table_folders import TableParts, not_read, tables_in
 from treelora_cli.data.tables import TEXT_SUFFIXES, Row, read_table, table_suffix
@@ -52,11 +52,16 @@ def read_parts(request: DataRequest, notes: list[str]) -> Parts:
 def _read_all(paths: Sequence[Path], request: DataRequest, notes: list[str]) -> Parts:
     train: list[Row] = []
     test: list[Row] = []
+    found: dict[str, list[Row]] = {TEST: [], VAL: []}
+    held_out = parts_given(paths, notes)
     for path in paths:
         more = _Reader(request, notes).read(path)
-        train += more[0]
-        test += more[1]
-    return train, test
+        if path in held_out:
+            found[held_out[path]] += [*more[0], *more[1]]
+        else:
+            train += more[0]
+            test += more[1]
+    return train, [*test, *answered_part(train, found[TEST], found[VAL], notes, "examples")]
 
 
 def _texts_in(path: Path) -> Folder:
