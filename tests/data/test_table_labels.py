@@ -362,3 +362,18 @@ def test_a_table_may_have_any_ending_where_its_format_is_given(tmp_path: Path) -
     (tmp_path / "1.png").write_bytes(png(1))
     (tmp_path / "list.txt").write_text("path,label\n1.png,cat\n")
     assert listed(tmp_path / "list.txt", data_format="csv").labels == ("cat",)
+
+
+@pytest.mark.parametrize("label", ["np.int64(3)", "tensor(3)", "b'cat'", "numpy.str_('cat')"])
+def test_values_as_python_shows_them_are_said(tmp_path: Path, label: str) -> None:
+    found = listed(csv_with_labels(tmp_path, [label, "cat (small)"]))
+    assert (
+        f"Label {label} is how Python shows a value, not the value; a later task may spell it otherwise." in found.notes
+    )
+    assert not label_notes(["cat (small)", "array"])
+
+
+def test_a_document_of_labels_by_path_is_no_table_without_a_head(tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text('{"1.png": "cat", "2.png": "dog"}')
+    with pytest.raises(DataError, match=r"^Found 1\.png, 2\.png\. .* a CSV with path,label\."):
+        listed(tmp_path / "d.json")

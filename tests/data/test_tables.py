@@ -223,3 +223,17 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     check_text(first)
     with pytest.raises(DataError, match=r"d\.jsonl:2: 'text' holds half a surrogate pair"):
         check_text(second)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("d.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": "x", "label": "y"}\n', "d.jsonl:2"),
+        ("d.json", '[{"text": "b", "label": "x", "label": "y"}]', "d.json:1"),
+        ("d.jsonl", '{\n"text": "b",\n"label": "x",\n"label": "y"\n}\n', "d.jsonl:1"),
+    ],
+)
+def test_a_name_that_is_twice_in_a_record_is_refused(tmp_path: Path, name: str, content: str, where: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"^{where}: invalid JSON \('label' is there twice in one record\)\."):
+        read_table(tmp_path / name, None, {})

@@ -31,6 +31,8 @@ _SHORTENED = re.compile(r"-?\d([.,]\d+)?E\+\d+")
 _MONTHS = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
 _DATED = re.compile(rf"\d{{1,2}}-({_MONTHS})|({_MONTHS})-\d{{2}}")
 """Numbers and dates that a spreadsheet writes in place of ``123456789012`` and ``MARCH1``."""
+_PYTHONS = re.compile(r"((tensor|array|np\.\w+|numpy\.\w+)\(.*\)|b'.*'|b\".*\")", re.DOTALL)
+"""What Python writes for values that are no plain text or number."""
 _SEVERAL = 2
 _KIND = "(label|class|target|category|cat|species|breed|diagnosis|labelclass|classlabel)"
 _NAMES = re.compile(f"{_KIND}?names?|{_KIND}(text|str|string|title|description)|{_KIND}{{1,2}}s?")
@@ -174,6 +176,10 @@ def _number_notes(labels: Sequence[str]) -> list[str]:
     lines = []
     truths = sorted({label for label in labels if label.lower() in ("true", "false")})
     bits = sorted({"0", "1"} & set(labels))
+    if pythons := sorted(label for label in set(labels) if _PYTHONS.fullmatch(label)):
+        lines.append(
+            f"Label {pythons[0]} is how Python shows a value, not the value; a later task may spell it otherwise."
+        )
     if truths and bits:
         lines.append(f"Labels '{truths[0]}' and '{bits[0]}' may mean the same, and are two classes here.")
     if twice is not None:

@@ -28,7 +28,16 @@ from treelora_cli.data.one_hot import with_one_label
 from treelora_cli.data.paths import named_file
 from treelora_cli.data.pixels import IMAGE_SUFFIXES, is_image, looks_like_image
 from treelora_cli.data.table_folders import TableParts
-from treelora_cli.data.tables import Row, column_called, plain_name, read_table, table_stem
+from treelora_cli.data.tables import (
+    DELIMITED,
+    TABLE_SUFFIXES,
+    Row,
+    column_called,
+    plain_name,
+    read_table,
+    table_stem,
+    table_suffix,
+)
 from treelora_cli.errors import SKIP_BAD, DataError, skipped
 
 WRONG_KIND = "This project's backend is vit: give an image folder CLASS/*.png or a CSV with path,label."
@@ -116,7 +125,8 @@ class _Reader:
         if picture is None or label is None:
             all_names = [name for column in found for name in _with_inner(column, rows[0].values[column])]
             shown = ", ".join([*all_names[:_SHOWN], *(["..."] if len(all_names) > _SHOWN else [])])
-            if any(Path(str(name)).suffix.lower() in IMAGE_SUFFIXES for name in found):
+            delimited = request.data_format in DELIMITED or TABLE_SUFFIXES.get(table_suffix(path)) in DELIMITED
+            if delimited and any(Path(str(name)).suffix.lower() in IMAGE_SUFFIXES for name in found):
                 raise DataError(
                     f"{path.name}: its first line is a record ({shown}). Where no line names the"
                     " columns, count them: --map 1=path --map 2=label"

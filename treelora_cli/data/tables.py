@@ -242,7 +242,7 @@ def _read_json(data: bytes, path: Path, notes: list[str]) -> Iterator[Row]:
 
 def _json_values(text: str, name: str) -> list[tuple[Any, int]]:
     """Return the JSON values that stand one after the other in a text, each with its line."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     values = []
     place, line = _end_of_space(text, 0), 1
     seen = 0
@@ -262,6 +262,19 @@ def _json_values(text: str, name: str) -> list[tuple[Any, int]]:
     return values
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON.
+
+    Raises:
+        ValueError: A name is there twice, of which Python would keep the last.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"'{twice}' is there twice in one record")
+    return found
+
+
 def _end_of_space(text: str, place: int) -> int:
     found = _SPACE.match(text, place)
     return place if found is None else found.end()
@@ -269,7 +282,7 @@ def _end_of_space(text: str, place: int) -> int:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: invalid JSON ({error.msg}, column {error.colno}).") from error
     except RecursionError as error:
