@@ -303,6 +303,28 @@ def test_what_a_template_does_to_answers_is_said(tmp_path):
     assert notes[TOOLS] == ()
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, QWEN3])
+def test_last_answers_that_recur_are_no_choice_where_earlier_ones_are_learned(tmp_path, template):
+    turns = [[("a?", "red"), ("sure?", "yes")], [("b?", "green"), ("sure?", "no")]]
+    records = [
+        {
+            "messages": [
+                {"role": r, "content": c} for pair in one for r, c in zip(("user", "assistant"), pair, strict=True)
+            ]
+        }
+        for one in turns
+    ] * 6
+    path = written(tmp_path / "d.jsonl", *records)
+    found = {
+        learn: read_lm_task(
+            DataRequest(path, held_out=0.0), encoder_of(template, "<|im_start|>", "<|im_end|>", learn=learn), Silent()
+        )
+        for learn in ("all", "last")
+    }
+    assert (found["all"].labels, found["last"].labels) == ((), ("no", "yes"))
+    assert sum(len(one.answer) > 0 for one in found["all"].train) == (12 if template == TEMPLATE else 24)
+
+
 def test_an_answer_is_scored_without_the_thoughts_that_are_not_learned(tmp_path):
     said = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHo"}
     path = written(tmp_path / "d.jsonl", {"messages": [{"role": "user", "content": "Hi"}, said]})

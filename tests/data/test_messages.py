@@ -87,6 +87,19 @@ def test_pictures_beside_a_question_are_said_not_to_be_read(tmp_path: Path) -> N
     assert "Not used: image. There are pictures or sounds in it; only text is read." in notes
 
 
+def test_a_call_without_arguments_is_a_call(tmp_path: Path) -> None:
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}
+    (one,) = read(tmp_path / "d.jsonl", json.dumps({"messages": [CHAT[0], called]})).train
+    assert one.answer == '{"name": "f", "arguments": {}}'
+
+
+def test_a_message_without_a_role_is_told_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:1: a message names no role\. Found Role, Content\. Mend it, or pass"
+    ):
+        read(tmp_path / "d.jsonl", json.dumps({"messages": [{"Role": "User", "Content": "x"}, *CHAT]}))
+
+
 def test_a_bad_message_can_be_skipped(tmp_path: Path) -> None:
     empty = [CHAT[0], {"role": "assistant", "content": None}]
     text = "".join(json.dumps({"messages": one}) + "\n" for one in (empty, CHAT))

@@ -180,6 +180,8 @@ def test_pairs_of_sentences_have_labels(read):
         {"question": "Who?", "sentence": "Rain.", "label": "no"},
     )
     assert (style, one.prompt, notes) == ("labels", "question: Who?\nsentence: Tom.", ())
+    one, style, notes = read(*({"text": "a", "text_pair": f"b{n}", "label": n} for n in range(2)))
+    assert (style, one.prompt, notes) == ("labels", "text: a\ntext_pair: b0", ())
 
 
 def test_conversations_of_from_and_value(read):

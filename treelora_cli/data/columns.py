@@ -12,7 +12,10 @@ ANSWERS = ("answer", "completion", "response")
 CHATS = ("messages", "conversations", "conversation")
 PASSAGES = ("context", "passage", "article", "paragraph", "story", "premise")
 CHOICES = ("choices", "options")
-PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"))
+PAIRS = (
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence")),
+    *(("text1", "text2"), ("text", "text_pair"), ("sentence_A", "sentence_B"), ("claim", "evidence")),
+)
 TEXTS = (
     *("sentence", "text", "review", "comment", "tweet", "message", "content", "utterance", "headline"),
     *("question_text", "comment_text", "review_text"),

@@ -63,6 +63,14 @@ def chat_example(where: str, turns: Sequence[Turn], last: Turn, tools: str = "")
     return TextExample(where, prompt, last.content or calls_text(last), tuple(turns), last, tools)
 
 
+def learned_answers(example: TextExample, learn: str) -> list[str]:
+    """Return what the assistant says in the turns that are learned: ``all`` of a chat, or the ``last``."""
+    if learn == "last" or not example.turns:
+        return [example.answer]
+    turns = [turn for turn in example.messages[1:] if turn.role == "assistant" and turn.learned]
+    return [turn.content or calls_text(turn) for turn in turns] or [example.answer]
+
+
 def calls_text(turn: Turn) -> str:
     """Return the calls of tools in a message as text; empty where there are none."""
     calls = turn.fields().get("tool_calls") or []

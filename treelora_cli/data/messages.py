@@ -210,6 +210,8 @@ def _turns(messages: Sequence[Mapping[str, Any]], where: str) -> list[Turn]:
 
 def _turn(message: Mapping[str, Any], where: str) -> Turn:
     role = _role(message)
+    if role is None and _speaker(message) is None:
+        raise DataError(f"{where}: a message names no role. Found {', '.join(map(str, message))}.")
     if role is None:
         raise DataError(f"{where}: role {_speaker(message)!r} is not one of {', '.join(_OPENAI_ROLES)}.")
     content = _content(next((message[key] for key in _WHAT if key in message), None), where)
@@ -277,7 +279,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
         inner = dict(inner)
         if isinstance(inner.get("arguments"), str):
             try:
-                inner["arguments"] = json.loads(inner["arguments"])
+                inner["arguments"] = json.loads(inner["arguments"].strip() or "{}")
             except ValueError as error:
                 raise DataError(f"{where}: the arguments of a call are invalid JSON.") from error
         read.append({**call, "function": inner} if "function" in call else inner)

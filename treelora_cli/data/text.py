@@ -13,7 +13,7 @@ from pathlib import Path
 from treelora_cli.backend.values import Change, DataRequest
 from treelora_cli.data.choices import with_choices
 from treelora_cli.data.columns import without_unwanted
-from treelora_cli.data.examples import TextExample
+from treelora_cli.data.examples import TextExample, learned_answers
 from treelora_cli.data.held_out import (
     OTHER_DATA,
     content_hash,
@@ -80,8 +80,13 @@ class TextListing:
         return content.hexdigest()
 
 
-def list_texts(request: DataRequest) -> TextListing:
+def list_texts(request: DataRequest, learn: str = "all") -> TextListing:
     """Read and validate a task's examples.
+
+    Args:
+        request: Where they lie.
+        learn: Which turns of the assistant in a chat are learned, ``all`` or the ``last``; where several are, answers
+            are no closed set.
 
     Raises:
         DataError: Missing or malformed data, or data of another kind; the message names file and line.
@@ -112,7 +117,7 @@ def list_texts(request: DataRequest) -> TextListing:
     train = _examples(train_rows, shape, labels, request, notes)
     test = _examples(test_rows, shape, labels, request, notes)
     if labels is None:
-        labels = _labels_of(train or test, style)
+        labels = _labels_of(train or test, style, learn)
     if request.classes is not None:
         labels, train, test = _chosen(labels, train, test, request)
     if style == "labels":
@@ -293,12 +298,14 @@ def _examples(
 # -- labels, metric, parts ------------------------------------------------------------------------
 
 
-def _labels_of(examples: Sequence[TextExample], style: str) -> tuple[str, ...]:
+def _labels_of(examples: Sequence[TextExample], style: str, learn: str) -> tuple[str, ...]:
     """Return the label names found, or the answers where they form a small closed set."""
     counts = Counter(one.answer.strip() for one in examples)
     if style == "labels":
         return tuple(sorted(counts))
     if style == "text" or not 2 <= len(counts) <= _CLOSED_ANSWERS:
+        return ()
+    if any(len(learned_answers(one, learn)) > 1 for one in examples):  # a choice among last answers is none for others
         return ()
     closed = min(counts.values()) >= _CLOSED_REPEATS and all(len(answer) <= _CLOSED_LENGTH for answer in counts)
     indented = any(one.answer[:2].isspace() and len(one.answer) > 1 for one in examples)  # one space divides

@@ -12,7 +12,7 @@ from treelora_backends.causal_lm.render import Encoded, Encoder, placed
 from treelora_backends.causal_lm.template import THOUGHT_ENDS
 from treelora_cli.backend.runtime import Reporter
 from treelora_cli.backend.values import Change, DataRequest
-from treelora_cli.data.examples import TextExample, calls_text
+from treelora_cli.data.examples import TextExample, calls_text, learned_answers
 from treelora_cli.data.text import TextListing, hash_of_text, list_texts
 from treelora_cli.errors import SKIP_BAD, DataError, UsageError, skipped
 
@@ -108,7 +108,7 @@ def read_lm_task(request: DataRequest, encoder: Encoder, reporter: Reporter) -> 
     Raises:
         DataError: The data is missing, malformed or of another kind, or tokenizer or template refuse it.
     """
-    listing = list_texts(request)
+    listing = list_texts(request, encoder.learn)
     reading = _Reading(encoder, listing.style, listing.labels, request.skip_bad)
     wanted = [] if request.test_only else listing.train
     pairs = [pair for one in reporter.track(wanted, "Tokenising", len(wanted)) for pair in reading.learned(one)]
@@ -223,9 +223,10 @@ def _end_notes(train: Sequence[Encoded], encoder: Encoder) -> list[str]:
 def _sign_notes(examples: Sequence[TextExample], train: Sequence[Encoded], encoder: Encoder) -> list[str]:
     """Say where texts that are learned hold an end before their own, or what the tokenizer does not know."""
     notes = []
+    learned = [learned_answers(one, encoder.learn) for one in examples]
     ends = [str(encoder.tokenizer.convert_ids_to_tokens(one)) for one in encoder.stop_ids]
     for end in ends:
-        count = sum(any(end in said.rstrip().removesuffix(end) for said in _learned_texts(one)) for one in examples)
+        count = sum(any(end in said.rstrip().removesuffix(end) for said in answers) for answers in learned)
         if count:
             notes.append(f"{count} training examples hold '{end}' inside an answer: what is generated stops there.")
     unknown = encoder.tokenizer.unk_token_id
@@ -237,11 +238,6 @@ def _sign_notes(examples: Sequence[TextExample], train: Sequence[Encoded], encod
                 f"{count} training examples hold what the tokenizer does not know: '{sign}' is learned for it."
             )
     return notes
-
-
-def _learned_texts(example: TextExample) -> list[str]:
-    turns = [turn.content for turn in example.messages if turn.role == "assistant" and turn.learned]
-    return turns if example.turns else [example.answer]
 
 
 def _template_notes(listing: TextListing, records: int, encoder: Encoder) -> list[str]:
