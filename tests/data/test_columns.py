@@ -50,6 +50,13 @@ def test_prompts_and_answers_go_by_many_names_in_any_case(tmp_path: Path, head: 
     assert (found.style, pairs(found)) == ("plain", [("why", "so")])
 
 
+def test_a_query_about_a_passage_is_asked_with_it(tmp_path: Path) -> None:
+    record = {"context": "Tom sings.", "query": "Who sings?", "answer": "Tom"}
+    assert pairs(listed(tmp_path, record)) == [("Tom sings.\n\nWho sings?", "Tom")]
+    (tmp_path / "d.jsonl").write_text(json.dumps({key: record[key] for key in ("context", "query")}))
+    assert text_inputs([str(tmp_path / "d.jsonl")], bytes) == ["Tom sings.\n\nWho sings?"]
+
+
 def test_a_name_that_two_columns_could_have_is_nobodys(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Found Text, TEXT, label"):
         of_csv(tmp_path, "Text,TEXT,label\na,b,c\n")

@@ -54,6 +54,8 @@ def in_known_names(rows: Sequence[Row]) -> list[Row]:
     found = {name: known for name in names if (known := _SPELLED.get(plain_name(str(name)))) is not None}
     chosen = list(found.values())
     new = {name: known for name, known in found.items() if known not in names and chosen.count(known) == 1}
+    if set(PASSAGES) & set(chosen) and not {"question", "prompt"} & set(chosen):  # asked about a passage
+        new |= {name: "question" for name, known in found.items() if known == "query" and chosen.count(known) == 1}
     if not new:
         return list(rows)
     return [replace(row, values={new.get(name, name): value for name, value in row.values.items()}) for row in rows]
