@@ -104,6 +104,7 @@ def test_options_that_nothing_is_there_for_are_said(tmp_path: Path) -> None:
     picture("red", 1, size=4).save(tmp_path / "d/cat/a.png")
     request = DataRequest(tmp_path / "d", held_out=0.0, columns={"x": "y"}, data_format="csv")
     assert list_images(request).notes == (
+        "All images are of one class, 'cat'.",
         "--map is not used: d is a folder of classes and no table.",
         "--format is not used: d is a folder of classes and no table.",
     )
