@@ -33,19 +33,6 @@ SETTINGS = (
 )
 
 
-class Free:
-    """No method: nothing is protected."""
-
-    def penalty(self, _view: Any, _loss: Any) -> None:
-        """Return no penalty."""
-
-    def before_step(self, _view: Any) -> None:
-        """Do nothing."""
-
-    def after_step(self, _view: Any) -> None:
-        """Do nothing."""
-
-
 def row(model: str, data: Path, setting: dict[str, str], examples: int, tests: int) -> dict[str, Any]:
     """Train one adapter and return what came of it."""
     from treelora_backends.causal_lm.answers import Answerer, Manner
@@ -57,6 +44,7 @@ def row(model: str, data: Path, setting: dict[str, str], examples: int, tests: i
     from treelora_cli.backend.values import DataRequest, Memory
     from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig, resolve
     from treelora_cli.learning.trainer import Trainer, TrainSettings
+    from treelora_cli.methods.base import Unprotected
 
     adapter = AdapterConfig(
         blocks=int(setting.get("blocks", 15)),
@@ -91,7 +79,7 @@ def row(model: str, data: Path, setting: dict[str, str], examples: int, tests: i
         return round(100 * sum(text == one.answer for (text, _), one in zip(answers, some, strict=True)) / len(some), 1)
 
     found: dict[str, Any] = {"task": data.name, **setting, "untouched": accuracy(task.test), "epochs_seen": []}
-    trainer = Trainer(session, Free(), slot, TrainSettings.of(config.train, 0), base.runtime)
+    trainer = Trainer(session, Unprotected(), slot, TrainSettings.of(config.train, 0), base.runtime)
     losses: list[float] = []
     step = trainer._guarded_step
     trainer._guarded_step = lambda batch: losses.append(loss := step(batch)) or loss  # type: ignore[method-assign]
