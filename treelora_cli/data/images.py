@@ -140,7 +140,7 @@ def _refuse_classes_given(paths: Sequence[Path]) -> None:
     """Raise ``DataError`` where all of several paths are folders of images beside one another, as of ``animals/*``."""
     above = {path.parent for path in paths}
     if len(paths) > 1 and len(above) == 1 and all(path.is_dir() for path in paths):
-        found = [scan(path, is_image, Passed()) for path in paths]
+        found = (scan(path, is_image, Passed()) for path in paths)  # no further than the first with folders
         if all(folder.files and not folder.inner for folder in found):
             raise DataError(f"{paths[0]} and {paths[1].name} hold images and no class folders. Give {above.pop()}.")
 

@@ -176,9 +176,7 @@ class _Reading:
                 parts = self.encoder.template.divided(one, self.encoder.learn) if self.style == "chat" else [one]
             return [(part, self.encoder.encode(part, self.style, self.labels)) for part in parts]
         except DataError as error:
-            if not self.skip_bad:
-                raise DataError(f"{str(error).removesuffix('.')}.{SKIP_BAD}") from error
-            self.bad.append(str(error))
+            self._pass_over(error)
             return []
 
     def accepts(self, one: TextExample) -> bool:
@@ -186,11 +184,15 @@ class _Reading:
         try:
             self.encoder.encode(one, self.style, self.labels)
         except DataError as error:
-            if not self.skip_bad:
-                raise DataError(f"{str(error).removesuffix('.')}.{SKIP_BAD}") from error
-            self.bad.append(str(error))
+            self._pass_over(error)
             return False
         return True
+
+    def _pass_over(self, error: DataError) -> None:
+        """Count a bad example; raises where none is skipped."""
+        if not self.skip_bad:
+            raise DataError(f"{str(error).removesuffix('.')}.{SKIP_BAD}") from error
+        self.bad.append(str(error))
 
     def notes(self) -> list[str]:
         """Return a line on what was skipped."""
@@ -231,7 +233,7 @@ def _sign_notes(examples: Sequence[TextExample], train: Sequence[Encoded], encod
             notes.append(f"{count} training examples hold '{end}' inside an answer: what is generated stops there.")
     unknown = encoder.tokenizer.unk_token_id
     if unknown is not None and unknown not in encoder.stop_ids:
-        count = sum(unknown in [int(one.answer[place]) for place in one.places] for one in train)
+        count = sum(unknown in one.answer[one.places] for one in train)
         if count:
             sign = encoder.tokenizer.unk_token
             notes.append(
