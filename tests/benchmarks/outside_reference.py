@@ -262,18 +262,31 @@ def read_answers(folder: Path, part: str, most: int) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def mean_score(model: nn.Module, tokenizer: Any, options: argparse.Namespace, folder: Path) -> float:
-    """Return the mean score of greedy answers, each as long as the longest answer there is."""
+    """Return the mean score of greedy answers, each as long as the longest answer there is; 16 prompts at a time."""
     from treelora_cli.data.text_scores import score_text
 
     pairs = read_answers(folder, "test", options.test_examples)
     longest = max(len(tokenizer(answer)["input_ids"]) for _, answer in pairs) + 2
+    prompts = [tokenizer(prompt)["input_ids"][-options.max_length :] for prompt, _ in pairs]
+    by_length = sorted(range(len(pairs)), key=lambda index: len(prompts[index]))
     total = 0.0
-    for prompt, answer in pairs:
-        head = torch.tensor([tokenizer(prompt)["input_ids"][-options.max_length :]])
-        mask = torch.ones_like(head)
-        out = model.generate(input_ids=head, attention_mask=mask, max_new_tokens=longest, do_sample=False)  # type: ignore[operator]
-        said = tokenizer.decode(out[0, head.shape[1] :], skip_special_tokens=True)
-        total += score_text(TRACE_SCORES[folder.name], prompt, said.strip(), answer.strip())
+    for start in range(0, len(pairs), 16):
+        chosen = by_length[start : start + 16]
+        width = len(prompts[chosen[-1]])
+        filled = [width - len(prompts[index]) for index in chosen]
+        ids = torch.tensor([[tokenizer.pad_token_id] * n + prompts[i] for i, n in zip(chosen, filled, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * (width - n) for n in filled])
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=longest,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for index, written in zip(chosen, out[:, width:], strict=True):
+            said = tokenizer.decode(written, skip_special_tokens=True)
+            prompt, answer = pairs[index]
+            total += score_text(TRACE_SCORES[folder.name], prompt, said.strip(), answer.strip())
     return total / len(pairs)
 
 
