@@ -1,12 +1,16 @@
-"""Held-out loss of answers after two epochs, by texts a step and rate.
+"""Held-out loss of answers, by texts a step and rate.
 
-python tests/benchmarks/text_batches.py MODEL DATA... [--texts 96] [--held-out 64] [--seeds 0,1]
+python tests/benchmarks/text_batches.py MODEL DATA... [--texts 96] [--held-out 64] [--seeds 0,1] [--plans 4:1,16:2]
+       [--epochs 1] [--max-length 160] [--precision fp32]
+
+A plan is texts a step and a factor on the rate.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,6 @@ from treelora_cli.config import BaseConfig, Config, TrainConfig, resolve
 from treelora_cli.learning.trainer import Trainer, TrainSettings
 from treelora_cli.methods.base import Unprotected
 
-PLANS = ((4, 1.0), (16, 1.0), (16, 2.0), (16, 4.0))
-"""Texts a step, factor on the rate."""
-
 
 def main() -> None:
     """Print a line for each data set, seed and plan."""
@@ -32,9 +33,16 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=96)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--plans", default="4:1,16:1,16:2,16:4")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--max-length", type=int, default=160)
+    parser.add_argument("--precision", default="fp32")
     options = parser.parse_args()
+    plans = [(int(size), float(factor)) for size, factor in (one.split(":") for one in options.plans.split(","))]
     backend, runtime = CausalLmBackend(), open_runtime("cpu", offline=True, reporter=Silent())
-    flags = Config(base=BaseConfig(model=options.model), train=TrainConfig(precision="fp32", max_length=160))
+    train = TrainConfig(precision=options.precision, max_length=options.max_length, epochs=options.epochs)
+    runtime.compute_as({"precision": options.precision})
+    flags = Config(base=BaseConfig(model=options.model), train=train)
     config = resolve(flags, Config(), backend.defaults())
     base = backend.load(config, runtime)
     for path in options.data:
@@ -44,8 +52,9 @@ def main() -> None:
         held_out.prepare()
         held_out.tail = session.tail
         for seed in map(int, options.seeds.split(",")):
-            for size, factor in PLANS:
-                found = learned(base, session, seed, size, factor)
+            for size, factor in plans:
+                began = time.process_time()
+                found = f"{learned(base, session, seed, size, factor)}, {time.process_time() - began:.0f} CPU s"
                 print(f"{path.name}, seed {seed}, batch {size}, rate x{factor:g}: {found}", end=", ", flush=True)
                 print(f"held-out loss {loss_of(base, held_out):.4f}", flush=True)
 
