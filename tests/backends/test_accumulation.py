@@ -17,6 +17,7 @@ from treelora_backends.causal_lm.network.ahead import mean_cross_entropy
 from treelora_backends.vit.augment import Augment
 from treelora_backends.vit.contenders.plain import PlainSession
 from treelora_backends.vit.images import ImageTask
+from treelora_backends.vit.session import VitSession
 
 from treelora_cli.backend import adapters
 from treelora_cli.backend.values import DataRequest, Memory
@@ -51,7 +52,7 @@ def with_a_classifier(weights: Path, opened_as: Any, **train: Any) -> tuple[Any,
     base, config = load(weights, **train)
     config = replace(config, head=replace(config.head, views=2))
     session = opened_as(base, config)
-    layer = session.head if opened_as is of_project else session.layer
+    layer = session.layer if opened_as is of_contender else session.head
     with torch.no_grad():
         layer.weight.copy_(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)))
         layer.bias.zero_()
@@ -71,6 +72,31 @@ def test_images_in_parts_have_the_gradient_of_the_larger_batch(weights: Path, op
     assert one.steps_per_epoch == other.steps_per_epoch == 2, "eighteen images, twelve a step"
     assert any(bool(gradient.abs().max() > 1e-3) for gradient in whole)
     assert_same(parts, whole)
+
+
+def test_who_opens_a_branch_holds_few_images_at_once_with_the_same_gradient(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    taken = VitSession._loss_of_part
+
+    def noted(session: VitSession, rows: Tensor, views: Tensor) -> Tensor:
+        sizes.append(len(rows))
+        return taken(session, rows, views)
+
+    def opening(base: Any, config: Any) -> Any:
+        session = of_project(base, replace(config, tree=replace(config.tree, branch="auto")))
+        session.open_branch("first", ask=False)
+        return session
+
+    monkeypatch.setattr(VitSession, "_loss_of_part", noted)
+    found = {}
+    for most in (16, 4):
+        monkeypatch.setattr("treelora_backends.vit.session._FEW_TRAINED", most)
+        _, found[most] = image_gradients(weights, opening, 1)
+    assert sizes == [13, 4, 3, 3, 3]
+    assert any(bool(gradient.abs().max() > 1e-3) for gradient in found[16])
+    assert_same(found[4], found[16])
 
 
 @pytest.fixture(scope="module")

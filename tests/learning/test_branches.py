@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -21,8 +22,11 @@ from targets import targets
 from treelora_backends.vit.branching import MomentSums
 
 from treelora_cli.algorithm.kinds import KindSignature, kind_distance
+from treelora_cli.backend import adapters
+from treelora_cli.backend.runtime import Silent, open_runtime
+from treelora_cli.backend.values import DataRequest
 from treelora_cli.config import Config
-from treelora_cli.learning.opening import project_config
+from treelora_cli.learning.opening import open_base, project_config
 from treelora_cli.project import Project
 
 
@@ -109,6 +113,34 @@ def test_the_branch_s_sums_are_those_of_all_its_tasks(shared_first: Path) -> Non
     assert 4 * stored["branch.half_gram"].numel() < memory.shared()["anchor.half_gram"].numel() * 4
 
 
+def test_the_newest_adapter_s_class_means_are_those_of_the_branch_s_network(shared_first: Path, data: Path) -> None:
+    project = Project.open(shared_first)
+    runtime = open_runtime("cpu", offline=True, reporter=Silent())
+    base: Any = open_base(project, project_config(project, Config()), runtime)
+    task = base.read_task(DataRequest(data / STREAM[2][0]))
+    network, pixels = base.network, base.preprocessing.normalise(task.train.pixels[torch.arange(task.train_size)])
+    pooled = []
+    for adapter in (project.memory().tasks[0].adapter(), None):
+        with torch.no_grad(), adapters.added(network, adapter) if adapter else adapters.base_only(network):
+            pooled.append(base.trunk.pooled(base.trunk.before(pixels).tokens))
+    adapted, frozen = ([one[task.train.labels == label].mean(dim=0) for label in range(2)] for one in pooled)
+    means = project.memory().shared()["latest.means"]
+    assert means.shape[0] == sum(len(classes) for _, classes in STREAM)
+    assert torch.allclose(means[-2:], torch.stack(adapted), atol=0.01)  # tokens before the cut are kept in bf16
+    assert not torch.allclose(means[-2:], torch.stack(frozen), atol=0.02)
+
+
+def test_under_one_adapter_older_class_means_stay_bit_for_bit(
+    init_options: list[str], data: Path, tmp_path: Path
+) -> None:
+    root, found = tmp_path / "p", []
+    must("init", root, *init_options, "--branch", "first")
+    for name, _ in STREAM[:2]:
+        must("-C", root, "train-task", data / name, *OPTIONS)
+        found.append(Project.open(root).memory().shared()["latest.means"])
+    assert torch.equal(found[1][: len(found[0])], found[0]) and len(found[1]) > len(found[0])
+
+
 def test_what_a_branch_stores_is_the_same_scored_or_not(
     cli: Cli, init_options: list[str], data: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +182,9 @@ def test_auto_opens_nothing_where_too_few_images_can_be_kept_out(
     assert not (root / "branches").exists()
     assert cli("-C", root, "eval", "--json", "--device", "cpu").code == 0
     assert cli("-C", root, "inspect-tree", "--json").json["branches"]["frozen"] == ["warm", "cold", "grey"]
+    must("-C", root, "export", tmp_path / "out", "--format", "routed")
+    written = json.loads((tmp_path / "out" / "routed.json").read_text())
+    assert [task["asked"] for task in written["tasks"]] == [False] * 3  # an adapter that opened no branch is not asked
 
 
 def test_one_class_and_two_images_a_class_are_learned(

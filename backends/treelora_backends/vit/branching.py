@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from treelora_backends.kept import KeptRows
 from treelora_backends.vit.branch import FIRST_LOOK, BranchHead, BranchSettings
-from treelora_backends.vit.trunk import Entering
+from treelora_backends.vit.trunk import Entering, Features
 from treelora_cli import seeds
 from treelora_cli.algorithm.kinds import TokenMoments
 from treelora_cli.backend.runtime import sent
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from treelora_cli.backend.values import Memory
     from treelora_cli.config import Config
 
-SOLVED = "head.solved"
-"""Marks a task without an adapter of its own: its linear head is solved, for one network alone, not trained."""
 _KEPT_OUT = 5
 """One image of a class in so many is kept out of the adapter's training until it is judged."""
 _FEWEST_KEPT_OUT = 8
@@ -105,6 +104,23 @@ class OwnImages(Protocol):
 
     def entering(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return the tokens before the cut of chosen views, (B, L, C)."""
+
+
+@dataclass(frozen=True)
+class CountedIn:
+    """What a task leaves in its branch; nothing where it has none.
+
+    Attributes:
+        name: The branch.
+        stored: What the branch stores.
+        columns: What the task stores.
+        pooled: What the network with the branch's adapter pools of each image as it is, (n, C).
+    """
+
+    name: str | None = None
+    stored: Tensors = field(default_factory=dict)
+    columns: Tensors = field(default_factory=dict)
+    pooled: Tensor | None = None
 
 
 class Branching:
@@ -188,19 +204,16 @@ class Branching:
         self.name, self.joined = name, True
 
     @torch.no_grad()
-    def finish(self) -> tuple[str | None, Tensors, Tensors]:
-        """Count the task into its branch, with the branch's adapter in the slot.
-
-        Returns:
-            The branch's name, what it stores and what the task stores; `None` and nothing without a branch.
-        """
+    def finish(self) -> CountedIn:
+        """Count the task into its branch, with the branch's adapter in the slot."""
         if self.name is None:
-            return None, {}, {}
+            return CountedIn()
         if self.asks and not self._judged:
             self._judge()
         if self.asks and (self.judgement is None or not self.judgement.pays):
-            return None, {}, {}
-        seen = self._both_views()
+            return CountedIn()
+        pooled: list[Tensor] = []
+        seen = self._both_views(pooled)
         if self.joined:
             head = BranchHead.restore(self.session.memory.branch(self.name), self.settings, self.session.runtime)
         else:
@@ -211,23 +224,29 @@ class Branching:
             if self.judgement is not None:
                 head.sharpness = self.judgement.sharpness
         head.learn(seen, len(self.session.task.labels), self.session.class_weights)
-        return self.name, head.to_tensors(), head.task_tensors()
+        return CountedIn(self.name, head.to_tensors(), head.task_tensors(), torch.cat(pooled))
 
-    def _both_views(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield frozen and adapted features side by side, (n, 2 M), and labels (n,) of every view, plain ones first."""
+    def _both_views(self, pooled: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield frozen and adapted features side by side, (n, 2 M), and labels (n,) of every view, plain ones first.
+
+        What the network pools of the plain ones is put into ``pooled``, (n, C) each.
+        """
         session = self.session
         for view in range(session.views):
             for chunk in torch.arange(len(session.own)).split(session.at_once):
-                yield self.settings.views(*self._seen(chunk, view)), session.labels[sent(chunk, session.device)]
+                frozen, adapted = self._seen(chunk, view)
+                if view == 0:
+                    pooled.append(adapted.pooled)
+                yield self.settings.views(frozen, adapted.layered), session.labels[sent(chunk, session.device)]
 
-    def _seen(self, rows: Tensor, view: int) -> tuple[Tensor, Tensor]:
-        """Return frozen and adapted features of one view of some images, (n, F) each."""
+    def _seen(self, rows: Tensor, view: int) -> tuple[Tensor, Features]:
+        """Return the frozen features of one view of some images, (n, F), and what the network says of it now."""
         assert self._frozen is not None
         which = torch.full_like(rows, view)
         frozen = self._frozen.read(rows * self.session.views + which).float()
         tokens = self.session.entering(rows, which)
         with self.session.runtime.autocast():
-            return frozen, self.trunk.after(Entering(tokens, frozen[:, : self.trunk.early_width])).layered
+            return frozen, self.trunk.after(Entering(tokens, frozen[:, : self.trunk.early_width]))
 
     @torch.no_grad()
     def _judge(self) -> None:
@@ -242,7 +261,7 @@ class Branching:
             return
         seen = [self._seen(rows, 0) for rows in chosen.split(session.at_once)]
         frozen = runtime.concatenate(torch.cat([one for one, _ in seen]))
-        views = runtime.concatenate(torch.cat([self.settings.views(*both) for both in seen]))
+        views = runtime.concatenate(torch.cat([self.settings.views(one, now.layered) for one, now in seen]))
         labels = runtime.concatenate(session.labels[chosen.to(session.device)])
         plain = cast("Any", session.shared_head.features).plain(frozen)
         both = FeatureMap.fit(views, self.settings.random, self.settings.seed, lambda one: one)(views)

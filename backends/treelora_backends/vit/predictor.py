@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from treelora_backends.vit.branch_answers import BranchAnswers, Seen
-from treelora_backends.vit.branching import SOLVED
 from treelora_backends.vit.decoding import Bytes, expect, in_threads
 from treelora_backends.vit.images import ImageTask, Pictures, filled, images_at_once
 from treelora_backends.vit.shared_head import HeadFeatures, SharedHead, class_names, class_of_column, columns_of
@@ -49,14 +48,15 @@ TASKS_ASKED = 2
 
 
 def tasks_asked(memory: Memory, *, shared: bool) -> set[int]:
-    """Return the tasks whose own adapters are asked: all, or, where tasks share some, those that belong to no branch.
+    """Return the tasks whose own adapters are asked: all, or none where tasks share adapters.
+
+    There a task without a branch has none that pays, or none at all.
 
     Args:
         memory: Everything learned.
         shared: Whether tasks share adapters.
     """
-    tasks = enumerate(memory.tasks)
-    return {index for index, task in tasks if not shared or (task.branch is None and SOLVED not in task.tensors())}
+    return set() if shared else set(range(len(memory.tasks)))
 
 
 class VitPredictor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from treelora_backends.compiled import Compilation
 from treelora_backends.kept import Keeping, KeptRows, each_expected
 from treelora_backends.objective import Objective, class_weights, summed_in_parts
-from treelora_backends.vit.branching import SOLVED, Branching
+from treelora_backends.vit.branching import Branching, CountedIn
 from treelora_backends.vit.decoding import expect
 from treelora_backends.vit.images import (
     LIKE_THEMSELVES,
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 _TEMPERATURE = 0.1
 _CHANGED_BY = "rand-m5-mstd0.5"
 """What changes further views where the training images are not changed (recipes/RESULTS.md)."""
+_FEW_TRAINED = 8
 _SMALLEST_PROBE = 8
 """Images in a mini-batch of the probe, at least; otherwise the probe sees no image twice."""
 
@@ -101,6 +102,8 @@ class VitSession:
         self.prototypes: Tensor
         self.centre: Tensor
         self.branching = None if config.tree.branch == "never" else Branching(self)
+        self.gradients_lead = config.tree.branch in ("never", "always")
+        """Whether a step may follow what the probe finds; else its gradients say no more than where the task lies."""
 
     # -- before training ------------------------------------------------------------------------------
 
@@ -194,7 +197,8 @@ class VitSession:
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield losses against the class means: cosine, temperature 0.1."""
         generator = torch.Generator().manual_seed(seeds.of_probe(self.seed, self.runtime.accelerator.process_index))
-        size = min(self.batch_size, len(self.own), max(_SMALLEST_PROBE, len(self.own) // count))
+        wanted = len(self.own) // count if self.gradients_lead else 0
+        size = min(self.batch_size, len(self.own), max(_SMALLEST_PROBE, wanted))
         order = torch.cat(
             [torch.randperm(len(self.own), generator=generator) for _ in range(1 + count * size // len(self.own))]
         )
@@ -235,12 +239,19 @@ class VitSession:
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy over the task's own classes; of accumulated batches, one after the other is in memory."""
+        parts = max(self.parts, -(-len(batch[0]) // self._most_at_once))
         with self.compilation.used():
-            if self.parts == 1:
+            if parts == 1:
                 return self._loss_of_part(*batch)
-            losses = in_parts(batch, self.parts, self._loss_of_part)
+            losses = in_parts(batch, parts, self._loss_of_part)
             trained = [one for one in self.base.network.parameters() if one.requires_grad]
             return summed_in_parts(losses, [*trained, *self.parameters()])
+
+    @property
+    def _most_at_once(self) -> int:
+        """Images whose activations are held at once: few take a CPU 3 % longer, and branches adapt every block."""
+        few = self.branching is not None and self.device.type == "cpu" and self.compilation.mode is None
+        return _FEW_TRAINED if few else self.batch_size
 
     def _loss_of_part(self, rows: Tensor, views: Tensor) -> Tensor:
         tokens = self.entering(rows, views) if self.augment is None else self._entering_anew(rows, views, self.augment)
@@ -270,10 +281,11 @@ class VitSession:
             "head.bias": self.head.bias.detach().cpu().clone(),
         }
         trained = adapters.read_slot(self.base.network, self.base.layers, self.base.scale)
-        new = NewImages(self.pooled, self.labels, len(self.task.labels), self.seed)
+        counted = CountedIn() if self.branching is None else self.branching.finish()
+        new = NewImages(self.pooled, self.labels, len(self.task.labels), self.seed, counted.pooled)
         kinds = KINDS[:1] if self.shared_head.carries_blocks else KINDS
         own = extended_statistics(self.base, self.memory, new, trained, self.carried, kinds)
-        branch = self._finish_branch(tensors, own)
+        branch = self._of_branch(counted, tensors, own)
         facts: dict[str, Any] = {
             "classes": len(self.task.labels),
             "columns": len(columns_of(self.memory)) + len(self.task.labels),
@@ -283,8 +295,8 @@ class VitSession:
         shared = partial(_shared, own, head)
         return Learned(tensors | head.task_tensors(), shared, facts, branch)
 
-    def _finish_branch(self, tensors: Tensors, statistics: Tensors) -> BranchLearned | None:
-        """Count the task into its branch; a task that trained nothing gets the linear head of its class statistics."""
+    def _of_branch(self, counted: CountedIn, tensors: Tensors, statistics: Tensors) -> BranchLearned | None:
+        """Return what the branch stores; a task that trained nothing gets the linear head of its class statistics."""
         branching = self.branching
         if branching is None:
             return None
@@ -292,13 +304,12 @@ class VitSession:
             every = ClassStatistics.from_tensors(statistics, "latest", self.device).discriminant(COVARIANCE_RIDGE)
             count = len(self.task.labels)
             tensors |= {"head.weight": every.weight[-count:].cpu(), "head.bias": every.bias[-count:].cpu()}
-            tensors[SOLVED] = torch.tensor(True)
-        name, stored, columns = branching.finish()
-        tensors |= columns
+        tensors |= counted.columns
+        stored = counted.stored
         judged = branching.judgement
         trial = None if judged is None else Trial(judged.gain, judged.asked, judged.count)
         # copies: scoring solves in the place of the sums, before they are committed
-        return BranchLearned(name, lambda: {key: value.clone() for key, value in stored.items()}, trial)
+        return BranchLearned(counted.name, lambda: {key: value.clone() for key, value in stored.items()}, trial)
 
     # -- branches -------------------------------------------------------------------------------------
 

@@ -57,12 +57,14 @@ class NewImages:
         labels: Their classes, (n,).
         classes: The task's number of classes.
         seed: The task's.
+        known: The same of all images by the network with the task's adapter, (n, C), where it was computed before.
     """
 
     pooled: Callable[[Tensor], Tensor]
     labels: Tensor
     classes: int
     seed: int
+    known: Tensor | None = None
 
 
 def extended_statistics(
@@ -93,13 +95,18 @@ def extended_statistics(
         now = trained
         if kind == "merged":
             now = mean_update([*(task.adapter() for task in memory.tasks), trained])
-        features = _pooled_with(base, new, now, everything)
+        features = new.known if now is trained else None
+        if features is None:
+            features = _pooled_with(base, new, now, everything)
         fresh = ClassStatistics.measure(features, new.labels, new.classes, runtime)
         if memory.tasks:
-            old = _pooled_with(base, new, updates_of(memory, kind), some)
-            drift = fit_drift(runtime.concatenate(old), runtime.concatenate(features[some]))
             known = ClassStatistics.from_tensors(carried, kind, runtime.device)
-            fresh = known.moved(drift).joined(fresh)
+            before = updates_of(memory, kind)
+            if not before.equals(now):
+                old = _pooled_with(base, new, before, some)
+                drift = fit_drift(runtime.concatenate(old), runtime.concatenate(features[some]))
+                known = known.moved(drift)
+            fresh = known.joined(fresh)
         tensors |= fresh.to_tensors(kind)
     return tensors
 
