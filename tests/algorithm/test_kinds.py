@@ -122,6 +122,23 @@ def test_who_lies_nearest_to_frozen_features_joins_them() -> None:
     assert (choice.joins, choice.branch, choice.nearest) == (True, None, 0)
 
 
+def test_of_two_branches_of_its_kind_a_task_joins_that_whose_first_task_is_nearest() -> None:
+    earlier = [at(0.0, "a"), at(2.0, "b"), at(1.2, "b"), at(0.1, None)]
+    # nearest is the third, whose adapter was learned from the second's images, 1.3 away; the first is 0.7 away
+    both = choose_branch(signature(0.7), [*earlier[:3], at(5.0, None)], "auto", 0)
+    assert (both.joins, both.branch, both.nearest, both.reason) == (True, "a", 0, "kind")
+    assert both.distance == kind_distance(signature(0.7), signature(0.0)) < SAME_KIND
+    # the first is of another kind, though its branch's first task is nearer
+    one = choose_branch(signature(0.95), earlier[:3], "auto", 0)
+    assert (one.branch, one.nearest) == ("b", 2)
+    # a later task of the better branch may be the nearest of it
+    later = choose_branch(signature(0.6), [*earlier[:3], at(0.5, "a")], "auto", 0)
+    assert (later.branch, later.nearest) == ("a", 3)
+    # nearest to frozen features, but of a branch's kind, too: an adapter that did not pay says nothing of another's
+    beside = choose_branch(signature(0.15), earlier, "auto", 0)
+    assert (beside.joins, beside.branch, beside.nearest) == (True, "a", 0)
+
+
 def test_policies_and_the_bound() -> None:
     earlier = [at(0.0, "a"), at(5.0, "b"), at(9.0, None)]
     first = choose_branch(signature(5.0), earlier, "first", 0)

@@ -116,7 +116,9 @@ def choose_branch(
 ) -> BranchChoice:
     """Decide whether a task joins a branch or tries to open one.
 
-    It joins that of the nearest task if both are of one kind.
+    It joins if the nearest task is of its kind. Of the branches that hold a task of its kind it joins the one whose
+    first task is nearest, since from that task's images the branch's adapter was learned; frozen features, where no
+    branch holds one.
 
     Args:
         new: The task's kind.
@@ -140,10 +142,24 @@ def choose_branch(
     else:
         joins = apart[nearest] <= SAME_KIND
         reason = "kind" if joins else "new"
+        if joins:
+            nearest = _nearest_of_best_branch(apart, [one.branch for one in earlier])
     if joins and drawn is not None:
         nearest = int(drawn.integers(len(earlier)))
     branch = earlier[nearest].branch if joins else None
     return BranchChoice(joins, branch, nearest, apart[nearest], reason, tuple(apart))
+
+
+def _nearest_of_best_branch(apart: Sequence[float], branches: Sequence[str | None]) -> int:
+    """Return the nearest task of that branch, of those with a task of the same kind, whose first task is nearest.
+
+    Frozen features are joined where no branch has one: an adapter that did not pay says nothing of another's.
+    """
+    close = {branch for branch, distance in zip(branches, apart, strict=True) if distance <= SAME_KIND} - {None}
+    if not close:
+        return int(np.argmin(apart))
+    best = min(map(branches.index, close), key=apart.__getitem__)  # the index of a branch's first task
+    return min((i for i, branch in enumerate(branches) if branch == branches[best]), key=apart.__getitem__)
 
 
 def explain(
