@@ -139,6 +139,11 @@ def test_of_two_branches_of_its_kind_a_task_joins_that_whose_first_task_is_neare
     assert (beside.joins, beside.branch, beside.nearest) == (True, "a", 0)
 
 
+@given(st.permutations(["a", "b", "c", "d", "e"]))
+def test_of_branches_as_near_a_task_joins_the_oldest(names: list[str]) -> None:
+    assert choose_branch(signature(0.1), [at(0.0, name) for name in names], "auto", 0).branch == names[0]
+
+
 def test_policies_and_the_bound() -> None:
     earlier = [at(0.0, "a"), at(5.0, "b"), at(9.0, None)]
     first = choose_branch(signature(5.0), earlier, "first", 0)

@@ -155,11 +155,13 @@ def _nearest_of_best_branch(apart: Sequence[float], branches: Sequence[str | Non
 
     Frozen features are joined where no branch has one: an adapter that did not pay says nothing of another's.
     """
-    close = {branch for branch, distance in zip(branches, apart, strict=True) if distance <= SAME_KIND} - {None}
-    if not close:
+    first = {branch: branches.index(branch) for branch in branches}  # in order of arrival, so that ties have one winner
+    close = {branch for branch, distance in zip(branches, apart, strict=True) if distance <= SAME_KIND}
+    fitting = [index for branch, index in first.items() if branch is not None and branch in close]
+    if not fitting:
         return int(np.argmin(apart))
-    best = min(map(branches.index, close), key=apart.__getitem__)  # the index of a branch's first task
-    return min((i for i, branch in enumerate(branches) if branch == branches[best]), key=apart.__getitem__)
+    best = branches[min(fitting, key=apart.__getitem__)]
+    return min((i for i, branch in enumerate(branches) if branch == best), key=apart.__getitem__)
 
 
 def explain(
