@@ -47,18 +47,6 @@ TASKS_ASKED = 2
 """Adapters run for each image: those of its likeliest tasks."""
 
 
-def tasks_asked(memory: Memory, *, shared: bool) -> set[int]:
-    """Return the tasks whose own adapters are asked: all, or none where tasks share adapters.
-
-    There a task without a branch has none that pays, or none at all.
-
-    Args:
-        memory: Everything learned.
-        shared: Whether tasks share adapters.
-    """
-    return set() if shared else set(range(len(memory.tasks)))
-
-
 class VitPredictor:
     """Meets ``Predictor``; see the module docstring."""
 
@@ -191,14 +179,11 @@ class VitPredictor:
             self._branches.refine_(log_columns, by_branch, (plain, other))
         log_tasks = self._by_group(log_columns, self.task_of, len(self.memory.tasks))
         asked = log_tasks.topk(min(TASKS_ASKED, log_tasks.shape[1]), dim=1).indices
-        for task in self._with_own_adapter.intersection(asked.unique().tolist()):
-            rows = (asked == task).any(dim=1).nonzero().squeeze(1)
-            self._ask_adapter(int(task), rows, plain.cut, log_columns, log_tasks)
+        if self._branches is None:  # where tasks share adapters, one without a branch has none that pays
+            for task in asked.unique().tolist():
+                rows = (asked == task).any(dim=1).nonzero().squeeze(1)
+                self._ask_adapter(task, rows, plain.cut, log_columns, log_tasks)
         return self._by_group(log_columns, self.class_of, len(self.names)), asked[:, 0], familiar
-
-    @cached_property
-    def _with_own_adapter(self) -> set[int]:
-        return tasks_asked(self.memory, shared=self._branches is not None)
 
     @cached_property
     def _branches(self) -> BranchAnswers | None:

@@ -6,7 +6,7 @@ written as safetensors and JSON beside ``predict.py``, which is the module ``sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,7 @@ from treelora_backends.vit.branch_answers import BRANCHES_ASKED, BranchAnswers
 from treelora_backends.vit.decoding import Pixels
 from treelora_backends.vit.export import model_config, save_stock
 from treelora_backends.vit.images import images_at_once
-from treelora_backends.vit.predictor import ADAPTER_SHARE, ANCHOR_SHARPNESS, TASKS_ASKED, VitPredictor, tasks_asked
+from treelora_backends.vit.predictor import ADAPTER_SHARE, ANCHOR_SHARPNESS, TASKS_ASKED, VitPredictor
 from treelora_backends.vit.shared_head import SharedHead, class_names, class_of_column, columns_of
 from treelora_cli.backend import adapters
 from treelora_cli.backend.values import ExportCheck, ExportOptions, Memory
@@ -68,14 +68,15 @@ class RoutedExport:
         columns = columns_of(memory)
         tensors, facts = _router(self.base, memory)
         names = class_names(columns)
-        asked = tasks_asked(memory, shared=self.base.config.tree.branch != "never")
-        tensors |= _task_heads(memory, asked)
+        shared = self.base.config.tree.branch != "never"
+        if not shared:
+            tensors |= _task_heads(memory)
         document: dict[str, Any] = {
             "format": _FORMAT,
             "labels": names,
             "tasks": [
-                {"name": task.name, "adapter": place, "labels": list(task.labels), "asked": index in asked}
-                for index, (task, place) in enumerate(zip(memory.tasks, places, strict=True))
+                {"name": task.name, "adapter": place, "labels": list(task.labels), "asked": not shared}
+                for task, place in zip(memory.tasks, places, strict=True)
             ],
             "adapters": list(dict.fromkeys(places)),
             "columns": [
@@ -88,7 +89,7 @@ class RoutedExport:
             "branches": [],
             **facts,
         }
-        if self.base.config.tree.branch != "never":
+        if shared:
             more, branches = _branches(self.base, memory, places)
             tensors |= more
             document |= branches
@@ -166,11 +167,11 @@ def _router(base: LoadedVit, memory: Memory) -> tuple[dict[str, Tensor], dict[st
     return {**tensors, "weight": head.weight, "bias": head.bias}, facts
 
 
-def _task_heads(memory: Memory, asked: Set[int]) -> dict[str, Tensor]:
-    """Return the heads of those tasks whose own adapters are asked."""
+def _task_heads(memory: Memory) -> dict[str, Tensor]:
+    """Return the heads that go with the tasks' own adapters."""
     found: dict[str, Tensor] = {}
-    for index in sorted(asked):
-        tensors = memory.tasks[index].tensors()
+    for index, task in enumerate(memory.tasks):
+        tensors = task.tensors()
         found |= {f"task.{index}.{part}": tensors[f"head.{part}"] for part in ("weight", "bias")}
     return found
 

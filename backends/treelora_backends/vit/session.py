@@ -56,6 +56,7 @@ _TEMPERATURE = 0.1
 _CHANGED_BY = "rand-m5-mstd0.5"
 """What changes further views where the training images are not changed (recipes/RESULTS.md)."""
 _FEW_TRAINED = 8
+"""Images whose activations a CPU holds at once where branches adapt every block; a step takes 3 % longer."""
 _SMALLEST_PROBE = 8
 """Images in a mini-batch of the probe, at least; otherwise the probe sees no image twice."""
 
@@ -102,8 +103,6 @@ class VitSession:
         self.prototypes: Tensor
         self.centre: Tensor
         self.branching = None if config.tree.branch == "never" else Branching(self)
-        self.gradients_lead = config.tree.branch in ("never", "always")
-        """Whether a step may follow what the probe finds; else its gradients say no more than where the task lies."""
 
     # -- before training ------------------------------------------------------------------------------
 
@@ -197,7 +196,8 @@ class VitSession:
     def probe_losses(self, count: int) -> Iterator[Tensor]:
         """Yield losses against the class means: cosine, temperature 0.1."""
         generator = torch.Generator().manual_seed(seeds.of_probe(self.seed, self.runtime.accelerator.process_index))
-        wanted = len(self.own) // count if self.gradients_lead else 0
+        followed = self.config.tree.branch in ("never", "always")  # else no step follows what the probe finds
+        wanted = len(self.own) // count if followed else 0
         size = min(self.batch_size, len(self.own), max(_SMALLEST_PROBE, wanted))
         order = torch.cat(
             [torch.randperm(len(self.own), generator=generator) for _ in range(1 + count * size // len(self.own))]
