@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
-from conftest import plain_runtime
+from conftest import plain_runtime, run_python
 
 from treelora_cli.backend.arithmetic import bf16_multiplies_well, choose_arithmetic, measure_precision
 from treelora_cli.backend.contract import TaskSession
@@ -230,3 +231,27 @@ def test_no_more_threads_than_the_process_may_use(monkeypatch: pytest.MonkeyPatc
     for text, processors in limits.items():
         monkeypatch.setattr("pathlib.Path.read_text", lambda _path, text=text, **_kind: text)
         assert usable_processors() == processors
+
+
+_LEAVES = """
+import atexit, os
+from pathlib import Path
+
+def gloo():
+    return [one for one in Path("/proc/self/task").iterdir() if "gloo" in (one / "comm").read_text()]
+
+atexit.register(lambda: print("left", len(gloo())))
+from treelora_cli.backend.runtime import Silent, open_runtime
+
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+runtime = open_runtime("cpu", offline=True, reporter=Silent())
+import peft, timm, transformers  # what is imported later may keep the group that is open then
+
+print("open", len(gloo()) > 0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are read from Linux's /proc")
+def test_no_thread_of_the_processes_group_is_left_when_python_ends() -> None:
+    done = run_python(_LEAVES)
+    assert (done.code, done.out) == (0, "open True\nleft 0\n"), done.err

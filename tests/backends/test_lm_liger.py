@@ -151,4 +151,4 @@ for smoothing in (0.0, 0.1):
 def test_ligers_own_kernel_interpreted_on_the_cpu_has_the_plain_loss_and_gradient() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", _INTERPRETED], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr

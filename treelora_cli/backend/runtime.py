@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import math
 import os
 import resource
@@ -186,6 +187,9 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
         os.environ.setdefault(name, "32")  # read when the first is compiled
     if kind != "cpu":
         _set_up_cuda(_numbered(device))
+    if torch.distributed.is_available():
+        # its functions' defaults are the group there is when it is imported: later they would keep the group's threads
+        importlib.import_module("torch.distributed.nn.functional")
     with hidden(FSDP):  # blocks are divided by ``Shards``; accelerate itself would have them wrapped
         accelerator = Accelerator(  # the trainer knows its arithmetic and accumulation: others would come on top
             cpu=kind == "cpu",
