@@ -46,7 +46,7 @@ def solved(head: SharedHead, memory: Any, chosen: list[int]) -> LinearHead:
     rows = torch.tensor(chosen)
     gram = Gram.from_dense(statistics.gram.dense()[rows][:, rows].clone())
     own = RidgeStatistics(gram, statistics.sums[:, rows].clone(), statistics.counts)
-    return own.solve(ridge_share(head.ridge, len(chosen), float(own.counts.sum())))
+    return own.solve(ridge_share(head.ridge, len(chosen), float(own.counts.sum()), head.views))
 
 
 class Counter:

@@ -265,6 +265,10 @@ def test_ridge_share_grows_with_a_power_of_features_per_example_up_to_ten():
     assert ridge_share(0.36, 1000, 10) == 10.0
 
 
+def test_four_views_of_an_image_count_as_two_images():
+    assert ridge_share(0.36, 1000, 4 * 1000, 4) == pytest.approx(ridge_share(0.36, 1000, 2 * 1000))
+
+
 def test_weighted_examples_count_as_if_they_were_there_so_often() -> None:
     generator = torch.Generator().manual_seed(0)
     phi, labels = torch.randn(6, 4, generator=generator), torch.tensor([0, 0, 0, 0, 1, 1])

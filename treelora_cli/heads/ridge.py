@@ -169,18 +169,21 @@ _SHARE_EXPONENT = 2.5
 _LARGEST_SHARE = 10.0
 
 
-def ridge_share(ridge: float, width: int, examples: float) -> float:
+def ridge_share(ridge: float, width: int, examples: float, views: int = 1) -> float:
     """Return the penalty for ``RidgeStatistics.solve``: what fits many examples starves on few.
 
     The best share of the mean eigenvalue was found to grow with a power of features per example (measured from 0.15 to
-    12 features per example); it is held below 10.
+    12 features per example); it is held below 10. Views of one image say less than as many images: V of them count as
+    sqrt(V), with which generalised cross-validation foretells the error on other images (recipes/RESULTS_APPENDIX.md).
 
     Args:
         ridge: Share at one feature per example.
         width: Features W.
-        examples: Examples counted in.
+        examples: Examples counted in, each view as one.
+        views: V, of each image.
     """
-    return min(_LARGEST_SHARE, ridge * math.pow(width / max(examples, 1.0), _SHARE_EXPONENT))
+    worth = max(examples / math.sqrt(views), 1.0)
+    return min(_LARGEST_SHARE, ridge * math.pow(width / worth, _SHARE_EXPONENT))
 
 
 @dataclass(frozen=True)

@@ -40,20 +40,23 @@ class BranchSettings:
         columns: Which of a view's features are read, (M,).
         random: R, a third of the shared head's: with both views a Gram matrix no larger than its.
         ridge: As ``head.ridge``.
+        per_image: How many views of an image are counted in, ``head.views``.
         seed: Of the random features.
     """
 
     columns: Tensor
     random: int
     ridge: float
+    per_image: int
     seed: int
 
     @classmethod
     def of(cls, trunk: Trunk, config: Config, device: torch.device) -> BranchSettings:
         """Return the settings that go with a network and a configuration."""
-        assert config.head.width is not None and config.head.ridge is not None and config.seed is not None
+        head, seed = config.head, config.seed
+        assert head.width is not None and head.ridge is not None and head.views is not None and seed is not None
         columns = torch.tensor(trunk.mean_columns, device=device)
-        return cls(columns, max(1, config.head.width // 3), config.head.ridge, config.seed)
+        return cls(columns, max(1, head.width // 3), head.ridge, head.views, seed)
 
     @property
     def width(self) -> int:
@@ -64,9 +67,9 @@ class BranchSettings:
         """Put what is read of both views' features, (n, F) each, side by side: (n, 2 M)."""
         return torch.cat([frozen[:, self.columns], adapted[:, self.columns]], dim=1)
 
-    def share(self, examples: float) -> float:
-        """Return the penalty for so many examples."""
-        return ridge_share(self.ridge, self.width, examples)
+    def share(self, examples: float, views: int = 1) -> float:
+        """Return the penalty for so many examples, ``views`` of each image."""
+        return ridge_share(self.ridge, self.width, examples, views)
 
 
 class BranchHead:
@@ -136,6 +139,6 @@ class BranchHead:
         statistics, width, device = RidgeStatistics(self.gram, sums, counts), self.settings.width, self.device
         self.gram = None
         return statistics.solve_(
-            self.settings.share(float(counts.sum())),
+            self.settings.share(float(counts.sum()), self.settings.per_image),
             lambda: Gram.read(memory.branch(name), "branch", width, device),
         )

@@ -103,11 +103,13 @@ class SharedHead:
     """
 
     def __init__(self, trunk: Trunk, config: Config, runtime: Runtime) -> None:
-        assert config.head.width is not None and config.seed is not None and config.head.ridge is not None
+        assert config.head.width is not None and config.seed is not None
+        assert config.head.ridge is not None and config.head.views is not None
         self.trunk = trunk
         self.random: int = config.head.width
         self.seed: int = config.seed
         self.ridge: float = config.head.ridge
+        self.views: int = config.head.views
         self.runtime = runtime
         self.device = runtime.device
         self.carries_blocks = config.head.merged == "solved" and fits(trunk)
@@ -218,7 +220,7 @@ class SharedHead:
         """Solve for the columns of every task in ``memory``; uses up the Gram matrix."""
         statistics = self._statistics(memory)
         width, device = statistics.gram.width, self.device
-        share = ridge_share(self.ridge, width, float(statistics.counts.sum()))
+        share = ridge_share(self.ridge, width, float(statistics.counts.sum()), self.views)
         self.gram = None
         return statistics.solve_(share, lambda: Gram.read(memory.shared(), "anchor", width, device))
 
@@ -227,5 +229,5 @@ class SharedHead:
         assert self.features is not None and self.features.solved is not None
         plain, solved, width = self.features.plain, self.features.solved, self.trunk.width
         statistics = solved_statistics(self._statistics(memory), solved, plain.scale[-width:])
-        share = ridge_share(self.ridge, statistics.gram.width, float(statistics.counts.sum()))
+        share = ridge_share(self.ridge, statistics.gram.width, float(statistics.counts.sum()), self.views)
         grow(vit, solved, statistics, share, plain.mean[-width:], class_of, classes)
