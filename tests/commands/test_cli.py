@@ -6,12 +6,16 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import STREAM, Cli, learned_hashes, make_images, picture, run_python, tree_hash
 from safetensors.torch import load_file
+
+from treelora_cli.views.console import Output
 
 COMMANDS = (
     "init",
@@ -382,3 +386,19 @@ def test_same_seed_same_hashes(cli: Cli, empty_project: Path, tmp_path: Path, da
         for name in ("warm", "cold"):
             cli("-C", root, "train-task", data / name, "--device", "cpu", "--precision", "fp32")
     assert learned_hashes(empty_project) == learned_hashes(twin)
+
+
+def test_what_takes_long_shows_how_far_it_is(
+    cli: Cli, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[str, int | None]] = []
+
+    def track(_self: Output, items: Iterable[Any], description: str, total: int | None) -> Iterator[Any]:
+        shown.append((description, total))
+        yield from items
+
+    monkeypatch.setattr(Output, "track", track)
+    assert cli("-C", project, "eval").code == 0
+    assert shown.count(("Answering", 1)) == len(NAMES)
+    assert cli("-C", project, "export", tmp_path / "out").code == 0
+    assert ("Checking the export", 1) in shown

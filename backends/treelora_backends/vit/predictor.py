@@ -111,7 +111,8 @@ class VitPredictor:
     def _shares(self, pictures: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
         own = torch.tensor(self.base.runtime.share(list(range(len(pictures)))), dtype=torch.int64)
         expect(pictures.pixels, own)
-        for rows in own.split(images_at_once(self.device)):
+        chunks = own.split(images_at_once(self.device))
+        for rows in self.base.runtime.reporter.track(chunks, "Answering", len(chunks)):
             yield pictures.pixels[rows].to(self.device), pictures.labels[rows].to(self.device)
 
     def predict(self, inputs: Sequence[str | Sequence[Turn] | Picture]) -> list[Prediction]:
