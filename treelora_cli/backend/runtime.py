@@ -182,7 +182,6 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
     divided = base_is_divided()
     kind = _present_kind(device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_processors()))
-    _map_large_blocks()
     for name in _COMPILED_KERNELS:
         os.environ.setdefault(name, "32")  # read when the first is compiled
     if kind != "cpu":
@@ -264,9 +263,6 @@ def _set_up_cuda(number: int | None) -> None:
 
 _COMPILED_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """How many bf16 kernels torch's libraries keep, one for each shape: a megabyte each, and by default a thousand."""
-_LARGE_BLOCK = 2**21
-_MALLOC_TRIM, _MALLOC_MMAP = -1, -3
-"""Names of glibc's mallopt for the free memory it keeps and for the size from which a block is mapped by itself."""
 
 
 def _c_library() -> Any:
@@ -276,14 +272,6 @@ def _c_library() -> Any:
         return ctypes.CDLL(None)
     except (OSError, TypeError):
         return None  # not a system whose allocator can be spoken to
-
-
-def _map_large_blocks() -> None:
-    """Have memory of large tensors returned as soon as they are freed: glibc by itself begins to keep it."""
-    mallopt = getattr(_c_library(), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MALLOC_MMAP, _LARGE_BLOCK)
-        mallopt(_MALLOC_TRIM, 4 * _LARGE_BLOCK)
 
 
 def peak_bytes() -> int:

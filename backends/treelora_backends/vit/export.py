@@ -217,7 +217,7 @@ def _compare(
 ) -> tuple[float, float, Tensor, Tensor]:
     """Return the largest logit difference, the largest logit and both networks' answers, on the CPU."""
     largest, scale, ours, theirs = 0.0, 0.0, [], []
-    chunks = pixels.split(_CHUNK)
+    chunks = list(pixels.split(_CHUNK))
     for chunk in base.runtime.reporter.track(chunks, "Checking the export", len(chunks)):
         images = base.preprocessing.normalise(chunk.to(base.runtime.device))
         a, b = here(images).float(), there(images.to(dtype)).float()
