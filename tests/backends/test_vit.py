@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from treelora_backends.vit import trunk as trunks
 from treelora_backends.vit.backend import VitBackend, VitBase
+from treelora_backends.vit.export import _compare
 from treelora_backends.vit.images import make_preprocessing
 from treelora_backends.vit.trunk import PLAIN_ATTENTION_TOKENS, Trunk
 
@@ -444,3 +446,23 @@ def test_tasks_that_share_adapters_keep_the_small_batches_that_were_measured() -
     flags = Config(tree=TreeConfig(branch="auto"))
     train = resolve(flags, Config(), VitBackend().defaults_on({"device": "cuda"})).train
     assert (train.batch_size, train.lr) == (32, 0.001)
+
+
+def test_a_checked_export_asks_for_images_as_it_goes() -> None:
+    happened: list[str] = []
+
+    class Later:
+        shape = (3, 3, 2, 2)
+
+        def split(self, _size: int) -> Iterator[Tensor]:
+            for _ in range(3):
+                happened.append("decoded")
+                yield torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+
+    def here(pictures: Tensor) -> Tensor:
+        happened.append("scored")
+        return pictures.flatten(1)
+
+    base: Any = SimpleNamespace(runtime=plain_runtime(), preprocessing=SimpleNamespace(normalise=Tensor.float))
+    _compare(base, cast("nn.Module", here), nn.Flatten(), Later(), torch.float32)
+    assert happened == ["decoded", "scored"] * 3

@@ -217,8 +217,8 @@ def _compare(
 ) -> tuple[float, float, Tensor, Tensor]:
     """Return the largest logit difference, the largest logit and both networks' answers, on the CPU."""
     largest, scale, ours, theirs = 0.0, 0.0, [], []
-    chunks = list(pixels.split(_CHUNK))
-    for chunk in base.runtime.reporter.track(chunks, "Checking the export", len(chunks)):
+    count = -(-pixels.shape[0] // _CHUNK)
+    for chunk in base.runtime.reporter.track(pixels.split(_CHUNK), "Checking the export", count):
         images = base.preprocessing.normalise(chunk.to(base.runtime.device))
         a, b = here(images).float(), there(images.to(dtype)).float()
         largest, scale = max(largest, float((a - b).abs().max())), max(scale, float(a.abs().max()))
