@@ -15,15 +15,13 @@ import sys
 from typing import Any
 
 import torch
+from frozen_head import FrozenHead
 from torch import Tensor
 from treelora_backends.vit.predictor import ANCHOR_SHARPNESS, VitPredictor
-from treelora_backends.vit.shared_head import SharedHead, class_names, class_of_column, columns_of
+from treelora_backends.vit.shared_head import SharedHead
 
-from treelora_cli import Project
-from treelora_cli.backend import adapters
 from treelora_cli.heads.gram import Gram
-from treelora_cli.heads.ridge import LinearHead, RidgeStatistics, ridge_share
-from treelora_cli.learning.evaluation import read_held_out
+from treelora_cli.heads.ridge import LinearHead, RidgeStatistics
 
 
 def parts_of(width: int, features: int, everything: int) -> dict[str, list[int]]:
@@ -46,7 +44,7 @@ def solved(head: SharedHead, memory: Any, chosen: list[int]) -> LinearHead:
     rows = torch.tensor(chosen)
     gram = Gram.from_dense(statistics.gram.dense()[rows][:, rows].clone())
     own = RidgeStatistics(gram, statistics.sums[:, rows].clone(), statistics.counts)
-    return own.solve(ridge_share(head.ridge, len(chosen), float(own.counts.sum()), head.views))
+    return own.solve(head._share(own))
 
 
 class Counter:
@@ -67,38 +65,27 @@ class Counter:
 
 @torch.no_grad()
 def main() -> None:
-    project = Project.open(sys.argv[1], device="cpu")
-    limit = int(sys.argv[2]) if len(sys.argv) > 2 else None
-    stored, config = project._stored, project._config()
-    base: Any = project._loaded(config, exact=True)
-    memory = stored.memory()
-    records = {name: stored.task_record(name) for name in project.tasks}
-    head = SharedHead.restore(memory.shared(), base.trunk, config, base.runtime)
-    features = head.features
-    assert features is not None
-    names, class_of = class_names(columns_of(memory)), class_of_column(columns_of(memory))
-    parts = parts_of(base.trunk.width, base.trunk.feature_width, features.width)
-    heads = {name: (torch.tensor(chosen), solved(head, memory, chosen)) for name, chosen in parts.items()}
+    project = FrozenHead(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    base, memory, names = project.base, project.memory, project.names
+    parts = parts_of(base.trunk.width, base.trunk.feature_width, project.features.width)
+    heads = {name: (torch.tensor(chosen), solved(project.head, memory, chosen)) for name, chosen in parts.items()}
     routed, merged = (VitPredictor(base, memory, kind) for kind in ("routed", "merged"))
     count = Counter()
-    for one in read_held_out(base, records, limit):
-        data: Any = one.data
-        position = {name: place for place, name in enumerate(names)}
-        classes = torch.tensor([position[label] for label in data.labels])
-        for pixels, labels in zip(data.test.pixels.split(128), data.test.labels.split(128), strict=True):
-            images, truth = base.preprocessing.normalise(pixels), classes[labels]
+    for task in project.tasks:
+        for pixels, truth in zip(task.test.pixels.split(128), project.truth(task).split(128), strict=True):
+            images = base.preprocessing.normalise(pixels)
             count.total += len(truth)
             count.add("routed", routed.class_scores(images)[0], truth)
             once = merged.class_scores(images)[0]
             count.add("merged", once, truth)
             count.add("merged, both views", once + merged.class_scores(images.flip(-1))[0], truth)
-            with adapters.base_only(base.network):
-                seen = [features(base.trunk.after(base.trunk.before(view))) for view in (images, images.flip(-1))]
+            seen = project.views(images)
             for name, (chosen, linear) in heads.items():
                 scores = [linear(phi[:, chosen]) for phi in seen]
                 for views, what in ((scores[:1], "one view"), (scores, "both views")):
                     columns = (ANCHOR_SHARPNESS * torch.stack(views).mean(dim=0)).log_softmax(dim=1)
-                    count.add(f"{name}, {what}", VitPredictor._by_group(columns, class_of, len(names)), truth)
+                    by_class = VitPredictor._by_group(columns, project.class_of, len(names))
+                    count.add(f"{name}, {what}", by_class, truth)
     count.show()
 
 

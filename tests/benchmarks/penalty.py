@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
 
 import torch
+from charts import table
+from frozen_head import FrozenHead
 from torch import Tensor
-from treelora_backends.vit.shared_head import SharedHead, class_names, class_of_column, columns_of
 
-from treelora_cli import Project
-from treelora_cli.backend import adapters
 from treelora_cli.heads.ridge import RidgeStatistics, ridge_share
-from treelora_cli.learning.evaluation import read_held_out
 
 _MULTIPLES = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -64,42 +61,32 @@ class Spectrum:
 
 @torch.no_grad()
 def main() -> None:
-    project = Project.open(sys.argv[1], device="cpu")
-    limit = int(sys.argv[2]) if len(sys.argv) > 2 else None
-    stored, config = project._stored, project._config()
-    base: Any = project._loaded(config, exact=True)
-    memory = stored.memory()
-    head = SharedHead.restore(memory.shared(), base.trunk, config, base.runtime)
-    features, spectrum = head.features, Spectrum(head._statistics(memory))
-    assert features is not None
-    names, class_of = class_names(columns_of(memory)), class_of_column(columns_of(memory))
-    seen, truth = [], []
-    for one in read_held_out(base, {name: stored.task_record(name) for name in project.tasks}, limit):
-        data: Any = one.data
-        truth += [names.index(data.labels[label]) for label in data.test.labels.tolist()]
-        for pixels in data.test.pixels.split(128):
-            images = base.preprocessing.normalise(pixels)
-            with adapters.base_only(base.network), base.runtime.autocast():
-                views = [features(base.trunk.after(base.trunk.before(view))) for view in (images, images.flip(-1))]
+    project = FrozenHead(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    head, base, classes = project.head, project.base, len(project.names)
+    spectrum = Spectrum(head._statistics(project.memory))
+    seen = []
+    for task in project.tasks:
+        for pixels in task.test.pixels.split(128):
+            views = project.views(base.preprocessing.normalise(pixels))
             seen.append(torch.stack(views).double().mean(dim=0))  # scores are linear: their mean is that of the mean
-    phi, right = torch.cat(seen), torch.tensor(truth)
+    phi, right = torch.cat(seen), torch.cat([project.truth(task) for task in project.tasks])
+    wanted = torch.nn.functional.one_hot(right, classes)
     print(f"{len(right)} images, {spectrum.total:.0f} views of {head.views}, width {len(spectrum.values)}")
-    print("| `head.ridge` | accuracy | squared error | parameters | V views as V | as sqrt(V) | as one |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
     for multiple in _MULTIPLES:
         share = ridge_share(head.ridge * multiple, len(spectrum.values), spectrum.total)
         penalty = share * spectrum.scale
         weight, bias = spectrum.weight(penalty)
         columns = phi @ weight.T + bias
-        scores = torch.full((len(columns), len(names)), -math.inf, dtype=torch.float64)
-        scores.scatter_reduce_(1, class_of.expand(len(columns), -1), columns, "amax")
+        scores = torch.full((len(columns), classes), -math.inf, dtype=torch.float64)
+        scores.scatter_reduce_(1, project.class_of.expand(len(columns), -1), columns, "amax")
         correct = 100 * float((scores.argmax(dim=1) == right).double().mean())
-        wanted = torch.nn.functional.one_hot(right, len(names))
         error = float((scores - wanted).square().sum(dim=1).mean())
-        worths = (spectrum.total / head.views**power for power in (0.0, 0.5, 1.0))
-        foretold = " | ".join(f"{spectrum.foretold(penalty, worth):.3f}" for worth in worths)
-        fitted = spectrum.parameters(penalty)
-        print(f"| {head.ridge * multiple:.3g} | {correct:.1f} | {error:.3f} | {fitted:.0f} | {foretold} |")
+        foretold = [spectrum.foretold(penalty, spectrum.total / head.views**power) for power in (0.0, 0.5, 1.0)]
+        figures = [f"{correct:.1f}", *(f"{one:.3f}" for one in (error, *foretold))]
+        rows.append([f"{head.ridge * multiple:.3g}", *figures[:2], f"{spectrum.parameters(penalty):.0f}", *figures[2:]])
+    heading = ["accuracy", "squared error", "parameters", "V views as V", "as sqrt(V)", "as one"]
+    print(table(["`head.ridge`", *heading], rows))
 
 
 if __name__ == "__main__":

@@ -210,6 +210,9 @@ class SharedHead:
         counts = torch.cat([task.tensors()["anchor.counts"] for task in memory.tasks]).to(self.device)
         return RidgeStatistics(self.gram, sums, counts)
 
+    def _share(self, statistics: RidgeStatistics) -> float:
+        return ridge_share(self.ridge, statistics.gram.width, float(statistics.counts.sum()), self.views)
+
     def familiarity(self, memory: Memory) -> Familiarity:
         """Return what tells images of no learned kind; asked before ``solve_``."""
         assert self.features is not None
@@ -219,8 +222,7 @@ class SharedHead:
     def solve_(self, memory: Memory) -> LinearHead:
         """Solve for the columns of every task in ``memory``; uses up the Gram matrix."""
         statistics = self._statistics(memory)
-        width, device = statistics.gram.width, self.device
-        share = ridge_share(self.ridge, width, float(statistics.counts.sum()), self.views)
+        share, width, device = self._share(statistics), statistics.gram.width, self.device
         self.gram = None
         return statistics.solve_(share, lambda: Gram.read(memory.shared(), "anchor", width, device))
 
@@ -229,5 +231,4 @@ class SharedHead:
         assert self.features is not None and self.features.solved is not None
         plain, solved, width = self.features.plain, self.features.solved, self.trunk.width
         statistics = solved_statistics(self._statistics(memory), solved, plain.scale[-width:])
-        share = ridge_share(self.ridge, statistics.gram.width, float(statistics.counts.sum()), self.views)
-        grow(vit, solved, statistics, share, plain.mean[-width:], class_of, classes)
+        grow(vit, solved, statistics, self._share(statistics), plain.mean[-width:], class_of, classes)
