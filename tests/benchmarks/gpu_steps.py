@@ -17,6 +17,7 @@ from torch import Tensor, nn
 def learn(bench: Bench, section: str, base: Any, project: Any, data: Path, name: str, config: Any) -> dict[str, float]:
     """Learn a task through the project and show its phases; returns the seconds."""
     from treelora_cli.backend.values import DataRequest
+    from treelora_cli.learning.evaluation import Scored
     from treelora_cli.learning.task import learn_task
     from treelora_cli.project import Project
 
@@ -24,7 +25,7 @@ def learn(bench: Bench, section: str, base: Any, project: Any, data: Path, name:
     with Project.open(project.root).lock("benchmark") as locked:
         seconds, report = bench.timed(
             lambda: learn_task(
-                locked, base, DataRequest(data), name, config, base.runtime, evaluate=False, resume=False
+                locked, base, DataRequest(data), name, config, base.runtime, evaluate=Scored.NONE, resume=False
             )
         )
     kept = Project.open(project.root).task_record(name)["facts"].get("kept", {})

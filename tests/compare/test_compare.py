@@ -16,7 +16,7 @@ from treelora_cli.compare.results import Failure, Outcome, finish_runs, run_proc
 from treelora_cli.compare.rows import Figure, flat_row, summarise
 from treelora_cli.compare.runs import Run, ignored_by_contenders, parse_variant, plan_runs
 from treelora_cli.compare.worker import MemoryWatch, contender_config
-from treelora_cli.config import Config, from_flags
+from treelora_cli.config import Config, from_flags, load_config
 from treelora_cli.config.by_name import from_names
 from treelora_cli.errors import Interrupted, ProjectError, UsageError
 from treelora_cli.methods.catalogue import load_method
@@ -94,6 +94,53 @@ def test_rows_hold_what_the_runs_measured(compared: tuple[Path, dict[str, Any], 
     seconds = runs["treelora:reg=0"]["seconds"]
     wanted = sum(value for phase, value in seconds.items() if phase not in ("read", "evaluate"))
     assert runs["treelora:reg=0"]["train_seconds"] == pytest.approx(wanted)
+
+
+def test_scores_of_the_ends_alone_give_the_same_figures(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    third = tmp_path / "three.yaml"
+    tasks = f"  tasks:\n    - {{name: again, path: {recipe.parent / 'data' / 'warm'}, classes: [red]}}\n"
+    third.write_text(recipe.read_text().replace("  tasks:\n", tasks))
+    assert len(load_config(third).stream.tasks) == 3
+    documents = [
+        cli(
+            "compare",
+            third,
+            "--methods",
+            "treelora,seqlora",
+            "--out",
+            tmp_path / out,
+            "--device",
+            "cpu",
+            "--json",
+            *more,
+        )
+        for out, more in (("all", ()), ("ends", ("--score-ends",)))
+    ]
+    for whole, ends in zip(*(done.json["runs"] for done in documents), strict=True):
+        known, left = whole["matrix"]["rows"], ends["matrix"]["rows"]
+        assert left == [known[0], [None, known[1][1]], known[2]]
+        assert None not in known[1]
+    for whole, ends in zip(*(done.json["methods"] for done in documents), strict=True):
+        assert (ends["op"], ends["forgetting"]) == (whole["op"], whole["forgetting"])
+        assert ends["forgetting"] is not None
+    other = cli("compare", third, "--methods", "seqlora", "--out", tmp_path / "ends", "--device", "cpu")
+    check_error(other, 3, "was measured with other settings")
+
+
+def test_scores_of_the_ends_alone_are_too_few_for_a_gate(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    gated = tmp_path / "gated.yaml"
+    gated.write_text(f"{recipe.read_text()}\ngate: {{fail_under: 1}}\n")
+    for command in (("compare", gated, "--out", tmp_path / "o"), ("run", gated, tmp_path / "p")):
+        check_error(cli(*command, "--score-ends"), 2, "--score-ends leaves the gate too little to check")
+    assert not (tmp_path / "o").exists() and not (tmp_path / "p").exists()
+
+
+def test_run_scores_the_ends_alone(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    done = cli("run", recipe, tmp_path / "p", "--score-ends", "--device", "cpu", "--json")
+    assert done.code == 0, done.err
+    first, last = done.json["rows"]
+    assert None not in (*first, *last)  # of two tasks the first is scored when it is learned
+    assert done.json["op"] == pytest.approx(sum(last) / 2)
 
 
 def test_what_is_done_is_not_run_again(

@@ -135,6 +135,7 @@ class Project(Opened):
             TreeLoraError: Bad data, no memory, another writer, ...; the project is as before.
         """
         from treelora_cli.backend.values import DataRequest
+        from treelora_cli.learning.evaluation import Scored
         from treelora_cli.learning.new_task import task_name
         from treelora_cli.learning.task import learn_task
 
@@ -161,7 +162,7 @@ class Project(Opened):
                 chosen,
                 config,
                 self.runtime,
-                evaluate=evaluate,
+                evaluate=Scored.ALL if evaluate else Scored.NONE,
                 resume=False,
                 abandon=abandon,
             )

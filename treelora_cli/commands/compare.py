@@ -37,6 +37,7 @@ def compare(
     batch_size: options.BatchSize = None,
     precision: options.Precision = None,
     settings: options.Set = None,
+    score_ends: options.ScoreEnds = False,
     out: Annotated[
         Path | None, typer.Option(help="Directory of results and projects; by default named like the recipe.")
     ] = None,
@@ -84,6 +85,7 @@ def compare(
         flags=flags,
         limit=limit,
         device=device,
+        ends=score_ends,
         offline=session.offline,
         out=(out or Path(f"{path.stem}-compare")).absolute(),
     )
@@ -108,7 +110,9 @@ def check_stream(runs: list[Run], flags: Config) -> None:
     from treelora_cli.methods.catalogue import choose_head, runs_in_project
 
     for run in runs:
-        request = StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False)
+        request = StreamRequest(
+            run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False, ends=run.ends
+        )
         plan_stream(request)
         plan_watch(request)
     recipe = load_config(runs[0].recipe)

@@ -42,6 +42,13 @@ Mapping = Annotated[
         "--map", metavar="SRC=DST", help="Read column SRC as DST; SRC is a number where no line names columns."
     ),
 ]
+ScoreEnds = Annotated[
+    bool,
+    typer.Option(
+        "--score-ends",
+        help="Score a task when it is learned, and all in the end alone: the same OP and forgetting in less time.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Most held-out examples per class or task.")]
 MaxForgetting = Annotated[
     float | None, typer.Option(help="Commit only if forgetting, in points, is not above this; else exit with 7.")

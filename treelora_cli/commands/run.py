@@ -44,6 +44,7 @@ def run(
     task_under: options.TaskUnder = None,
     seed: options.Seed = None,
     settings: options.Set = None,
+    score_ends: options.ScoreEnds = False,
     device: options.Device = None,
 ) -> None:
     """Make a project and learn every task of RECIPE in order.
@@ -80,7 +81,7 @@ def run(
     )
     flags = add_set(flags, settings)
     root = directory or session.directory or Path(path.stem)
-    request = StreamRequest(path, root, data, flags, limit, resume)
+    request = StreamRequest(path, root, data, flags, limit, resume, score_ends)
     project, reports = run_and_report(session, request, device)
     show_stream(session, project, reports)
 
@@ -88,7 +89,7 @@ def run(
 def run_and_report(session: Session, request: Any, device: str | None) -> tuple[Project, list[TaskReport]]:
     """Run a stream, noting each task as it is learned."""
     from treelora_cli.learning.stream import run_stream
-    from treelora_cli.views.scores import summary
+    from treelora_cli.views.scores import percent, summary
 
     reports: list[TaskReport] = []
 
@@ -96,7 +97,8 @@ def run_and_report(session: Session, request: Any, device: str | None) -> tuple[
         reports.append(report)
         origin = f"from '{report.parent}'" if report.parent else "anew"
         total = sum(report.seconds.values())
-        session.output.note(f"  {report.name}: {origin}, {total:.1f} s, {summary(report.matrix.standing())}")
+        scored = f"score {percent(report.matrix.rows[-1][-1])}" if request.ends else summary(report.matrix.standing())
+        session.output.note(f"  {report.name}: {origin}, {total:.1f} s, {scored}")
         if report.branch_reason is not None:
             session.output.note(f"  {report.branch_reason}")
 

@@ -82,6 +82,7 @@ def train_task(
     from treelora_cli.config import BaseConfig, from_flags
     from treelora_cli.config.by_name import add_set
     from treelora_cli.data.paths import existing, paths_of
+    from treelora_cli.learning.evaluation import Scored
     from treelora_cli.learning.new_task import task_name
     from treelora_cli.learning.opening import open_base, project_config
     from treelora_cli.learning.task import learn_task
@@ -160,8 +161,9 @@ def train_task(
         return
     with session.writer(runtime, f"train-task {chosen}") as project:
         base = open_base(project, config, runtime)
+        wanted = Scored.ALL if evaluate else Scored.NONE
         report = learn_task(
-            project, base, request, chosen, config, runtime, evaluate=evaluate, resume=resume, abandon=abandon
+            project, base, request, chosen, config, runtime, evaluate=wanted, resume=resume, abandon=abandon
         )
     show_report(session, report)
 

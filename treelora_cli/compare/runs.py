@@ -112,6 +112,7 @@ class Run:
         device: ``cpu``, ``cuda``, ...; the best there is when ``None``.
         offline: Never ask the network.
         out: Directory of the results.
+        ends: Score a task when it is learned and all in the end, in place of all after each task.
     """
 
     variant: Variant
@@ -123,6 +124,7 @@ class Run:
     device: str | None
     offline: bool
     out: Path
+    ends: bool = False
 
     @property
     def name(self) -> str:
@@ -151,6 +153,7 @@ class Run:
             "flags": flags,
             "limit": self.limit,
             "device": self.device,
+            **({"score_ends": True} if self.ends else {}),
         }
         return typing.cast("dict[str, Any]", json.loads(json.dumps(record)))
 
@@ -164,6 +167,7 @@ class Run:
             "flags": {key: value for key, value in to_dict(self.flags).items() if key != "stream"},
             "limit": self.limit,
             "device": self.device,
+            "ends": self.ends,
             "offline": self.offline,
             "out": str(self.out),
         }

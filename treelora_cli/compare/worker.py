@@ -179,8 +179,8 @@ class Contest:
                 self.watch[name] = {"untouched": untouched, "scores": {}}
                 self._watched[name] = data
 
-    def learn(self, tasks: Sequence[PlannedTask], config: Config) -> None:
-        """Learn tasks, several of them as one, and score everything seen."""
+    def learn(self, tasks: Sequence[PlannedTask], config: Config, *, score_all: bool = True) -> None:
+        """Learn tasks, several of them as one, and score everything seen, or these alone."""
         names = ", ".join(task.name for task in tasks)
         self.runtime.reporter.note(f"Task {len(self.digests) + 1}: {names}")
         with self._phase("read"):
@@ -195,13 +195,14 @@ class Contest:
         self.steps += report.steps
         del data
         with self._phase("evaluate"):
-            scores = {name: self._score(self.base.read_task(data)) for name, data in self._held_out.items()}
-            for name, data_watched in self._watched.items():
+            wanted = self._held_out if score_all else {task.name: self._held_out[task.name] for task in tasks}
+            scores = {name: self._score(self.base.read_task(data)) for name, data in wanted.items()}
+            for name, data_watched in self._watched.items() if score_all else ():
                 self.watch[name]["scores"][tasks[-1].name] = self._score(data_watched)
         for task in tasks:
             known = [*self.matrix.tasks, task.name]
             complete = task is tasks[-1]
-            self.matrix = self.matrix.with_row(task.name, [scores[name] if complete else None for name in known])
+            self.matrix = self.matrix.with_row(task.name, [scores.get(name) if complete else None for name in known])
 
     def _score(self, task: TaskData) -> float | None:
         return self.model.evaluate(task).value if task.test_size else None
@@ -253,7 +254,8 @@ def run_contender(run: Run, request: StreamRequest, runtime: Runtime) -> dict[st
     contest.watch_over(plan_watch(request))
     for group in [tasks] if entry.at_once else [(task,) for task in tasks]:
         epochs = max((task.config(run.flags, config).train.epochs or 0) for task in group)
-        contest.learn(group, overlay(Config(train=TrainConfig(epochs=epochs)), config))
+        score_all = not run.ends or group[-1] is tasks[-1]
+        contest.learn(group, overlay(Config(train=TrainConfig(epochs=epochs)), config), score_all=score_all)
     return {
         "matrix": contest.matrix.to_json(),
         "seconds": contest.seconds,
@@ -329,7 +331,7 @@ def perform(run: Run) -> None:
     """Do a run and write its result."""
     started = time.perf_counter()
     runtime = open_runtime(run.device, offline=run.offline, reporter=LogReporter())
-    request = StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False)
+    request = StreamRequest(run.recipe, run.out / run.name, run.data, run.flags, run.limit, resume=False, ends=run.ends)
     if runs_in_project(run.variant.method):
         _clear(request.root)
         record = run_project(run, request, runtime)

@@ -14,7 +14,7 @@ from treelora_cli.backend import adapters
 from treelora_cli.backend.runtime import peaks
 from treelora_cli.backend.values import Memory, Score, TaskMemory
 from treelora_cli.config import to_dict
-from treelora_cli.learning.evaluation import HeldOut, read_held_out, score_tasks
+from treelora_cli.learning.evaluation import HeldOut, Scored, read_held_out, score_tasks
 from treelora_cli.learning.gate import after_task, for_gate, of_tasks, refusal, watched
 from treelora_cli.learning.new_task import Clock, NewTask, Trained
 from treelora_cli.project import Commit
@@ -50,18 +50,19 @@ class Conclusion:
     refusal: str | None
 
 
-def conclude(new: NewTask, trained: Trained, clock: Clock, *, evaluate: bool) -> Conclusion:
-    """Extend the tree, keep the storage budget, score every task and ask the gate."""
+def conclude(new: NewTask, trained: Trained, clock: Clock, evaluate: Scored) -> Conclusion:
+    """Extend the tree, keep the storage budget, score what is asked for and ask the gate."""
     tree = extended_tree(new, trained.signature)
     clock.lap("tree")
     memory, merged = within_budget(new, with_new(new, trained), tree)
     before = new.project.watch()
-    found = scores_of(new, memory, before) if evaluate else {}
+    found = _found(new, memory, before, evaluate)
     scores, watch = of_tasks(found), after_task(before, new.name, found)
     values = [scores[one.name].value if one.name in scores else None for one in memory.tasks]
     matrix = new.project.matrix().with_row(new.name, values)
     clock.lap("evaluate")
-    reason = refusal(new.config.gate, matrix, for_gate(before, watch, new.name)) if evaluate else None
+    checked = evaluate is Scored.ALL
+    reason = refusal(new.config.gate, matrix, for_gate(before, watch, new.name)) if checked else None
     return Conclusion(tree, merged, scores, watch, matrix, reason)
 
 
@@ -115,9 +116,17 @@ def within_budget(new: NewTask, memory: Memory, tree: Tree) -> tuple[Memory, Mer
     return replace(memory, tasks=tuple(tasks)), merged
 
 
-def scores_of(new: NewTask, memory: Memory, sets: Sequence[WatchSet]) -> dict[str, Score]:
-    """Score every task and watch set with what is learned now."""
-    return score_tasks(new.base, memory, str(new.config.inference), _held_out(new, sets))
+def _found(new: NewTask, memory: Memory, sets: Sequence[WatchSet], evaluate: Scored) -> dict[str, Score]:
+    """Score with what is learned now: every task and watch set, the new task alone, or nothing."""
+    if evaluate is Scored.NONE:
+        return {}
+    wanted = _held_out(new, sets) if evaluate is Scored.ALL else _own_held_out(new)
+    return score_tasks(new.base, memory, str(new.config.inference), wanted)
+
+
+def _own_held_out(new: NewTask) -> Iterator[HeldOut]:
+    if new.data.test_size:
+        yield HeldOut(new.name, new.data)
 
 
 def _held_out(new: NewTask, sets: Sequence[WatchSet]) -> Iterator[HeldOut]:
@@ -126,8 +135,7 @@ def _held_out(new: NewTask, sets: Sequence[WatchSet]) -> Iterator[HeldOut]:
         if one.data is None:
             new.runtime.reporter.note(f"Task '{one.name}' is not scored: {one.problem}")
         yield one
-    if new.data.test_size:
-        yield HeldOut(new.name, new.data)
+    yield from _own_held_out(new)
     yield from watched(new.base, sets, new.runtime.reporter)
 
 

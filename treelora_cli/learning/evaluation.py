@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from treelora_cli.backend.contract import Base, TaskData
 from treelora_cli.backend.values import DataRequest, Memory, Recorded, Score, layout_of
 from treelora_cli.errors import BackendError, DataError, ProjectError, first_line, is_out_of_memory
 from treelora_cli.learning.relocating import moved
+
+
+class Scored(StrEnum):
+    """What is scored once a task is learned."""
+
+    ALL = "all"
+    OWN = "own"
+    NONE = "none"
 
 
 @dataclass(frozen=True)

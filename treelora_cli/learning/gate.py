@@ -11,7 +11,7 @@ from treelora_cli.backend.runtime import Reporter
 from treelora_cli.backend.values import DataRequest, Memory, Score
 from treelora_cli.config import GateConfig
 from treelora_cli.errors import DataError, UsageError
-from treelora_cli.learning.evaluation import HeldOut, read_held_out, score_tasks
+from treelora_cli.learning.evaluation import HeldOut, Scored, read_held_out, score_tasks
 from treelora_cli.project.metrics import WatchSet
 from treelora_cli.score_matrix import ScoreMatrix
 
@@ -29,10 +29,11 @@ class WatchScore:
     reference: float | None
 
 
-def check_gate(gate: GateConfig, *, evaluate: bool) -> None:
-    """Raise ``UsageError`` when there is a gate and nothing is scored."""
-    if not evaluate and gate != GateConfig():
-        raise UsageError("--no-eval leaves the gate nothing to check. Leave one of them out.")
+def check_gate(gate: GateConfig, evaluate: Scored) -> None:
+    """Raise ``UsageError`` when there is a gate and not every task is scored."""
+    if evaluate is not Scored.ALL and gate != GateConfig():
+        what, left = ("--no-eval", "nothing") if evaluate is Scored.NONE else ("--score-ends", "too little")
+        raise UsageError(f"{what} leaves the gate {left} to check. Leave one of them out.")
 
 
 def refusal(gate: GateConfig, matrix: ScoreMatrix, watched: Mapping[str, WatchScore]) -> str | None:

@@ -11,7 +11,8 @@ from treelora_cli.backend.runtime import Runtime
 from treelora_cli.backend.values import DataRequest
 from treelora_cli.config import Config, StreamTask, TrainConfig, load_config, overlay
 from treelora_cli.errors import ConfigError
-from treelora_cli.learning.gate import register
+from treelora_cli.learning.evaluation import Scored
+from treelora_cli.learning.gate import check_gate, register
 from treelora_cli.learning.opening import make_project, open_base, project_config
 from treelora_cli.learning.recipes import stream_data, stream_tasks, task_request
 from treelora_cli.learning.task import TaskReport, learn_task
@@ -29,6 +30,7 @@ class StreamRequest:
         flags: Settings over the recipe's.
         limit: Most training and held-out examples per class or task.
         resume: Continue a run: tasks already learned are left alone.
+        ends: Score a task when it is learned and all in the end, in place of all after each task.
     """
 
     recipe: Path
@@ -37,6 +39,7 @@ class StreamRequest:
     flags: Config
     limit: int | None
     resume: bool
+    ends: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +67,10 @@ def plan_stream(request: StreamRequest) -> tuple[PlannedTask, ...]:
     Raises:
         ConfigError: The recipe is malformed, or names a task twice.
         DataError: The data directory does not exist.
+        UsageError: There is a gate, which wants all scores after each task, and ``ends`` leaves them out.
     """
     recipe = load_config(request.recipe)
+    check_gate(overlay(request.flags, recipe).gate, Scored.OWN if request.ends else Scored.ALL)
     data = stream_data(recipe.stream, request.data, request.recipe)
     seed = overlay(request.flags, recipe).seed or 0
     tasks = stream_tasks(recipe.stream, data, seed, request.recipe.name)
@@ -152,7 +157,7 @@ def run_stream(
                 task.name,
                 task.config(request.flags, config),
                 runtime,
-                evaluate=True,
+                evaluate=Scored.OWN if request.ends and number < len(tasks) else Scored.ALL,
                 resume=interrupted is not None and interrupted["task"] == task.name,
             )
             project = Project.open(project.root)

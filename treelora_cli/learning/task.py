@@ -31,7 +31,7 @@ from treelora_cli.config import Config, to_dict
 from treelora_cli.errors import CheckError, DataError
 from treelora_cli.learning.branches import BranchPlan
 from treelora_cli.learning.concluding import Conclusion, commit_of, conclude, name_of
-from treelora_cli.learning.evaluation import blamed
+from treelora_cli.learning.evaluation import Scored, blamed
 from treelora_cli.learning.gate import check_gate
 from treelora_cli.learning.new_task import Clock, NewTask, Probe, Trained
 from treelora_cli.learning.opening import check_base, recorded_arithmetic
@@ -118,7 +118,7 @@ def learn_task(
     config: Config,
     runtime: Runtime,
     *,
-    evaluate: bool,
+    evaluate: Scored,
     resume: bool,
     abandon: bool = False,
 ) -> TaskReport:
@@ -131,7 +131,7 @@ def learn_task(
         name: The task's.
         config: Settings in force.
         runtime: Device and reporter.
-        evaluate: Score every task afterwards.
+        evaluate: What is scored afterwards.
         resume: Continue from the checkpoint.
         abandon: Give up what was interrupted, this task or another.
 
@@ -149,7 +149,7 @@ def learn_task(
     clock.lap("read")
     with project.logging_steps(), closing(tracking):
         trained = train_task(new, clock, resume=resume)
-        concluded = conclude(new, trained, clock, evaluate=evaluate)
+        concluded = conclude(new, trained, clock, evaluate)
         tracking.scores(concluded.matrix, trained.report.steps)
         if runtime.is_main:
             _write(new, commit_of(new, trained, concluded, clock), concluded.refusal)
@@ -162,13 +162,15 @@ def learn_task(
     return _report(new, trained, concluded, clock)
 
 
-def _check_ready(project: Project, base: Base, name: str, config: Config, *, evaluate: bool, interrupted: bool) -> None:
+def _check_ready(
+    project: Project, base: Base, name: str, config: Config, *, evaluate: Scored, interrupted: bool
+) -> None:
     """Refuse at once what would fail only later; ``interrupted``: an interrupted task may be given up or goes on."""
     project.check_free(name)
     project.check_decided()
     if not interrupted:
         project.check_uninterrupted()
-    check_gate(config.gate, evaluate=evaluate)
+    check_gate(config.gate, evaluate)
     check_tracker(str(config.track))
     check_base(project, base)
 
