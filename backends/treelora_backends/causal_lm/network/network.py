@@ -27,7 +27,7 @@ from treelora_backends.causal_lm.network.narrow import feed_forward, narrowed
 from treelora_backends.causal_lm.network.tail import Divided, chosen_states, divide
 from treelora_backends.standing_in import standing_in
 
-_CACHED_BYTES = 2**27
+_CACHED_BYTES = 2**28
 """Of keys and values on a CPU while answers are written. A step reads every weight, for one text as for many."""
 _TRIAL_TOKENS = 6
 _UNLIKE = (AttributeError, TypeError, ValueError, LookupError, RuntimeError)
