@@ -15,7 +15,7 @@ from interrupting import stop_after
 from treelora_cli.backend.values import DataRequest, Recorded
 from treelora_cli.data.held_out import content_hash, find_recorded, set_aside, set_aside_by_position
 from treelora_cli.data.images import list_images
-from treelora_cli.data.text import list_texts
+from treelora_cli.data.text import hash_of_text, list_texts
 from treelora_cli.project.state import seal
 from treelora_cli.project.store import record_of
 
@@ -143,6 +143,40 @@ def test_more_images_leave_the_scores_alone(cli: Cli, stream: tuple[Path, Path],
     after = evaluated(cli, root)
     assert after["tasks"] == before["tasks"]
     assert after["changed_data"] == {"cold": "10 held-out examples are new since it was learned and are not scored"}
+
+
+def test_what_a_limit_leaves_out_is_not_new(cli: Cli, stream: tuple[Path, Path], tmp_path: Path) -> None:
+    root, data = stream
+    learn = ("-C", root, "train-task", data / "cold", "--device", "cpu", "--no-eval", "--epochs", 0)
+    held_out = len(list((data / "cold/test").rglob("*.png")))
+    assert cli(*learn, "--name", "two", "--test-limit", 2).code == 0
+    assert cli(*learn, "--name", "many", "--test-limit", 100).code == 0
+    before = evaluated(cli, root)
+    assert before["changed_data"] == {}
+    assert before["tasks"]["two"]["examples"] == 4  # type: ignore[index]
+    more = make_images(tmp_path / "more", ["blue", "green"], train=0, test=5, seed=900) / "test"
+    for path in sorted(more.rglob("*.png")):
+        shutil.copy(path, data / "cold/test" / path.parent.name / f"0-{path.name}")
+    after = evaluated(cli, root)
+    assert after["tasks"] == before["tasks"]
+    said = "held-out examples are new since it was learned and are not scored"
+    assert after["changed_data"] == {"cold": f"10 {said}", "two": f"some {said}", "many": f"10 {said}"}
+    assert before["tasks"]["many"]["examples"] == held_out  # type: ignore[index]
+
+
+@pytest.mark.parametrize("own_part", [True, False])
+def test_what_a_limit_leaves_out_of_texts_is_not_new(own_part: bool, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"{n}?", "answer": f"value {n}"}) for n in range(200)]
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(rows[:100]))
+    if own_part:
+        (folder / "test.jsonl").write_text("\n".join(rows[100:]))
+    request = DataRequest(folder, test_limit=5)
+    hashes = tuple(hash_of_text(one) for one in list_texts(request).test)
+    again = dataclasses.replace(request, recorded=Recorded(hashes, ""))
+    found = list_texts(again)
+    assert len(found.test) == 5 and found.change is None
 
 
 def test_one_weeks_task_is_not_scored_on_another_weeks_pictures(

@@ -68,7 +68,11 @@ OTHER_DATA = Change("its data is not what it was learned from (the SHA-256 over 
 
 
 def find_recorded(
-    test: Sequence[T], train: Sequence[T], recorded: Sequence[str], hash_of: Callable[[T], str]
+    test: Sequence[T],
+    train: Sequence[T],
+    recorded: Sequence[str],
+    hash_of: Callable[[T], str],
+    drawn: Sequence[T] | None = None,
 ) -> tuple[list[T], Change | None]:
     """Return the examples that were held out when a task was learned, wherever they are now, and what changed.
 
@@ -77,6 +81,8 @@ def find_recorded(
         train: All other examples; looked at only for what ``test`` lacks.
         recorded: Content hashes of the examples, one each.
         hash_of: The content of an example.
+        drawn: Which of ``test`` the task's limit takes now; ``None`` where it has none. Those that it leaves out were
+            not recorded, so of them only a draw that has changed tells new ones.
     """
     left = Counter(recorded)
 
@@ -89,15 +95,23 @@ def find_recorded(
         return found
 
     found = taken(test)
-    new = len(test) - len(found)
+    new = str(len(test) - len(found) or "") if drawn is None else _new_of_draw(Counter(map(hash_of, drawn)), recorded)
     if left.total():
         found += taken(train)
     return found, _change(left.total(), new, len(recorded))
 
 
-def _change(missing: int, new: int, total: int) -> Change | None:
+def _new_of_draw(drawn: Counter[str], recorded: Sequence[str]) -> str:
+    """Return how many examples are new by a draw of them; "some" where it passes over recorded ones for new ones."""
+    if drawn and Counter(recorded) - drawn:
+        return "some"
+    return str((drawn - Counter(recorded)).total() or "")
+
+
+def _change(missing: int, new: str, total: int) -> Change | None:
+    """Say what differs; ``new``: how many are new, or nothing."""
     if missing:
-        more = f", {new} are new" if new else ""
+        more = f", {new} are new" if new and new != "some" else ""
         text = f"{missing} of {total} held-out examples are gone or different since it was learned{more}"
         return Change(text, scorable=False)
     if new:

@@ -74,7 +74,8 @@ def list_images(request: DataRequest) -> ImageListing:
     labels = tuple(sorted({item.label for item in train}))
     _check_classes(request.path, labels, test, request)
     if request.recorded is not None and request.recorded.held_out is not None:
-        test, change = find_recorded(test, train, request.recorded.held_out, hash_of_image)
+        drawn = None if request.test_limit is None else _limit(test, request.test_limit, request.seed)
+        test, change = find_recorded(test, train, request.recorded.held_out, hash_of_image, drawn)
         test = _limit(test, request.recorded.limit, request.seed)
         return ImageListing(labels, train, test, tuple(notes), change)
     notes += _unscored(labels, test)

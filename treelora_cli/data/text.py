@@ -144,7 +144,8 @@ def _held_out(listing: TextListing, request: DataRequest) -> TextListing:
     """
     train, test, recorded = listing.train, listing.test, request.recorded
     if recorded is not None and recorded.held_out is not None:
-        test, change = find_recorded(test, train, recorded.held_out, hash_of_text)
+        drawn = None if request.test_limit is None else _limit(test, request.test_limit, f"test/{request.seed}")
+        test, change = find_recorded(test, train, recorded.held_out, hash_of_text, drawn)
         return replace(listing, test=_limit(test, recorded.limit, f"test/{request.seed}"), change=change)
     if not train and recorded is None and not request.test_only:
         raise DataError(
