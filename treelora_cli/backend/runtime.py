@@ -182,8 +182,6 @@ def open_runtime(device: str | None, *, offline: bool, reporter: Reporter) -> Ru
     divided = base_is_divided()
     kind = _present_kind(device)
     torch.set_num_threads(min(torch.get_num_threads(), usable_processors()))
-    for name in _COMPILED_KERNELS:
-        os.environ.setdefault(name, "32")  # read when the first is compiled
     if kind != "cpu":
         _set_up_cuda(_numbered(device))
     if torch.distributed.is_available():
@@ -262,7 +260,17 @@ def _set_up_cuda(number: int | None) -> None:
 
 
 _COMPILED_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""How many bf16 kernels torch's libraries keep, one for each shape: a megabyte each, and by default a thousand."""
+"""How many bf16 kernels torch's libraries keep, one for each shape: by default a thousand."""
+
+
+def keep_kernels(count: int) -> None:
+    """Say how many compiled kernels are kept; a user's own setting stays. Read when the first is compiled.
+
+    Args:
+        count: A step that runs through more shapes than this compiles each of them again at every use.
+    """
+    for name in _COMPILED_KERNELS:
+        os.environ.setdefault(name, str(count))
 
 
 def _c_library() -> Any:

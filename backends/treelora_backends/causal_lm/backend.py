@@ -38,6 +38,7 @@ from treelora_backends.causal_lm.task import LmTask, read_lm_task
 from treelora_backends.kept import Keeping, planned
 from treelora_cli.backend import adapters
 from treelora_cli.backend.fingerprint import hash_parameters, identity
+from treelora_cli.backend.runtime import keep_kernels
 from treelora_cli.config import LAST_QUARTER, AdapterConfig, BaseConfig, Config, HeadConfig, TrainConfig, TreeConfig
 from treelora_cli.errors import DataError, ModelError, UsageError
 
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from treelora_cli.backend.runtime import Runtime
     from treelora_cli.backend.values import DataRequest, ExportCheck, ExportOptions, Memory
 
+_KERNELS = 32
+"""Texts are of ever other lengths: more kernels took no time off and megabytes each (recipes/RESULTS_APPENDIX.md)."""
 _UNKNOWN_CONTEXT = 2048
 _RATE, _RATE_WIDTH = 5e-3, 576
 """Learning rate, and the width of the model for which it measured best (recipes/RESULTS.md); wider ones take less."""
@@ -91,6 +94,7 @@ class CausalLmBackend:
 
     def load(self, config: Config, runtime: Runtime) -> CausalLmBase:
         """Load the model and its tokenizer, and attach an adapter slot."""
+        keep_kernels(_KERNELS)
         if runtime.shards is not None and config.base.dtype == "nf4":
             raise UsageError("--dtype nf4 does not go with FSDP. Leave one out.")
         with nullcontext() if runtime.shards is None else runtime.shards.in_turn():

@@ -33,6 +33,7 @@ from treelora_backends.vit.session import VitSession
 from treelora_backends.vit.trunk import Trunk
 from treelora_cli.backend.fingerprint import hash_parameters, identity
 from treelora_cli.backend.linear_slots import attach_linear
+from treelora_cli.backend.runtime import keep_kernels
 from treelora_cli.config import AdapterConfig, BaseConfig, Config, TrainConfig
 from treelora_cli.errors import ModelError, UsageError
 from treelora_cli.locations import lasting
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from treelora_cli.backend.values import DataRequest, ExportCheck, ExportOptions, Memory
 
 
+_KERNELS = 128
+"""A step and a pass of images run through some eighty shapes, always the same (recipes/RESULTS_APPENDIX.md)."""
 _LARGER_ON_CUDA = 4
 """Steps that wait for launches take as long for four times the images; with the rate four times as high the scores are
 those of small batches (recipes/RESULTS.md)."""
@@ -99,6 +102,7 @@ class VitBackend:
 
     def load(self, config: Config, runtime: Runtime) -> VitBase:
         """Load the base and attach an adapter slot."""
+        keep_kernels(_KERNELS)
         vit = create_vit(config.base, offline=runtime.offline)
         fingerprint = identity(files_of(config.base), _loaded_as(config.base), lambda: hash_parameters(vit))
         return self.around(vit, fingerprint, config, runtime)
