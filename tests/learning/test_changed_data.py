@@ -164,6 +164,19 @@ def test_what_a_limit_leaves_out_is_not_new(cli: Cli, stream: tuple[Path, Path],
     assert before["tasks"]["many"]["examples"] == held_out  # type: ignore[index]
 
 
+def test_each_example_is_hashed_once() -> None:
+    asked: list[str] = []
+
+    def hashed(text: str) -> str:
+        asked.append(text)
+        return own(text)
+
+    test = [f"{n}" for n in range(9)]
+    found, change = find_recorded(test, ["10"], [own(one) for one in test[:4]], hashed, drawn=test[:4])
+    assert (found, change) == (test[:4], None)
+    assert asked == test
+
+
 @pytest.mark.parametrize("own_part", [True, False])
 def test_what_a_limit_leaves_out_of_texts_is_not_new(own_part: bool, tmp_path: Path) -> None:
     rows = [json.dumps({"prompt": f"{n}?", "answer": f"value {n}"}) for n in range(200)]

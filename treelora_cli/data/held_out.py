@@ -85,35 +85,42 @@ def find_recorded(
             not recorded, so of them only a draw that has changed tells new ones.
     """
     left = Counter(recorded)
+    contents: dict[int, str] = {}  # by identity: a draw holds the same objects, and hashing one reads its file
+
+    def content_of(one: T) -> str:
+        if id(one) not in contents:
+            contents[id(one)] = hash_of(one)
+        return contents[id(one)]
 
     def taken(members: Sequence[T]) -> list[T]:
         found = []
         for one in members:
-            if left[content := hash_of(one)] > 0:
+            if left[content := content_of(one)] > 0:
                 left[content] -= 1
                 found.append(one)
         return found
 
     found = taken(test)
-    new = str(len(test) - len(found) or "") if drawn is None else _new_of_draw(Counter(map(hash_of, drawn)), recorded)
+    new = len(test) - len(found) if drawn is None else _new_of_draw(Counter(map(content_of, drawn)), recorded)
     if left.total():
         found += taken(train)
     return found, _change(left.total(), new, len(recorded))
 
 
-def _new_of_draw(drawn: Counter[str], recorded: Sequence[str]) -> str:
-    """Return how many examples are new by a draw of them; "some" where it passes over recorded ones for new ones."""
+def _new_of_draw(drawn: Counter[str], recorded: Sequence[str]) -> int | None:
+    """Return how many examples of a draw are new; ``None`` where it passes over recorded ones for some that are."""
     if drawn and Counter(recorded) - drawn:
-        return "some"
-    return str((drawn - Counter(recorded)).total() or "")
+        return None
+    return (drawn - Counter(recorded)).total()
 
 
-def _change(missing: int, new: str, total: int) -> Change | None:
-    """Say what differs; ``new``: how many are new, or nothing."""
+def _change(missing: int, new: int | None, total: int) -> Change | None:
+    """Say what differs; ``new``: how many are new, ``None`` for some."""
     if missing:
-        more = f", {new} are new" if new and new != "some" else ""
+        more = f", {new} are new" if new else ""
         text = f"{missing} of {total} held-out examples are gone or different since it was learned{more}"
         return Change(text, scorable=False)
-    if new:
-        return Change(f"{new} held-out examples are new since it was learned and are not scored", scorable=True)
+    if new != 0:
+        count = "some" if new is None else new
+        return Change(f"{count} held-out examples are new since it was learned and are not scored", scorable=True)
     return None

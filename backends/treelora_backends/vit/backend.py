@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 _KERNELS = 128
-"""A step and a pass of images run through some eighty shapes, always the same (recipes/RESULTS_APPENDIX.md)."""
+"""A task of images runs through up to so many shapes, always the same (recipes/RESULTS_APPENDIX.md)."""
 _LARGER_ON_CUDA = 4
 """Steps that wait for launches take as long for four times the images; with the rate four times as high the scores are
 those of small batches (recipes/RESULTS.md)."""
