@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -55,23 +54,59 @@ def test_the_parameters_have_peft_s_names_and_values_and_leave_the_generator_whe
         assert torch.equal(value, ours[name][0]) and trained == ours[name][1], name
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_outputs_and_gradients_are_peft_s(autocast: bool) -> None:
-    x, found = torch.randn(4, 5), []
+def seen(network: nn.Module, x: Tensor, *, autocast: bool = False) -> list[Tensor]:
+    """Outputs with the slot, without it and with its update in the frozen weights, and gradients."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output = network(x)
+        with adapters.base_only(network):
+            plain = network(x)
+        with adapters.added(network, some()):
+            dense = network(x)
+        with adapters.base_only(network):
+            again = network(x)
+    output.float().square().sum().backward()
+    slot = [one.grad for pair in adapters.slot_parameters(network, LAYERS) for one in pair]
+    return [output, plain, dense, again, x.grad, *slot]
+
+
+def test_outputs_and_gradients_are_peft_s() -> None:
+    x, found = torch.randn(2, 3, 5), []
     for network in both():
         adapters.write_slot(network, some())
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            output = network(x)
-            with adapters.base_only(network):
-                plain = network(x)
-            with adapters.added(network, some()):
-                dense = network(x)
-        output.square().sum().backward()
-        slot = [one.grad for pair in adapters.slot_parameters(network, LAYERS) for one in pair]
-        found.append([output, plain, dense, network(x), *slot])
-    assert found[0][0].dtype == (torch.bfloat16 if autocast else torch.float32)
+        found.append(seen(network, x))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert not torch.equal(found[0][0], found[0][1])
+
+
+def test_under_autocast_they_are_as_near_to_exact_ones_as_peft_s_and_of_the_same_types() -> None:
+    torch.manual_seed(5)
+    x, found = torch.randn(40, 3, 5), []
+    for network in both():
+        adapters.write_slot(network, some())
+        found.append(seen(network, x, autocast=True))
+        exact = seen(network.zero_grad() or network, x)
+    for theirs, ours, right in zip(*found, exact, strict=True):
+        assert (theirs.dtype, theirs.shape) == (ours.dtype, ours.shape)
+        off, peft_s = (ours.float() - right).norm() / right.norm(), (theirs.float() - right).norm() / right.norm()
+        assert 0 < off < 0.02 and off < 2 * peft_s
+
+
+def test_under_autocast_a_frozen_weight_that_changes_is_taken_as_it_is_now() -> None:
+    network, x = both()[1], torch.randn(4, 5)
+    adapters.write_slot(network, some())
+
+    def answer() -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return network(x).float()
+
+    first = answer()
+    adapters.fold_slot(network, LAYERS, 3.0)
+    assert torch.allclose(answer(), first, rtol=0.1, atol=0.1) and not torch.equal(answer(), first)
+    network.load_state_dict({name: torch.zeros_like(one) for name, one in network.state_dict().items()})
+    assert torch.equal(answer(), torch.zeros(4, 3))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        assert network(x).dtype == torch.float16
 
 
 def test_dropout_draws_as_peft_s_does_and_only_in_training() -> None:
