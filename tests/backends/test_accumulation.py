@@ -99,6 +99,20 @@ def test_who_opens_a_branch_holds_few_images_at_once_with_the_same_gradient(
     assert_same(found[4], found[16])
 
 
+@pytest.mark.parametrize(("branch", "images"), [("never", 12), ("auto", 4)])
+def test_arithmetic_is_measured_on_as_many_images_as_a_step_holds(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, branch: str, images: int
+) -> None:
+    monkeypatch.setattr("treelora_backends.vit.session._FEW_TRAINED", 4)
+    base, config = load(weights, batch_size=12)
+    session = of_project(base, replace(config, tree=replace(config.tree, branch=branch)))
+    sizes: list[int] = []
+    pooled = base.trunk.pooled
+    monkeypatch.setattr(base.trunk, "pooled", lambda tokens: sizes.append(len(tokens)) or pooled(tokens))
+    session.try_step([part for pair in adapters.slot_parameters(base.network, base.layers) for part in pair])
+    assert max(sizes) == images  # others are of one image, by which the network is known
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found: Path = tiny_models(tmp_path_factory.mktemp("parts"))["llama"]

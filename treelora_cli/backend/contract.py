@@ -96,7 +96,7 @@ class TaskSession(Protocol):
     """One task while it is learned. The network's adapter slot is the core's; the rest is the session's."""
 
     def try_step(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Compute gradients of ``parameters`` on one full-sized batch, to measure arithmetic with."""
+        """Compute gradients of ``parameters`` on as many examples as are held at once, to measure arithmetic with."""
 
     def try_forward(self) -> None:
         """Do a part of the frozen pass, or the forward part of a step where there is none, for the same purpose."""

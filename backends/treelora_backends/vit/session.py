@@ -107,10 +107,10 @@ class VitSession:
     # -- before training ------------------------------------------------------------------------------
 
     def try_step(self, parameters: Sequence[Tensor]) -> None:
-        """Compute a loss through the adapter and its gradient on one full-sized batch, from the cut on."""
+        """Compute a loss and its gradient from the cut on, of as many images as are held at once."""
         with torch.no_grad():
             tokens = self.base.trunk.before(self._first_images(1)).tokens
-        tokens = tokens.repeat(min(self.batch_size, len(self.own)), 1, 1)
+        tokens = tokens.repeat(min(self._most_at_once, len(self.own)), 1, 1)
         try_gradient(self.runtime, lambda: self.base.trunk.pooled(tokens).square().mean(), parameters)
 
     def try_forward(self) -> None:
