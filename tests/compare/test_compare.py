@@ -331,6 +331,18 @@ def test_a_process_that_is_killed_is_told_by_its_signal(
     assert re.match(line, outcome.message) and outcome.exit_code == 1
 
 
+def test_a_process_whose_files_are_removed_under_it_is_told_so(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nrm {tmp_path}/o/*.log {tmp_path}/o/*.job\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    outcome = run_process(run_of(recipe, tmp_path / "o"))
+    assert isinstance(outcome, Failure) and outcome.exit_code == 1
+    assert ".log was removed while it ran. Leave " in outcome.message
+
+
 def test_an_interrupted_process_stops_the_whole_comparison(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nexit 130\n")

@@ -190,11 +190,13 @@ def run_process(run: Run) -> Outcome | Failure:
     outcome = read_outcome(run) if code == 0 else None
     if outcome is None:
         return Failure(run.variant.label, run.seed, _last_words(run.log, code), code if code > 0 else 1)
-    job.unlink()
+    job.unlink(missing_ok=True)
     return outcome
 
 
 def _last_words(log: Path, code: int) -> str:
+    if not log.is_file():
+        return f"{log} was removed while it ran. Leave {log.parent} alone, and give the same command again"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if code < 0:
         name = signal.Signals(-code).name
