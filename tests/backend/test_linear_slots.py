@@ -1,4 +1,4 @@
-"""Slots on plain linear layers: bit for bit what PEFT's compute, without PEFT."""
+"""Slots on plain linear layers: what PEFT's compute, in float32 bit for bit, without PEFT."""
 
 from __future__ import annotations
 
@@ -63,18 +63,17 @@ def seen(network: nn.Module, x: Tensor, *, autocast: bool = False) -> list[Tenso
             plain = network(x)
         with adapters.added(network, some()):
             dense = network(x)
-        with adapters.base_only(network):
-            again = network(x)
     output.float().square().sum().backward()
     slot = [one.grad for pair in adapters.slot_parameters(network, LAYERS) for one in pair]
-    return [output, plain, dense, again, x.grad, *slot]
+    return [output, plain, dense, x.grad, *slot]
 
 
 def test_outputs_and_gradients_are_peft_s() -> None:
     x, found = torch.randn(2, 3, 5), []
     for network in both():
         adapters.write_slot(network, some())
-        found.append(seen(network, x))
+        found.append([*seen(network, x), network(x)])
+    assert found[0][0].dtype == torch.float32
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert not torch.equal(found[0][0], found[0][1])
 
@@ -86,6 +85,8 @@ def test_under_autocast_they_are_as_near_to_exact_ones_as_peft_s_and_of_the_same
         adapters.write_slot(network, some())
         found.append(seen(network, x, autocast=True))
         exact = seen(network.zero_grad() or network, x)
+    assert found[1][0].dtype == torch.bfloat16
+    assert torch.equal(found[0][1], found[1][1]), "without the slot they are the same"
     for theirs, ours, right in zip(*found, exact, strict=True):
         assert (theirs.dtype, theirs.shape) == (ours.dtype, ours.shape)
         off, peft_s = (ours.float() - right).norm() / right.norm(), (theirs.float() - right).norm() / right.norm()
@@ -101,6 +102,9 @@ def test_under_autocast_a_frozen_weight_that_changes_is_taken_as_it_is_now() -> 
             return network(x).float()
 
     first = answer()
+    with adapters.added(network, some()):
+        answer()
+    assert torch.equal(answer(), first)
     adapters.fold_slot(network, LAYERS, 3.0)
     assert torch.allclose(answer(), first, rtol=0.1, atol=0.1) and not torch.equal(answer(), first)
     network.load_state_dict({name: torch.zeros_like(one) for name, one in network.state_dict().items()})

@@ -301,16 +301,21 @@ def test_a_damaged_result_is_named(recipe: Path, tmp_path: Path, content: str) -
         finish_runs([run], lambda _: None, lambda *_: None)
 
 
+def run_instead_of_python(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a shell script be what every process of a comparison runs."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+
+
 @pytest.mark.parametrize(
     ("code", "line"), [("print('Error: no cat'); raise SystemExit(4)", "no cat"), ("1 / 0", "Zero")]
 )
 def test_a_process_that_fails_is_told_by_its_last_line(
     recipe: Path, tmp_path: Path, monkeypatch: Any, code: str, line: str
 ) -> None:
-    program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\nexec python3 -c "{code}"\n')
-    program.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(program))
+    run_instead_of_python(f'exec python3 -c "{code}"', tmp_path, monkeypatch)
     outcome = run_process(run_of(recipe, tmp_path / "o"))
     assert not isinstance(outcome, Outcome)
     assert line in outcome.message and outcome.exit_code == (4 if "cat" in line else 1)
@@ -322,10 +327,7 @@ def test_a_process_that_fails_is_told_by_its_last_line(
 def test_a_process_that_is_killed_is_told_by_its_signal(
     recipe: Path, tmp_path: Path, monkeypatch: Any, signal: str, line: str
 ) -> None:
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\nkill -{signal} $$\n")
-    program.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(program))
+    run_instead_of_python(f"kill -{signal} $$", tmp_path, monkeypatch)
     outcome = run_process(run_of(recipe, tmp_path / "o"))
     assert not isinstance(outcome, Outcome)
     assert re.match(line, outcome.message) and outcome.exit_code == 1
@@ -334,20 +336,14 @@ def test_a_process_that_is_killed_is_told_by_its_signal(
 def test_a_process_whose_files_are_removed_under_it_is_told_so(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\nrm {tmp_path}/o/*.log {tmp_path}/o/*.job\nexit 1\n")
-    program.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(program))
+    run_instead_of_python(f"rm {tmp_path}/o/*.log {tmp_path}/o/*.job\nexit 1", tmp_path, monkeypatch)
     outcome = run_process(run_of(recipe, tmp_path / "o"))
     assert isinstance(outcome, Failure) and outcome.exit_code == 1
     assert ".log was removed while it ran. Leave " in outcome.message
 
 
 def test_an_interrupted_process_stops_the_whole_comparison(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    program = tmp_path / "python"
-    program.write_text("#!/bin/sh\nexit 130\n")
-    program.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(program))
+    run_instead_of_python("exit 130", tmp_path, monkeypatch)
     with pytest.raises(Interrupted, match="the same command goes on from there"):
         run_process(run_of(recipe, tmp_path / "o"))
 
